@@ -1,0 +1,22 @@
+"""E³VA: fine-tune big frozen vision backbones for detection and segmentation on small GPUs."""
+
+from e3va.backbone import E3VABackbone, SwinBackbone, build_backbone
+from e3va.config import HighwayConfig, SwinConfig, swin_config
+from e3va.highway import Highway
+from e3va.ops.dispatch import backend
+from e3va.trunk import FrozenSwin, Swin
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "E3VABackbone",
+    "FrozenSwin",
+    "Highway",
+    "HighwayConfig",
+    "Swin",
+    "SwinBackbone",
+    "SwinConfig",
+    "backend",
+    "build_backbone",
+    "swin_config",
+]

@@ -1,0 +1,122 @@
+"""Backbones for detection: an image in, one map per stage out. Knows no detection framework."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from e3va.config import HighwayConfig, SwinConfig
+from e3va.highway import Highway
+from e3va.trunk import FrozenSwin, Swin
+
+
+class OutputNorm(nn.LayerNorm):
+    """LayerNorm of a stage's output: [B, H, W, C] → [B, C, H, W] (a channels-last view).
+
+    Computes in the dtype of its input, without copies of it in another one.
+    """
+
+    def forward(self, h: Tensor) -> Tensor:
+        with torch.autocast(h.device.type, enabled=False):
+            h = F.layer_norm(h, self.normalized_shape, self.weight.to(h), self.bias.to(h), self.eps)
+        return h.permute(0, 3, 1, 2)
+
+
+class SwinBackbone(nn.Module):
+    """A Swin and its output norms: {"p0": [B, C, ⌈H/4⌉, ⌈W/4⌉], …, "p3"}.
+
+    With a trainable :class:`~e3va.trunk.Swin` this is full fine-tuning; with a
+    :class:`~e3va.trunk.FrozenSwin` linear probing, and the norms stay frozen too.
+
+    Args:
+        trunk: the Swin.
+    """
+
+    def __init__(self, trunk: Swin) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.norms = nn.ModuleList(OutputNorm(dim) for dim in trunk.config.dims)
+        if isinstance(trunk, FrozenSwin):
+            self.norms.requires_grad_(False)
+
+    def _features(self, maps: list[Tensor], image: Tensor) -> dict[str, Tensor]:
+        """Normalised maps, in the autocast dtype under autocast, else in that of the norms."""
+        features = {}
+        for s, (h, norm) in enumerate(zip(maps, self.norms, strict=True)):
+            p = norm(h)
+            if not torch.is_autocast_enabled(image.device.type):
+                p = p.to(norm.weight.dtype)
+            features[f"p{s}"] = p
+        return features
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Image [B, 3, H, W], normalised, any H and W ≥ 1 → one map per stage."""
+        return self._features(self.trunk(image), image)
+
+
+class E3VABackbone(SwinBackbone):
+    """A frozen Swin with a gradient highway beside it (arXiv 2306.09729).
+
+    At initialisation its maps equal those of the frozen network. Only the highway and the output
+    norms are trained.
+
+    Args:
+        trunk: the frozen Swin.
+        config: shape of the highway (default: the paper's).
+    """
+
+    def __init__(self, trunk: FrozenSwin, config: HighwayConfig | None = None) -> None:
+        super().__init__(trunk)
+        if not isinstance(trunk, FrozenSwin):
+            raise TypeError(f"trunk must be a FrozenSwin, got {type(trunk).__name__}")
+        self.norms.requires_grad_(True)
+        self.highway = Highway(trunk.config, config)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Image [B, 3, H, W], normalised, any H and W ≥ 1 → one map per stage."""
+        trunk = self.trunk
+        maps: list[Tensor] = []
+        x = image.to(trunk.compute_dtype())
+        with torch.autocast(image.device.type, enabled=False):
+            y = h = trunk.embed(x)
+            for s, stage in enumerate(self.highway.stages):
+                if s:
+                    y, h = trunk.merge(s - 1, y), trunk.merge(s - 1, h)
+                ride = stage.ride()
+                y_in, y = y, trunk.stage(s, y, ride)
+                h = ride.arrive(h, y_in, y)
+                maps.append(h)
+        return self._features(maps, image)
+
+
+METHODS = ("full", "frozen", "e3va")
+
+
+def build_backbone(
+    method: str,
+    swin: SwinConfig,
+    *,
+    highway: HighwayConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    drop_path: float = 0.0,
+) -> SwinBackbone:
+    """The backbone of a tuning method, with random weights.
+
+    Args:
+        method: "full" (everything is trained), "frozen" (nothing is) or "e3va".
+        swin: architecture of the trunk.
+        highway: shape of the highway; only for "e3va".
+        dtype: storage of a frozen trunk's weights (default float32).
+        drop_path: stochastic depth; only for "full".
+
+    Raises:
+        ValueError: no such method; the message lists them.
+    """
+    if method == "full":
+        return SwinBackbone(Swin(swin, drop_path))
+    if method == "frozen":
+        return SwinBackbone(FrozenSwin(swin, dtype))
+    if method == "e3va":
+        return E3VABackbone(FrozenSwin(swin, dtype), highway)
+    raise ValueError(f"unknown tuning method {method!r}; known: {', '.join(METHODS)}")

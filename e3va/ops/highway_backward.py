@@ -1,0 +1,137 @@
+"""``e3va::highway`` and ``e3va::highway_backward``: the adapters of one stage, all at once.
+
+All adapters of a stage add into one highway, so they share one output gradient G: the forward is
+one GEMM, and the backward needs only t and the taps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from e3va.ops import dispatch, reference
+from e3va.ops.checks import check_floating, check_same_dtype, check_shape
+
+dispatch.register("highway_backward", "reference")(reference.highway_backward)
+
+
+def highway(
+    h_in: Tensor,
+    y_in: Tensor,
+    y_out: Tensor,
+    x: Sequence[Tensor],
+    t: Sequence[Tensor],
+    s: Sequence[Tensor],
+    P: Tensor,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+    c: Tensor,
+) -> Tensor:
+    """h_out = y_out + (h_in − y_in) + Σ_k s_k·V_k + c (arXiv 2306.09729, eq. 5).
+
+    ``t`` and ``s`` are what :func:`e3va.ops.sublayer_epilogue` made of ``x`` with *these* P, Q, b
+    and U. Gradients go to ``h_in`` and to P, Q, b, U, V, c, through t and s as functions of the
+    taps; the trunk's tensors (y_in, y_out, x, t, s) get none. Saved for backward: x, t and the
+    parameters.
+
+    Args:
+        h_in: the highway before the stage, [..., C].
+        y_in, y_out: the frozen stage's input and output, [..., C].
+        x: K taps, each [..., C]. t, s: K each, [N, α], N the product of the leading sizes.
+        P: [K, C, α]. Q: [K, α, m]. b: [K, m]. U: [K, m, α]. V: [K, α, C]. c: [C]. Of one dtype,
+            which their gradients have too; cast to that of ``y_out`` to compute.
+
+    Returns:
+        The highway after the stage, [..., C], dtype of ``y_out``.
+
+    Raises:
+        TypeError: dtypes are not floating, or differ within the two groups above.
+        ValueError: a shape or the number of taps does not fit.
+    """
+    check_same_dtype(y_out=y_out, h_in=h_in, y_in=y_in, **{f"x[{k}]": v for k, v in enumerate(x)})
+    check_floating(**{f"t[{k}]": v for k, v in enumerate(t)})
+    check_same_dtype(P=P, Q=Q, b=b, U=U, V=V, c=c)
+    taps, channels, rank = P.shape
+    hidden = Q.shape[-1]
+    if not len(x) == len(t) == len(s) == taps:
+        raise ValueError(f"P holds {taps} adapters, got {len(x)} x, {len(t)} t and {len(s)} s")
+    check_shape("y_out", y_out, *y_out.shape[:-1], channels)
+    for name, tensor in (("h_in", h_in), ("y_in", y_in), *((f"x[{k}]", v) for k, v in enumerate(x))):
+        check_shape(name, tensor, *y_out.shape)
+    tokens = y_out.shape[:-1].numel()
+    for k in range(taps):
+        check_shape(f"t[{k}]", t[k], tokens, rank)
+        check_shape(f"s[{k}]", s[k], tokens, rank)
+    check_shape("Q", Q, taps, rank, hidden)
+    check_shape("b", b, taps, hidden)
+    check_shape("U", U, taps, hidden, rank)
+    check_shape("V", V, taps, rank, channels)
+    check_shape("c", c, channels)
+    return torch.ops.e3va.highway(
+        h_in, y_in, y_out, list(x), list(t), list(s), P, Q, b, U, V, c
+    )
+
+
+@torch.library.custom_op("e3va::highway", mutates_args=())
+def _highway(
+    h_in: Tensor,
+    y_in: Tensor,
+    y_out: Tensor,
+    x: Sequence[Tensor],
+    t: Sequence[Tensor],
+    s: Sequence[Tensor],
+    P: Tensor,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+    c: Tensor,
+) -> Tensor:
+    return reference.highway(h_in, y_in, y_out, s, V, c)
+
+
+@_highway.register_fake
+def _(h_in, y_in, y_out, x, t, s, P, Q, b, U, V, c):
+    return y_out.new_empty(y_out.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, _, x, t, _, P, Q, b, U, V, _ = inputs
+    ctx.save_for_backward(P, Q, b, U, V, *x, *t)
+
+
+def _backward(ctx, G):
+    P, Q, b, U, V, *saved = ctx.saved_tensors
+    taps = len(saved) // 2
+    grads = torch.ops.e3va.highway_backward(G, saved[:taps], saved[taps:], P, Q, b, U, V)
+    nothing = [None] * taps
+    return G, None, None, nothing, list(nothing), list(nothing), *grads
+
+
+_highway.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("e3va::highway_backward", mutates_args=())
+def _highway_backward(
+    G: Tensor,
+    x: Sequence[Tensor],
+    t: Sequence[Tensor],
+    P: Tensor,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dP, dQ, db, dU, dV, dc) from G [..., C], the K taps x [..., C] and t [N, α]; shapes and
+    dtype of the parameters, accumulated in fp32 or wider. Has no backward of its own."""
+    x = [x_k.flatten(0, -2) for x_k in x]
+    return dispatch.run("highway_backward", G, G.flatten(0, -2), x, t, P, Q, b, U, V)
+
+
+@_highway_backward.register_fake
+def _(G, x, t, P, Q, b, U, V):
+    return (*(p.new_empty(p.shape) for p in (P, Q, b, U, V)), V.new_empty(V.shape[-1]))

@@ -1,0 +1,211 @@
+"""Every op in plain PyTorch: the definition that the other backends must match, and the fallback.
+
+Shape letters, here and everywhere: B images, H×W a stage's map, N = B·H·W tokens, C channels,
+K taps, α rank (``r`` in code), m hidden width, w window side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sublayer_epilogue(
+    x: Tensor,  # [..., C]
+    y: Tensor,  # [..., C]
+    norm_weight: Tensor | None,  # [C]
+    norm_bias: Tensor | None,  # [C]
+    eps: float,
+    P: Tensor,  # [C, r]
+    Q: Tensor,  # [r, m]
+    b: Tensor,  # [m]
+    U: Tensor,  # [m, r]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y_out = y + x
+    if norm_weight is None:
+        z = y.new_empty(0)
+    else:
+        z = F.layer_norm(y_out, y.shape[-1:], norm_weight.to(y), _to(norm_bias, y), eps)
+    t = x.flatten(0, -2) @ P.to(x)
+    s = adapter_activation(t, Q, b) @ U.to(x)
+    return y_out, z, t, s
+
+
+def adapter_activation(t: Tensor, Q: Tensor, b: Tensor) -> Tensor:
+    """a = GELU(t·Q + b): [N, r] → [N, m]."""
+    return F.gelu(torch.addmm(b.to(t), t, Q.to(t)))
+
+
+def highway(
+    h_in: Tensor,  # [..., C]
+    y_in: Tensor,  # [..., C]
+    y_out: Tensor,  # [..., C]
+    s: Sequence[Tensor],  # K × [N, r]
+    V: Tensor,  # [K, r, C]
+    c: Tensor,  # [C]
+) -> Tensor:
+    # h_in == y_in at initialisation: this order makes h_out == y_out to the last bit.
+    base = (y_out + (h_in - y_in)) + c.to(y_out)
+    h = torch.addmm(base.flatten(0, -2), torch.cat(list(s), dim=1), V.flatten(0, 1).to(y_out))
+    return h.view_as(y_out)
+
+
+def highway_backward(
+    G: Tensor,  # [N, C]
+    x: Sequence[Tensor],  # K × [N, C]
+    t: Sequence[Tensor],  # K × [N, r]
+    P: Tensor,  # [K, C, r]
+    Q: Tensor,  # [K, r, m]
+    b: Tensor,  # [K, m]
+    U: Tensor,  # [K, m, r]
+    V: Tensor,  # [K, r, C]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rank, channels = V.shape[1:]
+    dS = G @ V.flatten(0, 1).to(G).t()  # [N, K·r]
+    dP, dQ, db, dU, S = [], [], [], [], []
+    for k, (x_k, t_k) in enumerate(zip(x, t, strict=True)):
+        dS_k = dS[:, k * rank : (k + 1) * rank]
+        U_k, Q_k = U[k].to(G), Q[k].to(G)
+        z = torch.addmm(b[k].to(G), t_k, Q_k)
+        a = F.gelu(z)
+        S.append(a @ U_k)
+        dU.append((a.t() @ dS_k).to(U.dtype))
+        dz = torch.ops.aten.gelu_backward(dS_k @ U_k.t(), z)
+        del z, a
+        dQ.append((t_k.t() @ dz).to(Q.dtype))
+        db.append(_sum_rows(dz).to(b.dtype))
+        dP.append((x_k.t() @ (dz @ Q_k.t())).to(P.dtype))
+        del dz
+    dV = (torch.cat(S, dim=1).t() @ G).view(-1, rank, channels).to(V.dtype)
+    return (
+        torch.stack(dP),
+        torch.stack(dQ),
+        torch.stack(db),
+        torch.stack(dU),
+        dV,
+        _sum_rows(G).to(V.dtype),
+    )
+
+
+def patch_merging(
+    h: Tensor,  # [B, H, W, C]
+    norm_weight: Tensor,  # [4C]
+    norm_bias: Tensor,  # [4C]
+    eps: float,
+    reduction: Tensor,  # [D, 4C]
+) -> Tensor:
+    x = gather_2x2(h)
+    x = F.layer_norm(x, x.shape[-1:], norm_weight.to(x), norm_bias.to(x), eps)
+    return F.linear(x, reduction.to(x))
+
+
+def patch_merging_backward(
+    G: Tensor,  # [B, ceil(H/2), ceil(W/2), D]
+    h: Tensor,  # [B, H, W, C]
+    norm_weight: Tensor,  # [4C]
+    norm_bias: Tensor,  # [4C]
+    eps: float,
+    reduction: Tensor,  # [D, 4C]
+) -> Tensor:
+    x = gather_2x2(h)
+    normalized_shape = list(x.shape[-1:])
+    weight, bias = norm_weight.to(x), norm_bias.to(x)
+    _, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        G @ reduction.to(x), x, normalized_shape, mean, rstd, weight, bias, [True, False, False]
+    )
+    return _scatter_2x2(dx, h)
+
+
+def gather_2x2(h: Tensor) -> Tensor:
+    """[B, H, W, C] → [B, ceil(H/2), ceil(W/2), 4C], missing rows and columns taken as zero."""
+    H, W = h.shape[1:3]
+    h = F.pad(h, (0, 0, 0, W % 2, 0, H % 2))
+    # The order of the four neighbours is Swin's: down first, then right.
+    return torch.cat(
+        [h[:, 0::2, 0::2], h[:, 1::2, 0::2], h[:, 0::2, 1::2], h[:, 1::2, 1::2]], dim=-1
+    )
+
+
+def _scatter_2x2(dx: Tensor, h: Tensor) -> Tensor:
+    B, H, W, C = h.shape
+    dh = dx.new_empty(B, H + H % 2, W + W % 2, C)
+    for i, (row, column) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
+        dh[:, row::2, column::2] = dx[..., i * C : (i + 1) * C]
+    return dh[:, :H, :W].contiguous()
+
+
+def window_attention(
+    qkv: Tensor,  # [B, H, W, 3C]
+    qkv_bias: Tensor,  # [3C]
+    position_bias: Tensor,  # [(2w-1)², heads]
+    window: int,
+    shift: int,
+) -> Tensor:
+    B, H, W, C3 = qkv.shape
+    C, heads = C3 // 3, position_bias.shape[1]
+    tokens = window * window
+    rows, columns = -(-H // window), -(-W // window)
+    pad_bottom, pad_right = rows * window - H, columns * window - W
+    if pad_bottom or pad_right:
+        # Outside the map the normalised input is zero, so its projection is the bias alone.
+        padded = qkv_bias.to(qkv).expand(B, rows * window, columns * window, C3).clone()
+        padded[:, :H, :W] = qkv
+        qkv = padded
+    if shift:
+        qkv = qkv.roll((-shift, -shift), dims=(1, 2))
+    q, k, v = (
+        qkv.view(B, rows, window, columns, window, 3, heads, C // heads)
+        .permute(5, 0, 1, 3, 6, 2, 4, 7)
+        .reshape(3, B * rows * columns, heads, tokens, C // heads)
+    )
+    bias = position_bias.to(qkv)[relative_position_index(window, qkv.device)].permute(2, 0, 1)
+    if shift:
+        bias = bias + _shift_mask(rows, columns, window, shift, bias)[:, None]
+        bias = bias.repeat(B, 1, 1, 1)  # [B·windows, heads, w², w²]
+    attention = (q * (C // heads) ** -0.5) @ k.transpose(-2, -1) + bias
+    out = (
+        (attention.softmax(-1) @ v)
+        .view(B, rows, columns, heads, window, window, C // heads)
+        .permute(0, 1, 4, 2, 5, 3, 6)
+        .reshape(B, rows * window, columns * window, C)
+    )
+    if shift:
+        out = out.roll((shift, shift), dims=(1, 2))
+    return out[:, :H, :W].contiguous()
+
+
+def relative_position_index(window: int, device: torch.device) -> Tensor:
+    """Row of the position-bias table for each pair of a window's tokens: [w², w²]."""
+    axis = torch.arange(window, device=device)
+    row, column = (grid.flatten() for grid in torch.meshgrid(axis, axis, indexing="ij"))
+    down = row[:, None] - row + window - 1
+    right = column[:, None] - column + window - 1
+    return down * (2 * window - 1) + right
+
+
+def _shift_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
+    """-100 between tokens that are neighbours only by the cyclic shift: [windows, w², w²]."""
+
+    def regions(windows: int) -> Tensor:
+        position = torch.arange(windows * window, device=like.device)
+        last = windows * window
+        return (position >= last - window).long() + (position >= last - shift).long()
+
+    region = regions(rows)[:, None] * 3 + regions(columns)
+    region = (
+        region.view(rows, window, columns, window).permute(0, 2, 1, 3).reshape(-1, window * window)
+    )
+    return (region[:, None, :] != region[:, :, None]).to(like.dtype) * -100.0
+
+
+def _sum_rows(x: Tensor) -> Tensor:
+    accumulator = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return x.sum(0, dtype=accumulator)
+
+
+def _to(tensor: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if tensor is None else tensor.to(like)
