@@ -1,0 +1,20 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data sets (nuclei/, microcontrollers/, …)."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "data"
+    root = Path(os.environ.get("E3VA_DATA", default))
+    if not root.is_dir():
+        pytest.skip(f"no real data at {root}: set E3VA_DATA to test on it")
+    return root

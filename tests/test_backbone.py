@@ -1,0 +1,238 @@
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from e3va import (
+    E3VABackbone,
+    FrozenSwin,
+    HighwayConfig,
+    Swin,
+    SwinBackbone,
+    SwinConfig,
+    build_backbone,
+    swin_config,
+)
+from e3va.measure import LiveBytes, SavedBytes, trainable_parameters
+from tests import oracles
+
+TINY = SwinConfig(16, (2, 2, 4, 2), (1, 2, 4, 8), window_size=5)
+SIZES = [(65, 93), (1, 1), (3, 17), (32, 32), (20, 127)]
+
+
+def randomised(trunk):
+    """Weights and biases that make every part of the trunk matter."""
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return trunk
+
+
+def wake(backbone):
+    """Move the highway away from its initialisation, so that every gradient is non-zero."""
+    for stage in backbone.highway.stages:
+        torch.nn.init.normal_(stage.V, std=0.1)
+    return backbone
+
+
+@pytest.fixture
+def backbone():
+    return E3VABackbone(randomised(FrozenSwin(TINY)), HighwayConfig(branches=1, kernel_dim=4))
+
+
+def loss_of(features):
+    return sum((p.float() ** 2).mean() for p in features.values())
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_frozen_network_at_initialisation(backbone, size, dtype):
+    frozen = SwinBackbone(backbone.trunk)
+    image = torch.randn(2, 3, *size)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        ours, theirs = backbone(image), frozen(image)
+    for s, name in enumerate(("p0", "p1", "p2", "p3")):
+        expected = (2, 16 * 2**s, *(math.ceil(n / 2 ** (s + 2)) for n in size))
+        assert ours[name].shape == expected and ours[name].dtype == dtype
+        assert torch.equal(ours[name], theirs[name])
+
+
+def test_only_highway_and_norms_train_and_the_trunk_stays_to_the_bit(backbone):
+    backbone.train()
+    before = copy.deepcopy(backbone.state_dict())
+    optimizer = torch.optim.AdamW([p for p in backbone.parameters() if p.requires_grad], lr=0.01)
+    image = torch.randn(2, 3, 41, 50)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of({k: p * torch.randn_like(p) for k, p in backbone(image).items()}).backward()
+        optimizer.step()
+    for name, value in backbone.state_dict().items():
+        if name.startswith("trunk."):
+            assert torch.equal(value, before[name]), name
+        else:
+            assert not torch.equal(value, before[name]), name
+    assert {n.split(".")[0] for n, p in backbone.named_parameters() if p.requires_grad} == {
+        "highway",
+        "norms",
+    }
+
+
+def test_every_trainable_parameter_gets_a_gradient(backbone):
+    loss = sum((p * torch.randn_like(p)).sum() for p in wake(backbone)(torch.randn(1, 3, 50, 50)).values())
+    loss.backward()
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+        else:
+            assert parameter.grad is None, name
+
+
+def test_gradients_equal_autograd_through_the_unfused_network(backbone):
+    """The oracle runs a trainable Swin, adapters one at a time and plain layers, in float64."""
+    backbone = wake(backbone).double()
+    trunk = Swin(TINY).double()
+    trunk.load_state_dict(backbone.trunk.state_dict(), strict=False)
+    image = torch.randn(1, 3, 45, 37, dtype=torch.float64)
+    weights = {k: torch.randn_like(p) for k, p in backbone(image).items()}
+
+    def loss_of_oracle():
+        y = h = trunk.embed(image)
+        loss = 0.0
+        for s, stage in enumerate(backbone.highway.stages):
+            if s:
+                y, h = trunk.merge(s - 1, y), trunk.merge(s - 1, h)
+            Q, U = stage.fold()
+            taps = []
+
+            def keep(x, y, norm, taps=taps):
+                taps.append(x.detach())
+                y = y + x
+                return y, y if norm is None else norm(y)
+
+            y = trunk.stage(s, y, keep).detach()
+            h = oracles.highway(h, taps, stage.P, Q, stage.b, U, stage.V, stage.c)
+            norm = backbone.norms[s]
+            p = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias).permute(0, 3, 1, 2)
+            loss = loss + (p * weights[f"p{s}"]).sum()
+        return loss
+
+    trained = {n: p for n, p in backbone.named_parameters() if p.requires_grad}
+    ours = sum((p * weights[k]).sum() for k, p in backbone(image).items())
+    theirs = loss_of_oracle()
+    torch.testing.assert_close(ours, theirs)
+    actual = torch.autograd.grad(ours, list(trained.values()))
+    expected = torch.autograd.grad(theirs, list(trained.values()))
+    for name, a, e in zip(trained, actual, expected, strict=True):
+        torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_saved_bytes_are_exactly_as_designed(backbone, autocast):
+    """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e,
+    t K·N·α·e, and h N·C·e, which the output norm and the patch merging share. Beside these the
+    norm's statistics 2·N·e, the folded Q and U 2·K·α·m·4, and the norm's weights where they are
+    cast. Nothing of width m per token, nothing of the trunk but its taps."""
+    e = (autocast or torch.float32).itemsize
+    config = backbone.highway.config
+    image = torch.randn(2, 3, 41, 50)
+    expected = 0
+    for s, (K, C) in enumerate(zip(TINY.num_taps, TINY.dims, strict=True)):
+        N = 2 * math.ceil(41 / 2 ** (s + 2)) * math.ceil(50 / 2 ** (s + 2))
+        expected += K * N * C * e + K * N * config.rank * e + N * C * e
+        expected += 2 * N * e + 2 * K * config.rank * config.hidden(C) * 4
+        expected += 2 * C * e if autocast else 0
+    with SavedBytes([backbone]) as saved, torch.autocast("cpu", autocast, enabled=bool(autocast)):
+        backbone(image)
+    assert saved.total == expected
+
+
+def test_nothing_of_the_trunk_but_taps_is_saved(backbone):
+    image = torch.randn(1, 3, 41, 50)
+    with SavedBytes([backbone]) as saved:
+        backbone(image)
+    stages = backbone.trunk.forward_taps(image)
+    maps = [t for t in saved.tensors if t.dim() == 4 and t.shape[-1] > 1]
+    taps = [tap for stage in stages for tap in stage.taps]
+    distinct = {t.data_ptr(): t for t in maps}.values()
+    unexplained = [t for t in distinct if not any(torch.equal(t, tap) for tap in taps)]
+    # What is left is the highway itself: one map per stage, equal to the trunk's at first.
+    assert len(unexplained) == len(stages)
+    for h, stage in zip(unexplained, stages, strict=True):
+        assert torch.equal(h, stage.y_out)
+
+
+def test_keeps_far_less_alive_than_full_fine_tuning():
+    peaks = {}
+    for method in ("full", "frozen", "e3va"):
+        backbone = build_backbone(method, swin_config("swin_digits"))
+        with LiveBytes() as memory:
+            features = backbone(torch.randn(1, 3, 96, 128))
+            if method != "frozen":
+                loss_of(features).backward()
+        peaks[method] = memory.peak
+        del features
+    assert peaks["frozen"] < peaks["e3va"] < 0.25 * peaks["full"]
+
+
+def test_compiles_without_a_graph_break(backbone):
+    compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
+    image = torch.randn(1, 3, 41, 50)
+    ours, theirs = compiled(image), wake(backbone)(image)
+    for name, p in theirs.items():
+        torch.testing.assert_close(compiled(image)[name], p)
+        assert ours[name].shape == p.shape
+    loss_of(compiled(image)).backward()
+    gradient = backbone.highway.stages[0].P.grad.clone()
+    backbone.zero_grad()
+    loss_of(backbone(image)).backward()
+    torch.testing.assert_close(backbone.highway.stages[0].P.grad, gradient)
+
+
+def test_empty_batch_and_strided_images(backbone):
+    features = backbone(torch.randn(0, 3, 40, 40))
+    sum(p.sum() for p in features.values()).backward()
+    assert features["p0"].shape == (0, 16, 10, 10)
+    assert backbone.highway.stages[0].P.grad.abs().sum() == 0
+    image = torch.randn(2, 3, 40, 44)
+    for strided in (image.to(memory_format=torch.channels_last), image.mT.contiguous().mT):
+        torch.testing.assert_close(backbone(strided)["p3"], backbone(image)["p3"])
+
+
+def test_frozen_weights_in_half_precision_leave_features_in_the_norms_dtype():
+    trunk = FrozenSwin(TINY, torch.bfloat16)
+    assert {p.dtype for p in trunk.parameters()} == {torch.bfloat16}
+    backbone = E3VABackbone(trunk, HighwayConfig(1, 4))
+    assert {p.dtype for p in backbone.parameters() if p.requires_grad} == {torch.float32}
+    features = backbone(torch.randn(1, 3, 40, 40))
+    assert {p.dtype for p in features.values()} == {torch.float32}
+    loss_of(features).backward()
+
+
+@pytest.mark.parametrize(
+    "shape", [(3, 40, 40), (1, 1, 40, 40), (1, 3, 0, 40), (1, 3, 40, 0)], ids=str
+)
+def test_images_of_a_wrong_shape(backbone, shape):
+    with pytest.raises(ValueError, match=r"image must have shape \[B, 3, H, W\], got"):
+        backbone(torch.randn(shape))
+
+
+def test_methods():
+    counts = {m: trainable_parameters(build_backbone(m, TINY, highway=HighwayConfig(1, 4)))
+              for m in ("full", "frozen", "e3va")}
+    assert counts["frozen"] == 0 < counts["e3va"] < counts["full"]
+    with pytest.raises(ValueError, match="unknown tuning method 'lora'; known: full, frozen, e3va"):
+        build_backbone("lora", TINY)
+    with pytest.raises(TypeError, match="trunk must be a FrozenSwin, got Swin"):
+        E3VABackbone(Swin(TINY))
+
+
+def test_drop_path_is_for_full_fine_tuning_in_training_only():
+    backbone = build_backbone("full", TINY, drop_path=0.9)
+    image = torch.randn(1, 3, 40, 40)
+    assert not torch.equal(backbone(image)["p3"], backbone(image)["p3"])
+    backbone.eval()
+    assert torch.equal(backbone(image)["p3"], backbone(image)["p3"])
+    with pytest.raises(ValueError, match=r"drop_path must be in \[0, 1\)"):
+        build_backbone("full", TINY, drop_path=1.0)

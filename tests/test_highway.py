@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from e3va import Highway, HighwayConfig, SwinConfig, swin_config
+from e3va.measure import trainable_parameters
+from tests import oracles
+
+
+@pytest.mark.parametrize("variant, count", [("swin_b", 1_181_312), ("swin_l", 1_765_824)])
+def test_parameter_counts_of_the_paper(variant, count):
+    """The paper's 1.20 M and 1.79 M, less one output bias per adapter, plus one per stage."""
+    swin = swin_config(variant)
+    highway = Highway(swin)
+    assert trainable_parameters(highway) == count
+    biases = sum(taps * dim for taps, dim in zip(swin.num_taps, swin.dims, strict=True))
+    published = {"swin_b": 1.203e6, "swin_l": 1.799e6}[variant]
+    assert count + biases - sum(swin.dims) == pytest.approx(published, abs=500)
+
+
+def test_parameters_of_a_stage_are_stacked():
+    highway = Highway(swin_config("swin_b"))
+    assert len(list(highway.parameters())) == 4 * 8
+    assert highway.stages[2].P.shape == (36, 512, 16)
+
+
+def test_fold_is_the_lorand_form():
+    stage = Highway(SwinConfig(24, (1,), (1,)), HighwayConfig(3, 4, 0.5)).stages[0].double()
+    for parameter in stage.parameters():
+        torch.nn.init.normal_(parameter)
+    Q, U = stage.fold()
+    for k in range(2):
+        down = oracles.lorand_projection(stage.P[k], stage.g[k], stage.Q[k])
+        up = oracles.lorand_projection(stage.U[k], stage.g_up[k], stage.V[k])
+        torch.testing.assert_close(stage.P[k] @ Q[k], down)
+        torch.testing.assert_close(U[k] @ stage.V[k], up)
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(branches=0), ValueError, "branches must be at least 1, got 0"),
+        (dict(kernel_dim=-8), ValueError, "kernel_dim must be at least 1, got -8"),
+        (dict(kernel_dim=2.0), TypeError, "kernel_dim must be an integer"),
+        (dict(branches=True), TypeError, "branches must be an integer"),
+        (dict(hidden_ratio=0), ValueError, r"hidden_ratio must be in \(0, 1\]"),
+        (dict(hidden_ratio=1.5), ValueError, r"hidden_ratio must be in \(0, 1\]"),
+        (dict(hidden_ratio=float("nan")), ValueError, r"hidden_ratio must be in \(0, 1\]"),
+    ],
+)
+def test_config_out_of_range(arguments, error, message):
+    with pytest.raises(error, match=message):
+        HighwayConfig(**arguments)
+
+
+def test_config_that_does_not_fit_the_trunk():
+    odd = SwinConfig(33, (1,), (3,))
+    with pytest.raises(ValueError, match="hidden_ratio 0.5 of 33 channels is 16.5"):
+        Highway(odd)
+    Highway(odd, HighwayConfig(hidden_ratio=1.0))  # odd channel counts are fine in themselves
+    with pytest.raises(ValueError, match="exceeds the stage's 32 channels"):
+        Highway(swin_config("swin_digits"), HighwayConfig(branches=5))
+
+
+@pytest.mark.parametrize(
+    "arguments, error, message",
+    [
+        (dict(embed_dim=0), ValueError, "embed_dim must be at least 1"),
+        (dict(window_size=7.0), TypeError, "window_size must be an integer"),
+        (dict(num_heads=(5, 6, 12, 24)), ValueError, "5 does not divide 96"),
+        (dict(depths=(2, 2)), ValueError, "of one length"),
+        (dict(depths=()), ValueError, "non-empty"),
+        (dict(depths=(2, 0, 2, 2)), ValueError, "depths must be at least 1"),
+        (dict(mlp_ratio=0), ValueError, "mlp_ratio must be positive"),
+    ],
+)
+def test_swin_config_out_of_range(arguments, error, message):
+    with pytest.raises(error, match=message):
+        SwinConfig(**arguments)
+
+
+def test_unknown_variant_lists_the_known():
+    with pytest.raises(ValueError, match="unknown Swin variant 'swin_xl'; known: swin_t, swin_s"):
+        swin_config("swin_xl")
