@@ -1,0 +1,31 @@
+"""E³VA for Detectron2: backbones in its registry, config keys, a trainer. ``train_net.py`` at the
+root of the repository is the script that puts them together."""
+
+try:
+    import detectron2  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "e3va.detectron2 needs Detectron2, which is installed from its own sources: "
+        "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
+    ) from error
+
+from e3va.detectron2.backbone import (
+    E3VASwinBackbone,
+    build_e3va_swin_backbone,
+    build_e3va_swin_fpn_backbone,
+)
+from e3va.detectron2.checkpoint import SafeCheckpointer
+from e3va.detectron2.config import add_e3va_config, load_config
+from e3va.detectron2.data import register_coco_json
+from e3va.detectron2.train import Trainer
+
+__all__ = [
+    "E3VASwinBackbone",
+    "SafeCheckpointer",
+    "Trainer",
+    "add_e3va_config",
+    "build_e3va_swin_backbone",
+    "build_e3va_swin_fpn_backbone",
+    "load_config",
+    "register_coco_json",
+]

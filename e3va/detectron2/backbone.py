@@ -1,0 +1,116 @@
+"""E³VA's backbones as Detectron2 knows backbones."""
+
+from __future__ import annotations
+
+import logging
+from importlib.resources import files
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.utils.file_io import PathHandler, PathManager
+from torch import Tensor
+
+from e3va.backbone import SwinBackbone, build_backbone
+from e3va.config import HighwayConfig, swin_config
+from e3va.detectron2.config import dtype_of
+from e3va.trunk import PATCH_SIZE
+from e3va.weights import load_trunk
+
+logger = logging.getLogger(__name__)
+
+
+class E3VASwinBackbone(Backbone):
+    """A :class:`~e3va.backbone.SwinBackbone` as a bottom-up network of Detectron2: maps "p0" to
+    "p3" of strides 4 to 32.
+
+    Args:
+        swin: the network, of any tuning method.
+    """
+
+    @configurable
+    def __init__(self, swin: SwinBackbone) -> None:
+        super().__init__()
+        self.swin = swin
+        self._out_features = [f"p{s}" for s in range(swin.trunk.config.num_stages)]
+        self._out_feature_channels = dict(
+            zip(self._out_features, swin.trunk.config.dims, strict=True)
+        )
+        self._out_feature_strides = {
+            name: PATCH_SIZE * 2**s for s, name in enumerate(self._out_features)
+        }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        if input_shape.channels != 3:
+            raise ValueError(
+                "a Swin backbone needs images of 3 channels, but MODEL.PIXEL_MEAN has "
+                f"{input_shape.channels}"
+            )
+        e3va = cfg.MODEL.E3VA
+        swin = build_backbone(
+            cfg.MODEL.TUNING.METHOD,
+            swin_config(e3va.VARIANT, e3va.WINDOW_SIZE),
+            highway=HighwayConfig(e3va.BRANCHES, e3va.KERNEL_DIM, e3va.HIDDEN_RATIO),
+            dtype=dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE),
+            drop_path=e3va.DROP_PATH_RATE,
+        )
+        if e3va.WEIGHTS:
+            load_trunk(swin.trunk, PathManager.get_local_path(e3va.WEIGHTS))
+            logger.info("Loaded the trunk's weights from %s", e3va.WEIGHTS)
+        else:
+            logger.warning(
+                "MODEL.E3VA.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
+                "brings them"
+            )
+        return {"swin": swin}
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Image [B, 3, H, W], normalised → one map per stage."""
+        return self.swin(image)
+
+
+@BACKBONE_REGISTRY.register()
+def build_e3va_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> E3VASwinBackbone:
+    """The bare backbone that cfg.MODEL.E3VA and cfg.MODEL.TUNING describe."""
+    return E3VASwinBackbone(cfg, input_shape)
+
+
+@BACKBONE_REGISTRY.register()
+def build_e3va_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The backbone under Detectron2's FPN, with "p6" on top, as Mask R-CNN uses it."""
+    return FPN(
+        bottom_up=build_e3va_swin_backbone(cfg, input_shape),
+        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=LastLevelMaxPool(),
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )
+
+
+class _PackagedWeights(PathHandler):
+    """Resolves e3va://NAME to the weights that ship with the package."""
+
+    PREFIX = "e3va://"
+
+    def _get_supported_prefixes(self) -> list[str]:
+        return [self.PREFIX]
+
+    def _get_local_path(self, path: str, **kwargs: Any) -> str:
+        name = path.removeprefix(self.PREFIX)
+        folder = files("e3va") / "demo"
+        if not (folder / name).is_file():
+            known = [f.name for f in folder.iterdir() if f.name.endswith(".safetensors")]
+            raise FileNotFoundError(
+                f"no weights {path!r} ship with e3va; known: {', '.join(known) or 'none'}"
+            )
+        return str(folder / name)
+
+    def _open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
+        return open(self._get_local_path(path), mode, **kwargs)
+
+
+PathManager.register_handler(_PackagedWeights())

@@ -1,0 +1,89 @@
+"""The config keys that E³VA adds to Detectron2's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def add_e3va_config(cfg: CfgNode) -> None:
+    """Add E³VA's keys, with their defaults, to a Detectron2 config."""
+    # How the backbone is tuned: "full" (everything is trained), "frozen" (nothing is) or "e3va"
+    # (nothing but the highway beside the frozen trunk, and the output norms).
+    cfg.MODEL.TUNING = CfgNode()
+    cfg.MODEL.TUNING.METHOD = "e3va"
+
+    cfg.MODEL.E3VA = CfgNode()
+    # The trunk: "swin_t", "swin_s", "swin_b", "swin_l" or "swin_digits".
+    cfg.MODEL.E3VA.VARIANT = "swin_b"
+    # Side of its attention windows: 7, or 12 for weights pretrained at 384 pixels.
+    cfg.MODEL.E3VA.WINDOW_SIZE = 7
+    # The trunk's pretrained weights: a file of Microsoft's, MMDetection, timm, torchvision, Hugging
+    # Face or Detectron2, as a path, a URL, or e3va://swin_digits.safetensors, which ships with the
+    # package. Empty: random weights, or those that MODEL.WEIGHTS brings.
+    cfg.MODEL.E3VA.WEIGHTS = ""
+    # What a frozen trunk stores its weights in: "float32", "bfloat16" or "float16".
+    cfg.MODEL.E3VA.TRUNK_DTYPE = "float32"
+    # Shape of the highway's adapters: rank BRANCHES * KERNEL_DIM, hidden width HIDDEN_RATIO * C.
+    cfg.MODEL.E3VA.BRANCHES = 2
+    cfg.MODEL.E3VA.KERNEL_DIM = 8
+    cfg.MODEL.E3VA.HIDDEN_RATIO = 0.5
+    # Stochastic depth of the last block, under METHOD "full" alone: a frozen trunk has none.
+    cfg.MODEL.E3VA.DROP_PATH_RATE = 0.0
+
+    # One's own data in COCO format. A given JSON replaces DATASETS.TRAIN or DATASETS.TEST, and the
+    # number of classes is then taken from it. IMAGES is the folder that the JSON's file names are
+    # relative to; empty: the folder of the JSON. "~" and "$VARIABLE" are expanded.
+    cfg.DATASETS.COCO_JSON = CfgNode()
+    cfg.DATASETS.COCO_JSON.TRAIN_JSON = ""
+    cfg.DATASETS.COCO_JSON.TRAIN_IMAGES = ""
+    cfg.DATASETS.COCO_JSON.TEST_JSON = ""
+    cfg.DATASETS.COCO_JSON.TEST_IMAGES = ""
+
+    # "ADAMW", or "SGD" with Detectron2's own MOMENTUM and NESTEROV. Norms follow
+    # WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS; relative-position tables are never decayed.
+    cfg.SOLVER.OPTIMIZER = "ADAMW"
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    # CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": one norm over all parameters. Detectron2's
+    # own "norm" clips each parameter for itself.
+
+    # What SOLVER.AMP.ENABLED computes in: "bfloat16" (GPUs from sm_80 on, CPUs) or "float16", whose
+    # loss is scaled.
+    cfg.SOLVER.AMP.DTYPE = "bfloat16"
+
+
+def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
+    """A config from a YAML file and overrides [KEY, VALUE, …]; YAML that would run code is refused.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        KeyError: a key is unknown.
+    """
+    if not os.path.isfile(config_file):
+        raise FileNotFoundError(f"no config file {config_file!r}: give one with --config-file")
+    cfg = get_cfg()
+    add_e3va_config(cfg)
+    cfg.merge_from_file(config_file, allow_unsafe=False)
+    cfg.merge_from_list(list(overrides))
+    return cfg
+
+
+def dtype_of(key: str, name: str, choices: Sequence[str] = tuple(_DTYPES)) -> torch.dtype:
+    """The torch dtype that the config key ``key`` calls ``name``.
+
+    Raises:
+        ValueError: it is none of ``choices``.
+    """
+    if name not in choices:
+        raise ValueError(f"{key} must be one of {', '.join(choices)}, got {name!r}")
+    return _DTYPES[name]

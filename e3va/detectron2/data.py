@@ -1,0 +1,144 @@
+"""One's own data in COCO format, named by config keys."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import load_coco_json
+
+logger = logging.getLogger(__name__)
+
+_KEYS = "DATASETS.COCO_JSON"
+
+
+def register_coco_json(cfg: CfgNode) -> None:
+    """Register the data sets that cfg.DATASETS.COCO_JSON names, and make ``cfg`` use them.
+
+    Sets DATASETS.TRAIN or DATASETS.TEST, or both, and the number of classes. Annotations that
+    cannot be trained on are dropped when the data are loaded: boxes that are empty or lie outside
+    of their image, and, where masks are trained, instances without a mask.
+
+    Raises:
+        FileNotFoundError: a JSON or an image folder is not there.
+        ValueError: a file is no COCO data set, the two disagree about the categories, or its masks
+            do not fit INPUT.MASK_FORMAT.
+    """
+    categories: dict[str, list[str]] = {}
+    for split in ("TRAIN", "TEST"):
+        json_file = _expand(cfg, f"{split}_JSON")
+        if not json_file:
+            continue
+        images = _expand(cfg, f"{split}_IMAGES") or os.path.dirname(os.path.abspath(json_file))
+        if not os.path.isfile(json_file):
+            raise FileNotFoundError(f"{_KEYS}.{split}_JSON: no file {json_file!r}")
+        if not os.path.isdir(images):
+            raise FileNotFoundError(f"{_KEYS}.{split}_IMAGES: no folder {images!r}")
+        content = _read(json_file)
+        if split == "TRAIN" and cfg.MODEL.MASK_ON:
+            _check_mask_format(content, json_file, cfg.INPUT.MASK_FORMAT)
+        categories[json_file] = _names(content)
+        name = f"coco_json:{os.path.abspath(json_file)}"
+        _register(name, json_file, images, cfg.MODEL.MASK_ON)
+        setattr(cfg.DATASETS, split, (name,))
+    if not categories:
+        return
+    (first, names), *others = categories.items()
+    for other, other_names in others:
+        if other_names != names:
+            raise ValueError(
+                f"{first} and {other} must have the same categories, got {names} and {other_names}"
+            )
+    for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+        head.NUM_CLASSES = len(names)
+    logger.info("%d classes, from %s: %s", len(names), first, ", ".join(names))
+
+
+def _expand(cfg: CfgNode, key: str) -> str:
+    path = os.path.expanduser(os.path.expandvars(cfg.DATASETS.COCO_JSON[key]))
+    if "$" in path:
+        raise ValueError(
+            f"{_KEYS}.{key} is {path!r}, but that environment variable is not set: "
+            f"set it, or give the path as {_KEYS}.{key}"
+        )
+    return path
+
+
+def _read(json_file: str) -> dict[str, Any]:
+    with open(json_file) as file:
+        try:
+            content = json.load(file)
+        except ValueError as error:
+            raise ValueError(f"{json_file} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{json_file} is no COCO instances file: it holds no JSON object")
+    missing = [key for key in ("images", "categories") if not content.get(key)]
+    if "annotations" not in content:  # it may be empty
+        missing.append("annotations")
+    if missing:
+        raise ValueError(
+            f"{json_file} is no COCO instances file: it has no {' and no '.join(missing)}"
+        )
+    return content
+
+
+def _names(content: dict[str, Any]) -> list[str]:
+    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+
+
+def _check_mask_format(content: dict[str, Any], json_file: str, mask_format: str) -> None:
+    if mask_format == "polygon" and any(
+        isinstance(a.get("segmentation"), dict) and not a.get("iscrowd")
+        for a in content["annotations"]
+    ):
+        raise ValueError(
+            f"{json_file} holds masks in run-length encoding: set INPUT.MASK_FORMAT to bitmask"
+        )
+
+
+def _register(name: str, json_file: str, images: str, masks: bool) -> None:
+    if name in DatasetCatalog:  # named in an earlier config of this process
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    DatasetCatalog.register(name, lambda: _load(name, json_file, images, masks))
+    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
+
+
+def _load(name: str, json_file: str, images: str, masks: bool) -> list[dict[str, Any]]:
+    """Detectron2's records of the data set, with boxes clipped to their images."""
+    records = load_coco_json(json_file, images, name)
+    empty = maskless = 0
+    for record in records:
+        usable = []
+        for annotation in record["annotations"]:
+            if not _clip(annotation, record):
+                empty += 1
+            elif masks and "segmentation" not in annotation:
+                maskless += 1
+            else:
+                usable.append(annotation)
+        record["annotations"] = usable
+    if empty or maskless:
+        logger.warning(
+            "%s: dropped %d instances whose box is empty or outside of its image and %d without a "
+            "mask",
+            json_file,
+            empty,
+            maskless,
+        )
+    return records
+
+
+def _clip(annotation: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Clip the box [x, y, width, height] to the image; whether anything is left of it."""
+    if "bbox" not in annotation:
+        raise ValueError(f"an annotation of image {record['file_name']} has no bbox")
+    x, y, width, height = annotation["bbox"]
+    left, top = max(x, 0), max(y, 0)
+    right, bottom = min(x + width, record["width"]), min(y + height, record["height"])
+    annotation["bbox"] = [left, top, right - left, bottom - top]
+    return bool(right > left and bottom > top)

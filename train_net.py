@@ -1,0 +1,64 @@
+#!/usr/bin/env python3
+"""Train and evaluate with Detectron2.
+
+    python train_net.py --config-file detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml \\
+        --num-gpus 1 OUTPUT_DIR output/swin_b
+
+--resume continues, --eval-only evaluates MODEL.WEIGHTS (with --resume: the last checkpoint), and
+KEY VALUE pairs at the end override the config.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+
+from e3va.detectron2 import SafeCheckpointer, Trainer, load_config, register_coco_json
+
+logger = logging.getLogger("e3va.train_net")
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a run, with its data sets registered and logging set up."""
+    cfg = load_config(args.config_file, args.opts)
+    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="e3va")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.info("No CUDA device: MODEL.DEVICE is cpu")
+    register_coco_json(cfg)
+    cfg.freeze()
+    default_setup(cfg, args)
+    return cfg
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, or evaluate alone; returns the metrics by task ("bbox", "segm")."""
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
+            cfg.MODEL.WEIGHTS, resume=args.resume
+        )
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+if __name__ == "__main__":
+    args = default_argument_parser().parse_args()
+    launch(
+        main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
