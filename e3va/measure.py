@@ -107,6 +107,19 @@ def trainable_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def peak_live_bytes(module: nn.Module, step: Callable[[], Tensor]) -> int:
+    """Most bytes alive at once in a training step: ``step()`` gives the loss, whose backward runs.
+
+    Gradients of parameters exist beforehand, as from the second step on, and are not counted.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    with LiveBytes() as memory:
+        step().backward()
+    return memory.peak
+
+
 def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that ``run`` makes autograd save beyond the parameters and buffers of ``module``."""
     with SavedBytes([module]) as saved:

@@ -1,0 +1,1 @@
+"""Benchmarks: what one has to run to believe the README."""

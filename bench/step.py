@@ -1,0 +1,144 @@
+"""One real training step of Mask R-CNN through Detectron2: live activation bytes, time.
+
+    python -m bench.step [--config-file YAML] [--methods full frozen e3va] [--json FILE]
+
+One 800×1344 image with eight polygon-mask instances, random weights, bf16 autocast, on the CPU or
+on a GPU. The peak counts every tensor storage made by the step and still alive (e3va.measure);
+gradients of parameters exist before the step, as from the second step on, and are not activations.
+Times are medians of interleaved steps, as a ratio to ``frozen``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from bench.environment import environment
+from e3va.files import atomic_path
+from e3va.measure import peak_live_bytes, saved_bytes, trainable_parameters
+
+MIB = 2**20
+DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
+
+
+def build(config_file: str, method: str, overrides: list[str]) -> torch.nn.Module:
+    from detectron2.modeling import build_model
+
+    from e3va.detectron2.config import load_config
+
+    cfg = load_config(config_file, ["MODEL.TUNING.METHOD", method, *overrides])
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    return build_model(cfg).train()
+
+
+def polygon_batch(height: int, width: int, instances: int = 8) -> list[dict[str, object]]:
+    """One image of noise with regular 16-gons of different sizes, seeded."""
+    from detectron2.structures import Boxes, Instances, PolygonMasks
+
+    generator = torch.Generator().manual_seed(0)
+    polygons, boxes = [], []
+    for i in range(instances):
+        radius = min(height, width) * (0.05 + 0.04 * i) / 2
+        cx = radius + (width - 2 * radius) * torch.rand((), generator=generator).item()
+        cy = radius + (height - 2 * radius) * torch.rand((), generator=generator).item()
+        angles = [2 * math.pi * k / 16 for k in range(16)]
+        points = [(cx + radius * math.cos(a), cy + radius * math.sin(a)) for a in angles]
+        polygons.append([[value for point in points for value in point]])
+        boxes.append([cx - radius, cy - radius, cx + radius, cy + radius])
+    target = Instances((height, width))
+    target.gt_boxes = Boxes(torch.tensor(boxes))
+    target.gt_classes = torch.arange(instances)
+    target.gt_masks = PolygonMasks(polygons)
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    return [{"image": image, "instances": target, "height": height, "width": width}]
+
+
+def measure(model: torch.nn.Module, batch: list[dict[str, object]], device: str) -> dict[str, int]:
+    """Bytes: peak of live activations in a step, saved for backward in the backbone, and the peak
+    with weights, gradients and AdamW state."""
+    images = model.preprocess_image(batch).tensor
+
+    def backbone() -> object:
+        with torch.autocast(device, torch.bfloat16):
+            return model.backbone.bottom_up(images)
+
+    saved = saved_bytes(model, backbone)
+    torch.manual_seed(0)
+    peak = peak_live_bytes(model, lambda: loss(model, batch, device))
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    return {
+        "backbone_trainable_params": trainable_parameters(model.backbone.bottom_up),
+        "saved_bytes": saved,
+        "peak_live_bytes": peak,
+        "total_bytes": peak + sum(p.nbytes for p in model.parameters()) + 3 * trained,
+    }
+
+
+def loss(model: torch.nn.Module, batch: list[dict[str, object]], device: str) -> torch.Tensor:
+    from detectron2.utils.events import EventStorage
+
+    with EventStorage(), torch.autocast(device, torch.bfloat16):
+        return sum(model(batch).values())
+
+
+def timed_step(model: torch.nn.Module, batch: list[dict[str, object]], device: str) -> float:
+    """Seconds of one forward and backward."""
+    start = time.perf_counter()
+    loss(model, batch, device).backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", default=DEFAULT_CONFIG)
+    parser.add_argument("--methods", nargs="+", default=["full", "frozen", "e3va"])
+    parser.add_argument("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"))
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps (default 3)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs for the config")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = polygon_batch(*arguments.size)
+    models = {m: build(arguments.config_file, m, arguments.overrides) for m in arguments.methods}
+    results = {}
+    for method, model in models.items():
+        results[method] = measure(model, batch, device)
+        print(
+            f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "
+            f"with weights, gradients, AdamW {results[method]['total_bytes'] / MIB:7.1f} MiB   "
+            f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
+            flush=True,
+        )
+    times: dict[str, list[float]] = {method: [] for method in models}
+    for _ in range(arguments.repeats):
+        for method, model in models.items():
+            times[method].append(timed_step(model, batch, device))
+    for method in models:
+        results[method]["seconds_per_step"] = statistics.median(times[method])
+    fastest = results.get("frozen", results[arguments.methods[0]])["seconds_per_step"]
+    for method, result in results.items():
+        print(f"{method:8} time {result['seconds_per_step'] / fastest:.2f} × frozen")
+    if arguments.json:
+        report = {
+            "environment": environment(),
+            "config": arguments.config_file,
+            "overrides": arguments.overrides,
+            "size": list(arguments.size),
+            "methods": results,
+        }
+        with atomic_path(arguments.json) as path:
+            path.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
