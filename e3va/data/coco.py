@@ -1,0 +1,299 @@
+"""Instances in COCO's JSON format: read for training, and scored by COCO's average precision."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+# A box thinner than this, in pixels, holds nothing to learn and breaks the box regression.
+MIN_SIDE = 0.1
+
+Target = dict[str, Tensor]
+
+
+class _Instance(NamedTuple):
+    box: tuple[float, float, float, float]  # x1, y1, x2, y2 within the image
+    label: int
+    segmentation: Any  # polygons, or a run-length encoding
+    crowd: bool
+    annotation: dict[str, Any]  # as in the file
+
+
+class CocoInstances:
+    """Images and their instances from a COCO JSON file; an item is ``(image, target)``.
+
+    ``image`` is [3, H, W] float32 in [0, 1]. ``target`` is what torchvision's detectors train on:
+    ``boxes`` [n, 4] float32 (x1, y1, x2, y2, clipped to the image), ``labels`` [n] int64 (1 is the
+    first category by id, 0 is the background), ``masks`` [n, H, W] uint8. Crowds are no targets;
+    evaluation ignores what is found in them. Annotations with an empty mask, or with a box that is
+    outside its image or thinner than 0.1 pixels, are dropped; one warning says how many.
+
+    Args:
+        annotations: the JSON file; masks as polygons or as run-length encodings.
+        images: the folder that its file names are relative to.
+        keep_empty: keep the images without a target (default True).
+
+    Attributes:
+        classes: names of the categories, ordered by id; the class of label i is ``classes[i - 1]``.
+
+    Raises:
+        FileNotFoundError: the JSON file or an image is missing.
+        ValueError: the JSON is not in COCO's format; says what is wrong with which annotation.
+    """
+
+    def __init__(
+        self,
+        annotations: str | os.PathLike[str],
+        images: str | os.PathLike[str],
+        *,
+        keep_empty: bool = True,
+    ) -> None:
+        self.path = Path(annotations)
+        self.folder = Path(images)
+        content = _read(self.path)
+        self._categories = sorted(content["categories"], key=lambda category: category["id"])
+        self.classes = [category["name"] for category in self._categories]
+        self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
+        self._instances = self._parse(content)
+        self._images = [
+            image
+            for image in content["images"]
+            if keep_empty or any(not i.crowd for i in self._instances[image["id"]])
+        ]
+        for image in self._images:
+            if not (self.folder / image["file_name"]).is_file():
+                raise FileNotFoundError(
+                    f"no image at {self.folder / image['file_name']}, which {self.path} lists: "
+                    "its file names must be relative to the image folder"
+                )
+
+    def _parse(self, content: dict[str, Any]) -> dict[Any, list[_Instance]]:
+        labels = {category["id"]: i + 1 for i, category in enumerate(self._categories)}
+        instances: dict[Any, list[_Instance]] = {image_id: [] for image_id in self._sizes}
+        dropped = 0
+        for annotation in content["annotations"]:
+            where = f"annotation {annotation.get('id')} of {self.path}"
+            for key in ("image_id", "category_id", "bbox", "segmentation"):
+                if key not in annotation:
+                    raise ValueError(f"{where} has no {key!r}: instance segmentation needs it")
+            if annotation["image_id"] not in instances:
+                raise ValueError(f"{where} names the unknown image {annotation['image_id']!r}")
+            if annotation["category_id"] not in labels:
+                raise ValueError(
+                    f"{where} names the unknown category {annotation['category_id']!r}"
+                )
+            box = _clip(annotation["bbox"], *self._sizes[annotation["image_id"]])
+            segmentation = _usable(annotation["segmentation"])
+            if box is None or segmentation is None:
+                dropped += 1
+                continue
+            label, crowd = labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0))
+            instances[annotation["image_id"]].append(
+                _Instance(box, label, segmentation, crowd, annotation)
+            )
+        if dropped:
+            logger.warning(
+                "dropped %d of %d annotations of %s: no mask, or a box outside its image or "
+                "thinner than %g pixels",
+                dropped,
+                len(content["annotations"]),
+                self.path,
+                MIN_SIDE,
+            )
+        return instances
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        record = self._images[index]
+        targets = [i for i in self._instances[record["id"]] if not i.crowd]
+        masks = np.zeros((len(targets), record["height"], record["width"]), dtype=np.uint8)
+        for mask, instance in zip(masks, targets, strict=True):
+            mask[:] = self._decode(instance)
+        target = {
+            "boxes": torch.tensor([i.box for i in targets], dtype=torch.float32).reshape(-1, 4),
+            "labels": torch.tensor([i.label for i in targets], dtype=torch.int64),
+            "masks": torch.from_numpy(masks),
+        }
+        return self.image(index), target
+
+    def image(self, index: int) -> Tensor:
+        """The image alone: [3, H, W] float32 in [0, 1].
+
+        Raises:
+            ValueError: it is not of the size that the JSON file says.
+        """
+        record = self._images[index]
+        path = self.folder / record["file_name"]
+        with Image.open(path) as file:
+            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+        height, width = pixels.shape[:2]
+        if (height, width) != (record["height"], record["width"]):
+            raise ValueError(
+                f"{path} is {width}×{height} pixels, "
+                f"but {self.path} says {record['width']}×{record['height']}"
+            )
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(255)
+
+    def _decode(self, instance: _Instance) -> np.ndarray:
+        _, _, mask = _pycocotools()
+        image = self._sizes[instance.annotation["image_id"]]
+        rle = instance.segmentation
+        if isinstance(rle, list):
+            rle = mask.merge(mask.frPyObjects(rle, *image))
+        elif isinstance(rle["counts"], list):
+            rle = mask.frPyObjects(rle, *rle["size"])
+        if tuple(rle["size"]) != image:
+            raise ValueError(
+                f"annotation {instance.annotation.get('id')} of {self.path} has a mask of "
+                f"{list(rle['size'])} rows and columns in an image of {list(image)}"
+            )
+        return mask.decode(rle)
+
+    def results(
+        self, index: int, boxes: Tensor, labels: Tensor, scores: Tensor, masks: Tensor
+    ) -> list[dict[str, Any]]:
+        """Predictions for image ``index`` in COCO's result format.
+
+        Args:
+            index: position of the image in this data set.
+            boxes: [n, 4], x1, y1, x2, y2. labels: [n]. scores: [n]. masks: [n, H, W], boolean.
+        """
+        _, _, mask = _pycocotools()
+        encoded = mask.encode(
+            np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+        )
+        sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
+        return [
+            {
+                "image_id": self._images[index]["id"],
+                "category_id": self._categories[label - 1]["id"],
+                "bbox": box,
+                "score": score,
+                "segmentation": {**segmentation, "counts": segmentation["counts"].decode()},
+            }
+            for box, label, score, segmentation in zip(
+                sizes.tolist(), labels.tolist(), scores.tolist(), encoded, strict=True
+            )
+        ]
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The annotations that predictions are scored against, crowds included, in COCO's format.
+
+        They are numbered afresh from 1: COCO's evaluation takes the id 0 for "not matched".
+        """
+        instances = [i for image in self._images for i in self._instances[image["id"]]]
+        return {
+            "info": {},
+            "images": self._images,
+            "categories": self._categories,
+            "annotations": [
+                {
+                    "area": i.annotation["bbox"][2] * i.annotation["bbox"][3],
+                    **i.annotation,
+                    "id": number,
+                    "segmentation": i.segmentation,
+                    "iscrowd": int(i.crowd),
+                }
+                for number, i in enumerate(instances, start=1)
+            ],
+        }
+
+
+def average_precision(data: CocoInstances, results: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """COCO's AP of predictions, as made by :meth:`CocoInstances.results`, on the scale 0–100.
+
+    Returns:
+        ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50``.
+
+    Raises:
+        ImportError: pycocotools is missing.
+        ValueError: the data set has no instance, so that AP is undefined.
+    """
+    coco, cocoeval, _ = _pycocotools()
+    truth = data.ground_truth()
+    if all(annotation["iscrowd"] for annotation in truth["annotations"]):
+        raise ValueError(f"{data.path} has no instance to find: its AP is undefined")
+    metrics = {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        for kind, name, other in (("bbox", "box", "segmentation"), ("segm", "mask", "bbox")):
+            # pycocotools writes into what it is given, hence a copy for each kind.
+            expected = coco.COCO()
+            expected.dataset = {**truth, "annotations": [dict(a) for a in truth["annotations"]]}
+            expected.createIndex()
+            scores = [0.0, 0.0]
+            if results:
+                found = [{k: v for k, v in r.items() if k != other} for r in results]
+                scorer = cocoeval.COCOeval(expected, expected.loadRes(found), kind)
+                scorer.evaluate()
+                scorer.accumulate()
+                scorer.summarize()
+                scores = scorer.stats
+            metrics[f"{name}_ap"] = 100 * float(scores[0])
+            metrics[f"{name}_ap50"] = 100 * float(scores[1])
+    return metrics
+
+
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Mirror an image and its target left to right."""
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    width = image.shape[-1]
+    boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
+    return image.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotation file at {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), list):
+            raise ValueError(f"{path} is not in COCO's format: it has no list {key!r}")
+    return content
+
+
+def _clip(
+    bbox: Sequence[float], height: int, width: int
+) -> tuple[float, float, float, float] | None:
+    """COCO's [x, y, width, height] as corners within the image; None if that leaves nothing."""
+    if len(bbox) != 4 or not all(math.isfinite(value) for value in bbox):
+        return None
+    x, y, w, h = bbox
+    x1, x2 = (min(max(value, 0.0), float(width)) for value in (x, x + w))
+    y1, y2 = (min(max(value, 0.0), float(height)) for value in (y, y + h))
+    return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) >= MIN_SIDE else None
+
+
+def _usable(segmentation: Any) -> Any:
+    """The segmentation without polygons of fewer than three points; None if nothing is left."""
+    if isinstance(segmentation, dict):
+        return segmentation if segmentation.get("counts") else None
+    return [polygon for polygon in segmentation or () if len(polygon) >= 6] or None
+
+
+def _pycocotools() -> tuple[Any, Any, Any]:
+    try:
+        from pycocotools import coco, cocoeval, mask
+    except ImportError as error:
+        raise ImportError(
+            "COCO annotations need pycocotools: pip install 'e3va[torchvision]'"
+        ) from error
+    return coco, cocoeval, mask
