@@ -468,12 +468,18 @@ def test_mixed_precision_on_cpu(tiny, dtype):
 
 
 def test_resume_in_another_precision(tiny):
-    """A run begun without a loss scale goes on with one, and the other way round."""
-    plain = Trainer(tiny())._trainer
-    scaled = Trainer(tiny("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16"))._trainer
-    plain.iter = scaled.iter = 0
-    scaled.load_state_dict(plain.state_dict())
-    plain.load_state_dict(scaled.state_dict())
+    """Only float16 has a loss scale to save and restore."""
+    amp = "SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE"
+    configs = tiny(), tiny(*amp, "bfloat16"), tiny(*amp, "float16")
+    trainers = [Trainer(cfg)._trainer for cfg in configs]
+    trainers[2]._scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
+    for source in trainers:
+        source.iter = 0
+        for target in trainers:
+            target.load_state_dict(source.state_dict())
+    resumed = Trainer(configs[2])._trainer
+    resumed.load_state_dict(trainers[2].state_dict())
+    assert resumed._scaler.get_scale() == 128.0
 
 
 @pytest.mark.parametrize("boxes", [[], [[4.0, 5.0, 30.0, 28.0]]], ids=["no targets", "one target"])

@@ -109,8 +109,5 @@ class _PackagedWeights(PathHandler):
             )
         return str(folder / name)
 
-    def _open(self, path: str, mode: str = "r", **kwargs: Any) -> Any:
-        return open(self._get_local_path(path), mode, **kwargs)
-
 
 PathManager.register_handler(_PackagedWeights())

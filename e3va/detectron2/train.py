@@ -157,5 +157,5 @@ class AutocastTrainer(SimpleTrainer):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        if "grad_scaler" in state and self._scaler.is_enabled():  # absent after another precision
+        if state.get("grad_scaler"):  # there is none after training in another precision
             self._scaler.load_state_dict(state["grad_scaler"])
