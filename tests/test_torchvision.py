@@ -261,6 +261,7 @@ def test_unusable_annotations_are_dropped_and_counted_once(tmp_path, caplog):
         annotation([90, 3, 5, 5]),
         annotation([float("nan"), 3, 5, 5]),
         annotation([]),
+        annotation(None),
         annotation([3, 3, 5, 5], segmentation=[]),
         annotation([3, 3, 5, 5], segmentation=[[1, 2, 3, 4]]),
         annotation([-10, 50, 30, 40]),  # clipped
@@ -270,7 +271,7 @@ def test_unusable_annotations_are_dropped_and_counted_once(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         data = coco(tmp_path, extra=extra)
     (message,) = caplog.messages
-    assert "dropped 7 of 16" in message and str(data.path) in message
+    assert "dropped 8 of 17" in message and str(data.path) in message
     assert data[0][1]["boxes"].tolist() == [[0, 50, 20, 60], [10, 10, 30, 11]]
     crowds = [a["iscrowd"] for a in data.ground_truth()["annotations"]]
     assert crowds == [0, 0, 1, 0, 0, 0, 0, 0, 0]
@@ -533,6 +534,7 @@ def test_command_line(tmp_path, capsys):
         arguments += [f"--{split}-json", str(path), f"--{split}-images", str(path.parent)]
     arguments += ["--iterations", "1", "--batch-size", "1", "--min-size", "64", "--max-size", "96"]
     arguments += ["--out-channels", "16", "--representation-size", "16", "--mask-channels", "8"]
+    arguments += ["--rois", "16"]
     main([*arguments, "--amp", "bfloat16"])
     report = json.loads(capsys.readouterr().out)
     assert {"mask_ap", "box_ap", "trainable_params", "seconds_per_iter"} <= set(report)

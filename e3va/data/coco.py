@@ -96,7 +96,7 @@ class CocoInstances:
                 raise ValueError(
                     f"{where} names the unknown category {annotation['category_id']!r}"
                 )
-            box = _clip(annotation["bbox"], *self._sizes[annotation["image_id"]])
+            box = _clip(annotation["bbox"] or (), *self._sizes[annotation["image_id"]])
             segmentation = _usable(annotation["segmentation"])
             if box is None or segmentation is None:
                 dropped += 1

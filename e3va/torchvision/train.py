@@ -221,15 +221,15 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         batch = []
         for position in range(iteration * self._batch_size, (iteration + 1) * self._batch_size):
             epoch, i = divmod(position, len(self._data))
-            image, target = self._data[self._order(epoch)[i]]
+            image, target = self._data[int(self._order(epoch)[i])]
             if self._flip and torch.rand((), generator=random) < 0.5:
                 image, target = flip(image, target)
             batch.append((image, target))
         return batch
 
-    def _order(self, epoch: int) -> list[int]:
+    def _order(self, epoch: int) -> Tensor:
         random = torch.Generator().manual_seed(_seed(self._seed, epoch))
-        return torch.randperm(len(self._data), generator=random).tolist()
+        return torch.randperm(len(self._data), generator=random)
 
 
 class _History:
@@ -312,6 +312,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     net.add_argument("--out-channels", type=int, default=256, help="channels of the FPN")
     net.add_argument("--representation-size", type=int, default=1024, help="box head's width")
     net.add_argument("--mask-channels", type=int, nargs="+", default=[256] * 4)
+    net.add_argument("--rois", type=int, default=512, help="that the heads train on, per image")
     run = parser.add_argument_group("training")
     run.add_argument("--output", type=Path, required=True, help="folder to write to")
     run.add_argument("--iterations", type=int, required=True)
@@ -346,6 +347,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         anchor_sizes=args.anchor_sizes,
         representation_size=args.representation_size,
         mask_channels=args.mask_channels,
+        box_batch_size_per_image=args.rois,
     )
     result = train(
         model,
