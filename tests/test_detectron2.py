@@ -1,17 +1,19 @@
 """The Detectron2 integration, on tiny data sets made here and on a few real images."""
 
 import argparse
+import importlib
 import importlib.util
 import json
 import os
 import pickle
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
@@ -261,6 +263,21 @@ def test_missing_weights(tiny):
         build_backbone(tiny("MODEL.E3VA.WEIGHTS", "nowhere.pth"))
     with pytest.raises(FileNotFoundError, match=r"e3va://nowhere\.safetensors.*ship with e3va"):
         build_backbone(tiny("MODEL.E3VA.WEIGHTS", "e3va://nowhere.safetensors"))
+
+
+def test_packaged_weights():
+    """The digits config as it is starts from the trunk that ships with the package."""
+    swin = build_backbone(load_config(DIGITS)).bottom_up.swin
+    shipped = load_file(ROOT / "e3va/demo/swin_digits.safetensors")
+    for name, weight in swin.trunk.state_dict().items():
+        assert torch.equal(weight, shipped[name]), name
+
+
+def test_import_without_detectron2(monkeypatch):
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    monkeypatch.delitem(sys.modules, "e3va.detectron2")
+    with pytest.raises(ImportError, match="needs Detectron2, which is installed from"):
+        importlib.import_module("e3va.detectron2")
 
 
 def test_add_config_leaves_detectron2_defaults_alone():
