@@ -5,6 +5,7 @@ from e3va.config import HighwayConfig, SwinConfig, swin_config
 from e3va.highway import Highway
 from e3va.ops.dispatch import backend
 from e3va.trunk import FrozenSwin, Swin
+from e3va.weights import load_trunk, save_trunk
 
 __version__ = "0.1.0"
 
@@ -18,5 +19,7 @@ __all__ = [
     "SwinConfig",
     "backend",
     "build_backbone",
+    "load_trunk",
+    "save_trunk",
     "swin_config",
 ]

@@ -6,7 +6,7 @@ Maps are [B, H, W, C] throughout. Parameter names are those of the official impl
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from e3va.config import SwinConfig
 from e3va.ops import reference
 
 PATCH_SIZE = 4
+
+WEIGHT_HASH = "weight_hash"
+"""Name of the buffer that tells which weights a frozen trunk has."""
 
 Epilogue = Callable[[Tensor, Tensor, "nn.LayerNorm | None"], tuple[Tensor, Tensor]]
 """What completes a sub-layer: (x, y, norm) → (y', norm(y')), where x is the sub-layer's output
@@ -129,12 +132,16 @@ class Swin(nn.Module):
 class FrozenSwin(Swin):
     """A Swin that only ever runs forward: no autograd, no stochastic depth, not even in training.
 
-    Its parameters require no gradient and its :meth:`train` does nothing.
+    Its parameters require no gradient and its :meth:`train` does nothing. Its buffer
+    ``weight_hash`` (uint8 [32]) is the SHA-256 of the weights as their file had them, or zero where
+    that is not known; see :func:`e3va.weights.trunk_hash`.
 
     Args:
         config: the architecture.
         dtype: the dtype that its weights are stored in (default float32).
     """
+
+    weight_hash: Tensor
 
     _window_attention = staticmethod(ops.window_attention)
 
@@ -142,9 +149,20 @@ class FrozenSwin(Swin):
         super().__init__(config)
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be floating, got {dtype}")
+        self.register_buffer(WEIGHT_HASH, torch.zeros(32, dtype=torch.uint8))
         self.to(dtype)
         self.requires_grad_(False)
         super().train(False)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # Weights that come without their hash leave it unknown, rather than that of the old ones.
+        if any(
+            name.startswith((f"{prefix}patch_embed.", f"{prefix}layers.")) for name in state_dict
+        ):
+            state_dict.setdefault(prefix + WEIGHT_HASH, torch.zeros_like(self.weight_hash))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def train(self, mode: bool = True) -> Self:
         return self
