@@ -1,5 +1,6 @@
 """E³VA: fine-tune big frozen vision backbones for detection and segmentation on small GPUs."""
 
+from e3va.adapter import load_adapter, save_adapter
 from e3va.backbone import E3VABackbone, SwinBackbone, build_backbone
 from e3va.config import HighwayConfig, SwinConfig, swin_config
 from e3va.highway import Highway
@@ -19,7 +20,9 @@ __all__ = [
     "SwinConfig",
     "backend",
     "build_backbone",
+    "load_adapter",
     "load_trunk",
+    "save_adapter",
     "save_trunk",
     "swin_config",
 ]

@@ -291,18 +291,17 @@ def load_trunk(trunk: Swin, path: str | os.PathLike[str]) -> None:
         state = convert_weights(content)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    known_hash = state.pop(WEIGHT_HASH, None)
-    own = {name: value for name, value in trunk.state_dict().items() if name != WEIGHT_HASH}
-    if problems := _compare(state, own):
+    weights = {name: value.float() for name, value in state.items() if name != WEIGHT_HASH}
+    own = trunk.state_dict()
+    has_hash = own.pop(WEIGHT_HASH, None) is not None
+    if problems := _compare(weights, own):
         raise ValueError(
-            f"{path} does not fit the trunk: it looks like {_describe(state)}, the trunk is "
+            f"{path} does not fit the trunk: it looks like {_describe(weights)}, the trunk is "
             f"{_describe(own)}. {'; '.join(problems)}"
         )
-    state = {name: value.float() for name, value in state.items()}
-    if WEIGHT_HASH in dict(trunk.named_buffers()):
-        unknown = known_hash is None or not known_hash.any()
-        state[WEIGHT_HASH] = _hash(state) if unknown else known_hash
-    trunk.load_state_dict(state)
+    if has_hash:
+        weights[WEIGHT_HASH] = _hash(state)
+    trunk.load_state_dict(weights)
 
 
 def save_trunk(
@@ -339,16 +338,16 @@ def trunk_hash(trunk: Swin) -> str:
     So it does not depend on the dtype that a frozen trunk stores them in. A trunk that was not
     loaded by :func:`load_trunk` is named by the weights it has.
     """
-    state = trunk.state_dict()
-    known_hash = state.pop(WEIGHT_HASH, None)
-    if known_hash is None or not known_hash.any():
-        known_hash = _hash(state)
-    return bytes(known_hash.tolist()).hex()
+    return bytes(_hash(trunk.state_dict()).tolist()).hex()
 
 
 def _hash(state: Mapping[str, Tensor]) -> Tensor:
+    """The hash that ``state`` carries, else that of its weights in float32: uint8 [32]."""
+    known = state.get(WEIGHT_HASH)
+    if known is not None and known.any():
+        return known
     digest = hashlib.sha256()
-    for name in sorted(state):
+    for name in sorted(state.keys() - {WEIGHT_HASH}):
         value = state[name].detach().float().cpu().contiguous()
         digest.update(f"{name} {list(value.shape)}\n".encode())
         digest.update(value.view(-1).view(torch.uint8).numpy().data)
