@@ -45,8 +45,9 @@ class Swin(nn.Module):
     """Swin Transformer without output norms or classifier (arXiv 2103.14030), trainable.
 
     Computes in the dtype of the image, whatever that of the weights; :meth:`forward` chooses it.
-    Follows Detectron2 where conventions differ: maps are padded to whole windows, and the shift
-    stays on maps no larger than a window (timm and torchvision drop it there).
+    Follows Detectron2 where conventions differ: the shift stays on maps no larger than a window
+    (timm, torchvision and transformers drop it there), and maps are padded to whole windows before
+    they are shifted (timm: after).
 
     Args:
         config: the architecture.
@@ -66,9 +67,10 @@ class Swin(nn.Module):
             raise ValueError(f"drop_path must be in [0, 1), got {drop_path}")
         self.config = config
         self.patch_embed = _PatchEmbed(config.embed_dim)
-        rates = torch.linspace(0, drop_path, sum(config.depths)).split(list(config.depths))
+        rates = torch.linspace(0, drop_path, sum(config.depths), device="cpu")
         self.layers = nn.ModuleList(
-            _Stage(config, stage, rates[stage].tolist()) for stage in range(config.num_stages)
+            _Stage(config, stage, part.tolist())
+            for stage, part in enumerate(rates.split(list(config.depths)))
         )
         self.apply(_init_weights)
 
