@@ -72,7 +72,13 @@ def read_weights(path: str | os.PathLike[str]) -> State:
 
 
 def _read_torch(path: Path) -> Any:
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # Not PyTorch's whole message, which recommends to load the file unsafely.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"refused the global {refused[1]}" if refused else "no plain PyTorch checkpoint"
+        raise pickle.UnpicklingError(reason) from error
 
 
 def _read_pickle(path: Path) -> Any:

@@ -1,0 +1,185 @@
+import copy
+import json
+import os
+import shutil
+import warnings
+
+import pytest
+import torch
+
+from e3va import (
+    E3VABackbone,
+    FrozenSwin,
+    HighwayConfig,
+    SwinConfig,
+    load_adapter,
+    load_trunk,
+    save_adapter,
+    save_trunk,
+    swin_config,
+)
+from tests import libraries
+
+CONFIG = SwinConfig(16, (2, 2), (1, 2), window_size=4)
+HIGHWAY = HighwayConfig(branches=1, kernel_dim=4)
+
+
+@pytest.fixture
+def trunk():
+    trunk = FrozenSwin(CONFIG)
+    libraries.randomise(trunk)
+    return trunk
+
+
+@pytest.fixture
+def trained(trunk):
+    """A backbone whose every trained tensor has moved."""
+    backbone = E3VABackbone(trunk, HIGHWAY)
+    libraries.randomise(backbone.highway)
+    libraries.randomise(backbone.norms)
+    return backbone
+
+
+@pytest.fixture
+def saved(trained, tmp_path):
+    save_adapter(trained, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def fresh(trunk, highway=HIGHWAY):
+    return E3VABackbone(copy.deepcopy(trunk), highway)
+
+
+def edit(directory, change):
+    path = directory / "adapter_config.json"
+    config = json.loads(path.read_text())
+    change(config)
+    path.write_text(json.dumps(config))
+
+
+def assert_refuses(backbone, directory, error, match):
+    before = copy.deepcopy(backbone.state_dict())
+    with pytest.raises(error, match=match):
+        load_adapter(backbone, directory)
+    after = backbone.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+
+
+def test_round_trip(trained, saved, trunk):
+    assert sorted(os.listdir(saved)) == ["adapter_config.json", "adapter_model.safetensors"]
+    backbone = fresh(trunk)
+    image = torch.randn(1, 3, 37, 50)
+    expected = trained(image)
+    assert not torch.equal(backbone(image)["p1"], expected["p1"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_adapter(backbone, saved)
+    assert all(torch.equal(p, expected[name]) for name, p in backbone(image).items())
+    assert all(parameter.requires_grad for parameter in backbone.highway.parameters())
+
+
+def test_the_config_says_what_the_adapter_belongs_to(saved):
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["trunk"].pop("weight_hash")
+    assert config.pop("e3va_version")
+    assert config == {
+        "trunk": {
+            "embed_dim": 16,
+            "depths": [2, 2],
+            "num_heads": [1, 2],
+            "window_size": 4,
+            "mlp_ratio": 4.0,
+        },
+        "highway": {"branches": 1, "kernel_dim": 4, "hidden_ratio": 0.5},
+    }
+
+
+def test_swin_b_takes_a_few_megabytes(tmp_path):
+    backbone = E3VABackbone(FrozenSwin(swin_config("swin_b"), torch.bfloat16))
+    save_adapter(backbone, tmp_path)
+    size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    trained = sum(p.numel() for p in backbone.parameters() if p.requires_grad)
+    assert 4 * trained < size < 4 * trained + 10_000
+    assert size < 5e6
+
+
+def test_fits_a_trunk_stored_in_another_dtype(trained, trunk, tmp_path):
+    save_trunk(trunk, tmp_path / "swin.safetensors")
+    load_trunk(trained.trunk, tmp_path / "swin.safetensors")
+    save_adapter(trained, tmp_path / "adapter")
+    half = FrozenSwin(CONFIG, torch.bfloat16)
+    load_trunk(half, tmp_path / "swin.safetensors")
+    backbone = E3VABackbone(half, HIGHWAY)
+    load_adapter(backbone, tmp_path / "adapter")
+    assert torch.equal(backbone.highway.stages[1].V, trained.highway.stages[1].V)
+
+
+def test_refuses_a_trunk_with_other_weights(saved, trunk):
+    with torch.no_grad():
+        trunk.patch_embed.proj.bias[0] += 1
+    assert_refuses(fresh(trunk), saved, ValueError, "trained over a trunk whose weights have")
+
+
+def test_refuses_a_trunk_of_another_architecture(saved):
+    trunk = FrozenSwin(SwinConfig(16, (2, 2), (1, 2), window_size=5))
+    assert_refuses(fresh(trunk), saved, ValueError, r"trunk\.window_size is 4, here 5")
+
+
+def test_refuses_a_highway_of_another_shape(saved, trunk):
+    other = HighwayConfig(branches=2, kernel_dim=4, hidden_ratio=0.25)
+    match = r"highway\.branches is 1, here 2; highway\.hidden_ratio is 0\.5, here 0\.25"
+    assert_refuses(fresh(trunk, other), saved, ValueError, match)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_names_a_missing_file(name, saved, trunk):
+    (saved / name).unlink()
+    assert_refuses(fresh(trunk), saved, FileNotFoundError, f"{saved / name} is missing")
+    shutil.rmtree(saved)
+    assert_refuses(fresh(trunk), saved, FileNotFoundError, f"no adapter at {saved}")
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe\xff"])
+def test_names_a_damaged_file(name, content, saved, trunk):
+    (saved / name).write_bytes(content)
+    assert_refuses(fresh(trunk), saved, ValueError, f"{saved / name} is damaged")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"trunk": {}}', '{"trunk": 1, "highway": {}}'])
+def test_says_that_a_config_is_no_adapters(content, saved, trunk):
+    (saved / "adapter_config.json").write_text(content)
+    assert_refuses(fresh(trunk), saved, ValueError, "is no adapter's config")
+
+
+def test_refuses_weights_of_another_adapter(saved, trunk, tmp_path):
+    other = E3VABackbone(trunk, HighwayConfig(branches=1, kernel_dim=2))
+    save_adapter(other, tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "adapter_model.safetensors", saved)
+    match = r"does not belong to its adapter_config\.json: \d+ tensors"
+    assert_refuses(fresh(trunk), saved, ValueError, match)
+
+
+def test_ignores_newer_keys_with_a_warning(saved, trained, trunk):
+    def newer(config):
+        config |= {"e3va_version": "9.0", "task": "detection"}
+        config["highway"]["taps"] = "int4"
+
+    edit(saved, newer)
+    backbone = fresh(trunk)
+    with pytest.warns(UserWarning, match=r"e3va 9\.0; ignoring .*: task, highway\.taps"):
+        load_adapter(backbone, saved)
+    assert torch.equal(backbone.highway.stages[0].V, trained.highway.stages[0].V)
+
+
+def test_a_failed_save_leaves_the_old_files(saved, trained, monkeypatch):
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+
+    def full_disk(state, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        save_adapter(trained, saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before

@@ -1,0 +1,325 @@
+import collections
+import copy
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from e3va import E3VABackbone, FrozenSwin, Swin, SwinConfig, load_trunk, save_trunk, swin_config
+from e3va.trunk import WEIGHT_HASH
+from e3va.weights import convert_weights, read_weights, trunk_hash
+from tests import libraries
+
+CONFIG = SwinConfig(16, (2, 2, 4), (1, 2, 4), window_size=4)
+SIZE = (128, 192)
+
+
+@pytest.fixture(scope="module")
+def source():
+    """A trunk with random weights, to be found again in every file."""
+    torch.manual_seed(1)
+    trunk = FrozenSwin(CONFIG)
+    libraries.randomise(trunk)
+    return trunk
+
+
+def official(trunk):
+    """What a checkpoint of the official implementation holds: classifier and buffers too."""
+    state = {name: value for name, value in trunk.state_dict().items() if name != WEIGHT_HASH}
+    state |= {"norm.weight": torch.ones(64), "head.weight": torch.ones(10, 64)}
+    for stage, depth in enumerate(CONFIG.depths):
+        for block in range(depth):
+            name = f"layers.{stage}.blocks.{block}"
+            state[f"{name}.attn.relative_position_index"] = torch.zeros(16, 16, dtype=torch.long)
+            if block % 2:
+                state[f"{name}.attn_mask"] = torch.zeros(4, 16, 16)
+    return state
+
+
+def mmdetection(trunk):
+    """The same under the names and in the channel order of MMDetection."""
+    state = {"bbox_head.fc.weight": torch.ones(3, 3), "backbone.norm0.weight": torch.ones(16)}
+    for name, value in trunk.state_dict().items():
+        name = name.replace("layers.", "stages.").replace(".attn.", ".attn.w_msa.")
+        name = name.replace("mlp.fc1", "ffn.layers.0.0").replace("mlp.fc2", "ffn.layers.1")
+        name = name.replace("patch_embed.proj.", "patch_embed.projection.")
+        if "downsample" in name:
+            theirs = torch.empty_like(value)
+            channels = value.shape[-1] // 4
+            for c in range(channels):
+                for row in range(2):
+                    for column in range(2):
+                        ours = (2 * column + row) * channels + c
+                        theirs[..., 4 * c + 2 * row + column] = value[..., ours]
+            value = theirs
+        if name != WEIGHT_HASH:
+            state[f"backbone.{name}"] = value
+    return state
+
+
+def prefixed(prefix, state):
+    return {prefix + name: value for name, value in state.items()}
+
+
+def assert_loads(path, source, dtype=torch.float32):
+    trunk = FrozenSwin(CONFIG, dtype)
+    load_trunk(trunk, path)
+    expected = dict(source.named_parameters())
+    for name, value in trunk.named_parameters():
+        assert value.dtype == dtype and torch.equal(value, expected[name].to(dtype)), name
+    assert trunk_hash(trunk) == trunk_hash(source)
+
+
+WRITERS = {
+    "microsoft": lambda t: {"model": official(t), "epoch": 3},
+    "microsoft without model": official,
+    "microsoft in a detector": lambda t: {"state_dict": prefixed("backbone.", official(t))},
+    "mmdetection": lambda t: {"meta": {"epoch": 1}, "state_dict": mmdetection(t)},
+    "detectron2": lambda t: {"model": prefixed("backbone.bottom_up.", official(t)), "iteration": 9},
+    "data parallel": lambda t: {"model": prefixed("module.", official(t))},
+    "ours": lambda t: prefixed("backbone.bottom_up.swin.", E3VABackbone(t).state_dict()),
+    "our trunk": lambda t: prefixed("trunk.", t.state_dict()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_loads_pth(writer, dtype, source, tmp_path):
+    torch.save(WRITERS[writer](source), tmp_path / "swin.pth")
+    assert_loads(tmp_path / "swin.pth", source, dtype)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_loads_detectron2_pkl(protocol, source, tmp_path):
+    state = collections.OrderedDict(
+        (name, value.numpy()) for name, value in WRITERS["detectron2"](source)["model"].items()
+    )
+    content = {"model": state, "__author__": "somebody", "matching_heuristics": True}
+    (tmp_path / "swin.pkl").write_bytes(pickle.dumps(content, protocol))
+    assert_loads(tmp_path / "swin.pkl", source)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize("library", libraries.LIBRARIES)
+def test_loads_what_other_libraries_save(library, suffix, tmp_path):
+    model = libraries.build(library, CONFIG, SIZE)
+    path = tmp_path / f"swin{suffix}"
+    if suffix == ".safetensors":
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, path)
+    else:
+        torch.save(model.state_dict(), path)
+    trunk = FrozenSwin(CONFIG)
+    load_trunk(trunk, path)
+    image = torch.randn(1, 3, *SIZE)
+    for y, expected in zip(
+        trunk(image), libraries.stage_outputs(library, model, image), strict=True
+    ):
+        torch.testing.assert_close(y.flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_loads_the_files_of_the_hugging_face_hub(tmp_path):
+    """Whose names are older than those of the modules in memory."""
+    transformers = pytest.importorskip("transformers")
+    model = libraries.build("transformers", CONFIG)
+    classifier = transformers.SwinForImageClassification(model.config)
+    classifier.swin.load_state_dict(model.state_dict(), strict=False)
+    classifier.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    assert "swin.encoder.layers.0.blocks.0.attention.self.query.weight" in load_file(path)
+    trunk = FrozenSwin(CONFIG)
+    load_trunk(trunk, path)
+    image = torch.randn(1, 3, *SIZE)
+    expected = libraries.stage_outputs("transformers", model, image)[-1]
+    torch.testing.assert_close(trunk(image)[-1].flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_loads_into_a_trainable_swin(source, tmp_path):
+    save_trunk(source, tmp_path / "swin.safetensors")
+    swin = Swin(CONFIG)
+    load_trunk(swin, tmp_path / "swin.safetensors")
+    assert all(parameter.requires_grad for parameter in swin.parameters())
+    assert trunk_hash(swin) == trunk_hash(source)
+
+
+# --- Bad files ---------------------------------------------------------------------------------
+
+
+class Malicious:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.victim),)
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".pt", ".bin"])
+def test_never_runs_code_of_a_file(suffix, tmp_path):
+    path, victim = tmp_path / f"swin{suffix}", tmp_path / "victim"
+    content = {"model": {"patch_embed.proj.weight": Malicious(victim)}}
+    if suffix == ".pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=rf"{path}.*refused the global (posix|nt)\.mkdir"):
+        load_trunk(FrozenSwin(CONFIG), path)
+    assert not victim.exists()
+    pickle.loads(pickle.dumps(content))  # it would have
+    assert victim.exists()
+
+
+def test_refuses_objects_inside_arrays(tmp_path):
+    victim = tmp_path / "victim"
+    array = np.array([Malicious(victim)], dtype=object)
+    (tmp_path / "swin.pkl").write_bytes(pickle.dumps({"model": {"a": array}}))
+    with pytest.raises(ValueError, match=r"refused the global (posix|nt)\.mkdir"):
+        read_weights(tmp_path / "swin.pkl")
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "noise"])
+def test_names_a_damaged_file(suffix, damage, source, tmp_path):
+    path = tmp_path / f"swin{suffix}"
+    if suffix == ".pkl":
+        arrays = {name: value.numpy() for name, value in source.state_dict().items()}
+        path.write_bytes(pickle.dumps({"model": arrays}))
+    elif suffix == ".pth":
+        torch.save(source.state_dict(), path)
+    else:
+        save_trunk(source, path)
+    whole = path.read_bytes()
+    path.write_bytes(
+        {
+            "truncated": whole[: len(whole) // 2],
+            "empty": b"",
+            "text": b"<!DOCTYPE html><html>404 not found</html>",
+            "noise": np.random.default_rng(0).bytes(4096),
+        }[damage]
+    )
+    with pytest.raises(ValueError, match=f"{path} is damaged"):
+        load_trunk(FrozenSwin(CONFIG), path)
+
+
+def test_names_a_missing_file_and_an_unknown_suffix(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no weights at .*missing\.pth"):
+        load_trunk(FrozenSwin(CONFIG), tmp_path / "missing.pth")
+    (tmp_path / "swin.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"files ending in \.safetensors, .*, not '\.onnx'"):
+        load_trunk(FrozenSwin(CONFIG), tmp_path / "swin.onnx")
+    with pytest.raises(ValueError, match=r"saved as \.safetensors"):
+        save_trunk(FrozenSwin(CONFIG), tmp_path / "swin.pth")
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), {}, {"fc.weight": torch.ones(2)}])
+def test_says_that_a_file_holds_no_swin(content, tmp_path):
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth holds"):
+        load_trunk(FrozenSwin(CONFIG), tmp_path / "other.pth")
+
+
+def test_says_which_variant_a_wrong_file_looks_like(tmp_path):
+    digits = FrozenSwin(swin_config("swin_digits", 12))
+    save_trunk(digits, tmp_path / "swin.safetensors")
+    trunk = FrozenSwin(swin_config("swin_t"))
+    before = copy.deepcopy(trunk.state_dict())
+    with pytest.raises(ValueError) as error:
+        load_trunk(trunk, tmp_path / "swin.safetensors")
+    message = str(error.value)
+    assert "looks like swin_digits with windows of 12" in message
+    assert "the trunk is swin_t with windows of 7" in message
+    assert "52 missing: layers.2.blocks.2.norm1.weight, " in message
+    assert "patch_embed.proj.weight ([32, 3, 4, 4] instead of [96, 3, 4, 4])" in message
+    assert all(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())
+
+
+def test_says_that_only_the_window_differs(source, tmp_path):
+    save_trunk(source, tmp_path / "swin.safetensors")
+    other = FrozenSwin(SwinConfig(16, (2, 2, 4), (1, 2, 4), window_size=5))
+    with pytest.raises(ValueError) as error:
+        load_trunk(other, tmp_path / "swin.safetensors")
+    message = str(error.value)
+    assert "and windows of 4, the trunk is a Swin of 16 channels" in message
+    assert "8 of another shape: " in message and "([49, 1] instead of [81, 1])" in message
+    assert "missing" not in message and "unexpected" not in message
+
+
+def test_counts_missing_and_unexpected_keys(source, tmp_path):
+    state = official(source)
+    del state["layers.0.downsample.norm.weight"], state["layers.1.blocks.1.mlp.fc1.bias"]
+    state["layers.0.blocks.0.attn.logit_scale"] = torch.ones(1)
+    torch.save(state, tmp_path / "swin.pth")
+    with pytest.raises(ValueError) as error:
+        load_trunk(FrozenSwin(CONFIG), tmp_path / "swin.pth")
+    message = str(error.value)
+    assert (
+        "2 missing: layers.0.downsample.norm.weight, layers.1.blocks.1.mlp.fc1.bias; "
+        "1 unexpected: layers.0.blocks.0.attn.logit_scale" in message
+    )
+
+
+def test_incomplete_attention_of_hugging_face_is_reported():
+    state = libraries.build("transformers", CONFIG).state_dict()
+    del state["encoder.layers.0.blocks.0.attention.k_proj.weight"]
+    name = "layers.0.blocks.0.attn.qkv."
+    converted = convert_weights(state)
+    assert name + "weight" not in converted and name + "bias" in converted
+
+
+# --- Saving and the hash -----------------------------------------------------------------------
+
+
+def test_saves_in_a_dtype_with_metadata(source, tmp_path):
+    path = tmp_path / "new" / "swin.safetensors"
+    save_trunk(source, path, torch.bfloat16, {"command": "python pretrain.py"})
+    state = load_file(path)
+    assert state.keys() == source.state_dict().keys() - {WEIGHT_HASH}
+    assert {value.dtype for value in state.values()} == {torch.bfloat16}
+    assert b"python pretrain.py" in path.read_bytes()[:100_000]
+    assert os.listdir(path.parent) == ["swin.safetensors"]
+
+
+def test_a_failed_save_leaves_the_old_file(source, tmp_path):
+    path = tmp_path / "swin.safetensors"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        save_trunk(source, path, metadata={"epoch": 3})  # metadata must be strings
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["swin.safetensors"]
+
+
+def test_the_hash_is_that_of_the_file_whatever_the_storage(source, tmp_path):
+    save_trunk(source, tmp_path / "swin.safetensors")
+    hashes = set()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        trunk = FrozenSwin(CONFIG, dtype)
+        load_trunk(trunk, tmp_path / "swin.safetensors")
+        hashes.add(trunk_hash(trunk))
+        again = FrozenSwin(CONFIG)  # from our own files, which carry the hash
+        save_trunk(trunk, tmp_path / "again.safetensors")
+        load_trunk(again, tmp_path / "again.safetensors")
+        hashes.add(trunk_hash(again))
+    assert hashes == {trunk_hash(source)}
+
+
+def test_the_hash_depends_on_every_weight(source):
+    changed = copy.deepcopy(source)
+    with torch.no_grad():
+        changed.layers[2].blocks[3].mlp.fc2.bias[-1] += 1e-6
+    assert trunk_hash(changed) != trunk_hash(source)
+    assert len(trunk_hash(source)) == 64
+
+
+def test_weights_without_a_hash_make_it_unknown(source, tmp_path):
+    save_trunk(source, tmp_path / "swin.safetensors")
+    trunk = FrozenSwin(CONFIG)
+    load_trunk(trunk, tmp_path / "swin.safetensors")
+    backbone = E3VABackbone(trunk)
+    backbone.load_state_dict({"norms.0.weight": torch.ones(16)}, strict=False)
+    assert trunk.weight_hash.any()  # the trunk's weights were not touched
+    other = prefixed("trunk.", Swin(CONFIG).state_dict())
+    rest = {k: v for k, v in backbone.state_dict().items() if not k.startswith("trunk.")}
+    backbone.load_state_dict(other | rest)
+    assert not trunk.weight_hash.any()
+    assert trunk_hash(trunk) != trunk_hash(source)
