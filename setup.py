@@ -111,8 +111,8 @@ def ninja_file(
     include, lib = torch / "include", torch / "lib"
     cxx = shlex.join(compiler)
     flags = (
-        f"-O3 -std=c++20 -fPIC -Wall -isystem {include} "
-        f"-isystem {include}/torch/csrc/api/include -DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+        f"-O3 -std=c++20 -fPIC -Wall -Wno-psabi -isystem {include} "
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
     )
     link, libraries = f"{cxx} -shared", f"-L{lib} -lc10 -ltorch_cpu"
     if sys.platform == "darwin":
@@ -125,7 +125,7 @@ def ninja_file(
         # The CUDA runtime goes in, so that any driver that suits torch does.
         flags += " -DE3VA_CUDA -DUSE_CUDA"
         link = f"{nvcc} -ccbin {shlex.quote(compiler[0])} -shared -cudart static"
-        libraries += " -ltorch_cuda -lc10_cuda"
+        libraries += " -ltorch_cuda"
     lines = [
         "ninja_required_version = 1.5",
         "rule cxx",

@@ -9,11 +9,9 @@
 #include "cpu/window_attention.h"
 #ifdef E3VA_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
 
 #include "cuda/window_attention.h"
-
-// Declared here because the shim's own header hides it unless CUDA's headers are there.
-extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
 #endif
 
 using torch::headeronly::ScalarType;
@@ -43,8 +41,10 @@ WindowAttentionParams window_attention_params(
   STD_TORCH_CHECK(qkv_bias.scalar_type() == ScalarType::Float &&
                       position_bias.scalar_type() == ScalarType::Float,
                   "window_attention: biases must be float32");
+  STD_TORCH_CHECK(qkv_bias.device() == qkv.device() && position_bias.device() == qkv.device(),
+                  "window_attention: inputs must be on one device");
   const int64_t heads = position_bias.size(1), channels = qkv.size(3) / 3;
-  STD_TORCH_CHECK(qkv.size(3) == 3 * channels && channels % heads == 0 &&
+  STD_TORCH_CHECK(heads > 0 && qkv.size(3) == 3 * channels && channels % heads == 0 &&
                       qkv_bias.size(0) == 3 * channels && 0 <= shift && shift < window &&
                       position_bias.size(0) == (2 * window - 1) * (2 * window - 1),
                   "window_attention: shapes do not fit");
@@ -80,6 +80,7 @@ Tensor window_attention_on_cpu(
 #ifdef E3VA_CUDA
 Tensor window_attention_on_cuda(
     Tensor qkv, Tensor qkv_bias, Tensor position_bias, int64_t window, int64_t shift) {
+  const torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   Tensor out = window_attention_out(qkv);
   const auto params = window_attention_params(qkv, qkv_bias, position_bias, out, window, shift);
   void* stream = nullptr;

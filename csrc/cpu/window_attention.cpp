@@ -9,28 +9,31 @@
 
 #include "../window_index.h"
 
-// One build runs at full width on every x86-64; elsewhere the compiler's default has to do.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define E3VA_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define E3VA_MULTIVERSION
-#endif
+// Everything below is inlined into one function per instruction set (see the end), so that one build
+// runs at full width on every x86-64. Elsewhere the compiler's default has to do.
+#define E3VA_INLINE inline __attribute__((always_inline))
 
 namespace {
 
-constexpr int kLanes = 16;  // columns are padded to this
-constexpr int kRows = 4;    // rows of a register tile
+constexpr int kLanes = 16;  // of a vector; columns are padded to this
+constexpr int kRows = 6;    // of a register tile; rows are padded to this
 constexpr float kMasked = -100.0f;
+
+typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+E3VA_INLINE Floats& vector(float* at) { return *reinterpret_cast<Floats*>(at); }
+E3VA_INLINE const Floats& vector(const float* at) { return *reinterpret_cast<const Floats*>(at); }
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-float to_float(float x) { return x; }
+E3VA_INLINE float to_float(float x) { return x; }
 
 struct BFloat16 {
   uint16_t bits;
 };
 
-float to_float(BFloat16 x) {
+E3VA_INLINE float to_float(BFloat16 x) {
   uint32_t bits = uint32_t(x.bits) << 16;
   float f;
   std::memcpy(&f, &bits, 4);
@@ -41,7 +44,7 @@ struct Half {
   uint16_t bits;
 };
 
-float to_float(Half x) {
+E3VA_INLINE float to_float(Half x) {
   // Shifts exponent and mantissa into place; the product rebiases, subnormals included.
   uint32_t sign = uint32_t(x.bits & 0x8000) << 16, rest = uint32_t(x.bits & 0x7fff) << 13;
   float f;
@@ -54,15 +57,15 @@ float to_float(Half x) {
   return f;
 }
 
-void store(float* out, float x) { *out = x; }
+E3VA_INLINE void store(float* out, float x) { *out = x; }
 
-void store(BFloat16* out, float x) {
+E3VA_INLINE void store(BFloat16* out, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   out->bits = x != x ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-void store(Half* out, float x) {
+E3VA_INLINE void store(Half* out, float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
   uint16_t sign = uint16_t(bits >> 16) & 0x8000;
@@ -82,75 +85,80 @@ void store(Half* out, float x) {
   out->bits = sign | half;
 }
 
-// C [m, n] = A [m, k] · B [k, n]; n is a multiple of kLanes, rows of C up to a multiple of kRows
-// may be written.
-E3VA_MULTIVERSION void gemm(
+// One token's query, key (as a column) and value of one head.
+template <typename T>
+E3VA_INLINE void gather(
+    const T* __restrict__ source, int64_t C, int64_t d, float* __restrict__ q,
+    float* __restrict__ k, int64_t ldk, float* __restrict__ v) {
+  for (int64_t c = 0; c < d; ++c) q[c] = to_float(source[c]);
+  for (int64_t c = 0; c < d; ++c) k[c * ldk] = to_float(source[C + c]);
+  for (int64_t c = 0; c < d; ++c) v[c] = to_float(source[2 * C + c]);
+}
+
+// C [m, n] = A [m, k] · B [k, n]; m is a multiple of kRows, n of kLanes.
+E3VA_INLINE void gemm(
     const float* __restrict__ A, int64_t lda, const float* __restrict__ B, int64_t ldb,
     float* __restrict__ C, int64_t ldc, int64_t m, int64_t n, int64_t k) {
   for (int64_t i = 0; i < m; i += kRows) {
     for (int64_t j = 0; j < n; j += kLanes) {
-      float sum[kRows][kLanes] = {};
+      Floats sum[kRows] = {};
       for (int64_t p = 0; p < k; ++p) {
-        const float* b = B + p * ldb + j;
-        for (int r = 0; r < kRows; ++r) {
-          float a = A[(i + r) * lda + p];
-          for (int c = 0; c < kLanes; ++c) sum[r][c] += a * b[c];
-        }
+        const Floats b = vector(B + p * ldb + j);
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) sum[r] += A[(i + r) * lda + p] * b;
       }
-      for (int r = 0; r < kRows; ++r)
-        for (int c = 0; c < kLanes; ++c) C[(i + r) * ldc + j + c] = sum[r][c];
+#pragma GCC unroll 6
+      for (int r = 0; r < kRows; ++r) vector(C + (i + r) * ldc + j) = sum[r];
     }
   }
 }
 
-// exp(x) for x <= 0 to some 1e-7: 2^n times a polynomial of the rest (Cephes' expf).
-inline float exp_negative(float x) {
-  x = std::max(x, -87.0f);
-  float n = std::floor(x * 1.44269504f + 0.5f);
-  float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
+// exp(x) for x <= 0 to some 1e-7: 2^n times a polynomial of the rest (Cephes' expf). What would be
+// subnormal, and slow to compute with, is zero.
+E3VA_INLINE void exp_negative(Floats& x) {
+  const Ints tiny = x < -80.0f;
+  x = tiny ? Floats{} - 80.0f : x;
+  const Floats round = Floats{} + 12582912.0f;  // 1.5 · 2^23: what is added to it loses its fraction
+  const Floats n = (x * 1.44269504f + round) - round;
+  const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  int32_t bits = (int32_t(n) + 127) << 23;
-  float scale;
-  std::memcpy(&scale, &bits, 4);
-  return p * scale;
+  const Ints bits = (__builtin_convertvector(n, Ints) + 127) << 23;
+  x = tiny ? Floats{} : p * reinterpret_cast<const Floats&>(bits);
 }
 
-// Rows of S [m, n], padded to ld: S·scale + bias, softmax over the first n, zero beyond.
-E3VA_MULTIVERSION void softmax(
-    float* __restrict__ S, const float* __restrict__ bias, float scale, int64_t m, int64_t n,
-    int64_t ld) {
+// Rows of S [m, n], padded to ld: softmax(S·scale + bias) over the first n.
+E3VA_INLINE void softmax(
+    float* __restrict__ S, const float* __restrict__ bias, float scale, int64_t m, int64_t ld) {
   for (int64_t i = 0; i < m; ++i) {
     float* row = S + i * ld;
-    const float* b = bias + i * ld;
-    float top[kLanes], sum[kLanes] = {};
-    std::fill(top, top + kLanes, -INFINITY);
-    for (int64_t j = 0; j < ld; j += kLanes)
-      for (int c = 0; c < kLanes; ++c) {
-        row[j + c] = row[j + c] * scale + b[j + c];  // b is -inf beyond n
-        top[c] = std::max(top[c], row[j + c]);
-      }
-    float largest = *std::max_element(top, top + kLanes);
-    for (int64_t j = 0; j < ld; j += kLanes)
-      for (int c = 0; c < kLanes; ++c) {
-        row[j + c] = exp_negative(row[j + c] - largest);
-        sum[c] += row[j + c];
-      }
+    Floats top = Floats{} - INFINITY, sum = {};
+    for (int64_t j = 0; j < ld; j += kLanes) {
+      const Floats score = vector(row + j) * scale + vector(bias + i * ld + j);
+      top = score > top ? score : top;
+      vector(row + j) = score;
+    }
+    float largest = top[0];
+    for (int c = 1; c < kLanes; ++c) largest = std::max(largest, top[c]);
+    for (int64_t j = 0; j < ld; j += kLanes) {
+      Floats weight = vector(row + j) - largest;
+      exp_negative(weight);
+      sum += weight;
+      vector(row + j) = weight;
+    }
     float total = 0;
-    for (float s : sum) total += s;
-    total -= float(ld - n) * exp_negative(-INFINITY);
-    float inverse = 1.0f / total;
-    for (int64_t j = 0; j < ld; ++j) row[j] *= inverse;
+    for (int c = 0; c < kLanes; ++c) total += sum[c];
+    const float inverse = 1.0f / total;
+    for (int64_t j = 0; j < ld; j += kLanes) vector(row + j) *= inverse;
   }
 }
 
 template <typename T>
-void run(const WindowAttentionParams& p, int64_t begin, int64_t end) {
+E3VA_INLINE void run_as(const WindowAttentionParams& p, int64_t begin, int64_t end) {
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
   const int64_t tokens = p.window * p.window, windows = rows.windows() * columns.windows();
   const int64_t d = p.head_dim, C = p.heads * d;
@@ -173,43 +181,57 @@ void run(const WindowAttentionParams& p, int64_t begin, int64_t end) {
       token[t] = inside ? (image * p.height + i) * p.width + j : -1;
       region[t] = rows.region(wi, t / p.window) * 3 + columns.region(wj, t % p.window);
       mixed |= region[t] != region[0];
-      if (inside) {
-        const T* source = qkv + token[t] * 3 * C + head * d;
-        for (int64_t c = 0; c < d; ++c) {
-          q[t * d + c] = to_float(source[c]);
-          k[c * ld + t] = to_float(source[C + c]);
-          v[t * dl + c] = to_float(source[2 * C + c]);
-        }
-      } else {
-        const float* source = p.qkv_bias + head * d;
-        for (int64_t c = 0; c < d; ++c) {
-          q[t * d + c] = source[c];
-          k[c * ld + t] = source[C + c];
-          v[t * dl + c] = source[2 * C + c];
-        }
-      }
+      float *q_t = q.data() + t * d, *k_t = k.data() + t, *v_t = v.data() + t * dl;
+      if (inside)
+        gather(qkv + token[t] * 3 * C + head * d, C, d, q_t, k_t, ld, v_t);
+      else
+        gather(p.qkv_bias + head * d, C, d, q_t, k_t, ld, v_t);
     }
     if (item == begin || window == 0) {
       std::fill(bias.begin(), bias.end(), -INFINITY);
-      for (int64_t a = 0; a < tokens; ++a)
-        for (int64_t b = 0; b < tokens; ++b) {
-          const int64_t row = position_bias_row(
-              p.window, a / p.window, a % p.window, b / p.window, b % p.window);
-          bias[a * ld + b] = p.position_bias[row * p.heads + head];
-        }
+      float* to = bias.data();
+      for (int64_t qi = 0; qi < p.window; ++qi)
+        for (int64_t qj = 0; qj < p.window; ++qj, to += ld)
+          for (int64_t ki = 0; ki < p.window; ++ki)
+            for (int64_t kj = 0; kj < p.window; ++kj)
+              to[ki * p.window + kj] =
+                  p.position_bias[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
     }
-    gemm(q.data(), d, k.data(), ld, S.data(), ld, tokens, ld, d);
+    gemm(q.data(), d, k.data(), ld, S.data(), ld, m, ld, d);
     if (mixed)
       for (int64_t a = 0; a < tokens; ++a)
         for (int64_t b = 0; b < tokens; ++b)
           if (region[a] != region[b]) S[a * ld + b] += kMasked / scale;
-    softmax(S.data(), bias.data(), scale, tokens, tokens, ld);
-    gemm(S.data(), ld, v.data(), dl, O.data(), dl, tokens, dl, tokens);
+    softmax(S.data(), bias.data(), scale, tokens, ld);
+    gemm(S.data(), ld, v.data(), dl, O.data(), dl, m, dl, tokens);
     for (int64_t t = 0; t < tokens; ++t)
       if (token[t] >= 0)
         for (int64_t c = 0; c < d; ++c) store(out + token[t] * C + head * d + c, O[t * dl + c]);
   }
 }
+
+E3VA_INLINE void run(const WindowAttentionParams& params, int64_t begin, int64_t end) {
+  switch (params.dtype) {
+    case Dtype::kFloat:
+      return run_as<float>(params, begin, end);
+    case Dtype::kHalf:
+      return run_as<Half>(params, begin, end);
+    case Dtype::kBFloat16:
+      return run_as<BFloat16>(params, begin, end);
+  }
+}
+
+#ifdef __x86_64__
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) void run_avx512(
+    const WindowAttentionParams& params, int64_t begin, int64_t end) {
+  run(params, begin, end);
+}
+
+__attribute__((target("avx2,fma"))) void run_avx2(
+    const WindowAttentionParams& params, int64_t begin, int64_t end) {
+  run(params, begin, end);
+}
+#endif
 
 }  // namespace
 
@@ -219,12 +241,12 @@ int64_t window_attention_items(const WindowAttentionParams& p) {
 }
 
 void window_attention_cpu(const WindowAttentionParams& params, int64_t begin, int64_t end) {
-  switch (params.dtype) {
-    case Dtype::kFloat:
-      return run<float>(params, begin, end);
-    case Dtype::kHalf:
-      return run<Half>(params, begin, end);
-    case Dtype::kBFloat16:
-      return run<BFloat16>(params, begin, end);
-  }
+#ifdef __x86_64__
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return run_avx512(params, begin, end);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    return run_avx2(params, begin, end);
+#endif
+  run(params, begin, end);
 }

@@ -1,0 +1,97 @@
+"""The compiled backend: ``csrc/``, built by ``setup.py`` into ``e3va/_C.abi3.so``, loaded when needed.
+
+Nothing here fails when it was not built: the reason is a sentence, for the dispatcher and for
+``e3va info``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from e3va.ops import dispatch
+
+_FOLDER = Path(__file__).parent
+_PARTS = {"cpu": "C++", "cuda": "CUDA"}
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What setup.py built, as it wrote it down.
+
+    Attributes:
+        built: parts there are: "C++", "CUDA".
+        architectures: processors they were built for: "x86_64", "sm_80", "compute_120" (PTX), …
+        left_out: part → why it was not built.
+        torch: version whose headers were used.
+        compilers: what compiled.
+    """
+
+    built: list[str] = field(default_factory=list)
+    architectures: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    torch: str = ""
+    compilers: list[str] = field(default_factory=list)
+
+
+@functools.cache
+def build_info() -> BuildInfo:
+    """What was built here, and what was left out and why."""
+    path = _FOLDER / "_build_info.json"
+    if not path.is_file():
+        reason = "the package was never built: pip install -e ."
+        return BuildInfo(left_out=dict.fromkeys(_PARTS.values(), reason))
+    return BuildInfo(**json.loads(path.read_text()))
+
+
+@functools.cache
+def load_error() -> str | None:
+    """Loads the library that was built; None, or what went wrong."""
+    try:
+        torch.ops.load_library(_FOLDER / "_C.abi3.so")
+    except (OSError, RuntimeError) as error:
+        return f"the extension was built but does not load: {error}"
+    return None
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where compiled kernels run for tensors of ``device`` and ``dtype``, else the reason."""
+    part = _PARTS.get(device.type)
+    if part is None:
+        return f"there are no compiled kernels for {device.type}"
+    info = build_info()
+    if part not in info.built:
+        return f"its {part} part was not built: {info.left_out.get(part, 'unknown reason')}"
+    if dtype not in _DTYPES:
+        return f"it computes in float32, not in {str(dtype).removeprefix('torch.')}"
+    return load_error()
+
+
+def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    reason = why_not(device, dtype)
+    if reason is None and device.type == "cuda" and dispatch.requested_backend() == "auto":
+        return "its plain CUDA kernel has not been measured yet, so it runs only when asked for"
+    return reason
+
+
+@dispatch.register("window_attention", "native", why_not=_window_attention_why_not)
+def window_attention(
+    qkv: Tensor,  # [B, H, W, 3C]
+    qkv_bias: Tensor,  # [3C]
+    position_bias: Tensor,  # [(2w-1)², heads]
+    window: int,
+    shift: int,
+) -> Tensor:
+    return torch.ops.e3va_native.window_attention(
+        qkv.contiguous(),
+        qkv_bias.float().contiguous(),
+        position_bias.float().contiguous(),
+        window,
+        shift,
+    )
