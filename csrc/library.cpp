@@ -84,8 +84,9 @@ Tensor window_attention_on_cuda(
   Tensor out = window_attention_out(qkv);
   const auto params = window_attention_params(qkv, qkv_bias, position_bias, out, window, shift);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(qkv.get_device_index(), &stream));
+  STD_TORCH_CHECK(
+      aoti_torch_get_current_cuda_stream(qkv.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+      "window_attention: no current stream");
   const char* error = window_attention_cuda(params, stream);
   STD_TORCH_CHECK(error == nullptr, "window_attention: ", error);
   return out;
