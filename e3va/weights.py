@@ -7,14 +7,17 @@ trunk (heads, necks, output norms, index buffers) is ignored.
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import hashlib
+import json
 import math
 import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
@@ -89,33 +92,95 @@ def _read_pickle(path: Path) -> Any:
 def _as_tensors(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _as_tensors(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
-        return torch.from_numpy(np.array(value))
+    if isinstance(value, _Array):
+        return torch.from_numpy(value.array)
     return value
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds numpy arrays and plain containers, and refuses to look up anything else."""
+class _Dtype:
+    """Stands for a numpy.dtype in a pickle: of its state, only the byte order is believed."""
 
-    _ALLOWED = frozenset(
-        {("numpy", "ndarray"), ("numpy", "dtype"), ("collections", "OrderedDict")}
-        # Bytes in pickles of protocol 2 and below.
-        | {("_codecs", "encode")}
-        | {
-            (f"numpy.{core}.{module}", name)
+    def __init__(self, code: str, *_: bool) -> None:
+        self.dtype = np.dtype(code)
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _Array:
+    """Stands for a numpy.ndarray in a pickle, and for what builds one: made of its bytes alone.
+
+    numpy's own functions trust a pickle: with a dtype that lies about itself they crash.
+    """
+
+    array: np.ndarray
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, shape, dtype, fortran, data = state
+        self._fill(data, dtype, shape, "F" if fortran else "C")
+
+    @classmethod
+    def reconstruct(cls, *_: Any) -> _Array:
+        return cls()
+
+    @classmethod
+    def scalar(cls, dtype: _Dtype, data: bytes | str) -> _Array:
+        return cls()._fill(data, dtype, (), "C")
+
+    @classmethod
+    def frombuffer(
+        cls,
+        data: bytes,
+        dtype: _Dtype,
+        shape: tuple[int, ...],
+        order: Literal["C", "F", "K"],
+        axes: tuple[int, ...] | None = None,
+    ) -> _Array:
+        built = cls()._fill(data, dtype, shape, "C" if order == "K" else order)
+        if axes is not None:
+            built.array = built.array.transpose(axes)
+        return built
+
+    def _fill(
+        self, data: bytes | str, dtype: _Dtype, shape: tuple[int, ...], order: Literal["C", "F"]
+    ) -> _Array:
+        if dtype.dtype.kind not in "fiub":
+            raise pickle.UnpicklingError(f"refused an array of {dtype.dtype}")
+        if isinstance(data, str):  # a pickle of Python 2
+            data = _encode(data)
+        flat = np.frombuffer(data, dtype.dtype).astype(dtype.dtype.newbyteorder("="))
+        self.array = flat.reshape(shape, order=order)
+        return self
+
+
+def _encode(text: str, encoding: str = "latin1") -> bytes:
+    """How pickles of protocol 2 and below write bytes."""
+    return text.encode("latin1")
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds arrays of numbers and plain containers, and refuses to look up anything else."""
+
+    _KNOWN: Mapping[str, Any] = {
+        "collections.OrderedDict": collections.OrderedDict,
+        "_codecs.encode": _encode,
+        "numpy.dtype": _Dtype,
+        "numpy.ndarray": _Array,
+        **{
+            f"numpy.{core}.{name}": build
             for core in ("core", "_core")
-            for module, name in (
-                ("multiarray", "_reconstruct"),
-                ("multiarray", "scalar"),
-                ("numeric", "_frombuffer"),
+            for name, build in (
+                ("multiarray._reconstruct", _Array.reconstruct),
+                ("multiarray.scalar", _Array.scalar),
+                ("numeric._frombuffer", _Array.frombuffer),
             )
-        }
-    )
+        },
+    }
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
+        if f"{module}.{name}" not in self._KNOWN:
             raise pickle.UnpicklingError(f"refused the global {module}.{name}")
-        return super().find_class(module, name)
+        return self._KNOWN[f"{module}.{name}"]
 
 
 _READERS: dict[str, Callable[[Path], Any]] = {
@@ -131,6 +196,7 @@ _DAMAGED = (
     SafetensorError,
     RuntimeError,
     EOFError,
+    OverflowError,
     ValueError,
     TypeError,
     LookupError,
@@ -299,14 +365,13 @@ def load_trunk(trunk: Swin, path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path} {error}") from None
     weights = {name: value.float() for name, value in state.items() if name != WEIGHT_HASH}
     own = trunk.state_dict()
-    has_hash = own.pop(WEIGHT_HASH, None) is not None
+    if WEIGHT_HASH in own:
+        weights[WEIGHT_HASH] = _hash(state)
     if problems := _compare(weights, own):
         raise ValueError(
             f"{path} does not fit the trunk: it looks like {_describe(weights)}, the trunk is "
             f"{_describe(own)}. {'; '.join(problems)}"
         )
-    if has_hash:
-        weights[WEIGHT_HASH] = _hash(state)
     trunk.load_state_dict(weights)
 
 
@@ -318,11 +383,13 @@ def save_trunk(
 ) -> None:
     """Write the trunk's weights as safetensors, under the official names.
 
+    The file's header has the fields of the trunk's :class:`SwinConfig` as JSON, under "config".
+
     Args:
         trunk: the Swin.
         path: the file; replaced as a whole or not at all.
         dtype: what to store the weights in (default: as they are).
-        metadata: strings to keep in the file's header (default: none).
+        metadata: further strings to keep in the file's header (default: none).
 
     Raises:
         ValueError: ``path`` does not end in ``.safetensors``.
@@ -334,8 +401,10 @@ def save_trunk(
         for name, value in trunk.state_dict().items()
         if value.is_floating_point() or value.any()  # a hash that is not known says nothing
     }
+    config = json.dumps(dataclasses.asdict(trunk.config))
+    header = {"format": "pt", "config": config, **(metadata or {})}
     with atomic_path(path) as temporary:
-        safetensors.torch.save_file(state, temporary, {"format": "pt", **(metadata or {})})
+        safetensors.torch.save_file(state, temporary, header)
 
 
 def trunk_hash(trunk: Swin) -> str:
@@ -393,7 +462,10 @@ def _describe(state: State) -> str:
     embed_dim = state["patch_embed.proj.weight"].shape[0]
     try:
         shapes = SwinConfig(
-            embed_dim, tuple(v for _, v in sorted(depths.items())), tuple(heads.values()), window
+            embed_dim,
+            tuple(depths[s] for s in sorted(depths)),
+            tuple(heads[s] for s in sorted(heads)),
+            window,
         )
     except ValueError:
         return f"no Swin that we know ({embed_dim} channels, {len(depths)} stages)"

@@ -175,6 +175,18 @@ def test_takes_an_empty_batch():
     assert [y.shape[0] for y in random_trunk()(torch.zeros(0, 3, 40, 30))] == [0, 0, 0]
 
 
+def test_takes_images_of_any_strides():
+    trunk, image = random_trunk(), torch.randn(2, 3, 37, 50)
+    expected = trunk(image)
+    flipped = image.transpose(2, 3).contiguous().transpose(2, 3)
+    strided = torch.randn(2, 6, 74, 100)
+    strided[:, ::2, ::2, ::2] = image
+    for view in (image.to(memory_format=torch.channels_last), flipped, strided[:, ::2, ::2, ::2]):
+        assert view.stride() != image.stride()
+        for y, same in zip(trunk(view), expected, strict=True):
+            torch.testing.assert_close(y, same, rtol=1e-5, atol=1e-5)
+
+
 def test_refuses_an_integer_dtype_and_a_rate_out_of_range():
     with pytest.raises(TypeError, match="dtype must be floating"):
         FrozenSwin(SMALL, torch.int8)
