@@ -20,6 +20,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -158,7 +159,7 @@ class BuildNative(build_ext):
     beside it. The library is no Python module: torch loads it."""
 
     def build_extensions(self) -> None:
-        info: dict[str, object] = {"built": [], "architectures": [], "left_out": {}}
+        info: dict[str, Any] = {"built": [], "architectures": [], "left_out": {}}
         output = Path(self.get_ext_fullpath(EXTENSION)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -177,7 +178,7 @@ class BuildNative(build_ext):
         super().copy_extensions_to_source()
         shutil.copy(Path(self.build_lib, "e3va", BUILD_INFO), ROOT / "e3va" / BUILD_INFO)
 
-    def build_native(self, output: Path, info: dict[str, object]) -> None:
+    def build_native(self, output: Path, info: dict[str, Any]) -> None:
         compiler = find_compiler()
         torch = find_torch()
         if torch is None:
@@ -205,7 +206,9 @@ class BuildNative(build_ext):
         info["built"] = ["C++", "CUDA"] if nvcc else ["C++"]
         info["architectures"] = [platform.machine(), *architectures]
         info["torch"] = str(version["__version__"])
-        info["compilers"] = [shlex.join(compiler), *([f"nvcc {nvcc_version(nvcc)}"] if nvcc else [])]
+        info["compilers"] = [shlex.join(compiler)]
+        if nvcc:
+            info["compilers"].append(f"nvcc {nvcc_version(nvcc)}")
 
 
 def build_requirements() -> list[str]:

@@ -1,4 +1,4 @@
-"""The compiled backend: ``csrc/``, built by ``setup.py`` into ``e3va/_C.abi3.so``, loaded when needed.
+"""The compiled backend: ``csrc/``, built into ``e3va/_C.abi3.so`` by setup.py, loaded when needed.
 
 Nothing here fails when it was not built: the reason is a sentence, for the dispatcher and for
 ``e3va info``.
@@ -56,7 +56,7 @@ def load_error() -> str | None:
     try:
         torch.ops.load_library(_FOLDER / "_C.abi3.so")
     except (OSError, RuntimeError) as error:
-        return f"the extension was built but does not load: {error}"
+        return f"the extension was built but does not load: {error.__cause__ or error}"
     return None
 
 

@@ -123,9 +123,14 @@ def test_raw_op_checks_what_would_be_read_out_of_bounds():
     native.load_error()
     qkv, bias, table = make_arguments(1, 3, 3, 2, 4, 3, torch.float32)
     op = torch.ops.e3va_native.window_attention
-    for bad in ((qkv, bias[:-1], table, 3, 0), (qkv, bias, table[:-1], 3, 0),
-                (qkv, bias, table, 3, 3), (qkv, bias, table, 3, -1),
-                (qkv, bias.half(), table, 3, 0), (qkv.transpose(1, 2), bias, table, 3, 0)):
+    for bad in (
+        (qkv, bias[:-1], table, 3, 0),
+        (qkv, bias, table[:-1], 3, 0),
+        (qkv, bias, table, 3, 3),
+        (qkv, bias, table, 3, -1),
+        (qkv, bias.half(), table, 3, 0),
+        (qkv.transpose(1, 2), bias, table, 3, 0),
+    ):
         with pytest.raises(RuntimeError, match="window_attention:"):
             op(*bad)
 
@@ -139,7 +144,9 @@ def test_cuda_kernel_compiles_without_spills(architecture, tmp_path):
     command = [nvcc, "-std=c++17", "-O3", f"-arch={architecture}", "-Xptxas=-v", "-cubin"]
     done = subprocess.run(
         [*command, str(source), "-o", str(tmp_path / "kernel.cubin")],
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     report = done.stderr
