@@ -16,6 +16,7 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,7 +28,7 @@ MIB = 2**20
 DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
 
 
-def build(config_file: str, method: str, overrides: list[str]) -> torch.nn.Module:
+def build(config_file: str, method: str, overrides: list[str]) -> Any:
     from detectron2.modeling import build_model
 
     from e3va.detectron2.config import load_config
@@ -60,7 +61,7 @@ def polygon_batch(height: int, width: int, instances: int = 8) -> list[dict[str,
     return [{"image": image, "instances": target, "height": height, "width": width}]
 
 
-def measure(model: torch.nn.Module, batch: list[dict[str, object]], device: str) -> dict[str, int]:
+def measure(model: Any, batch: list[dict[str, object]], device: str) -> dict[str, int]:
     """Bytes: peak of live activations in a step, saved for backward in the backbone, and the peak
     with weights, gradients and AdamW state."""
     images = model.preprocess_image(batch).tensor
@@ -81,14 +82,14 @@ def measure(model: torch.nn.Module, batch: list[dict[str, object]], device: str)
     }
 
 
-def loss(model: torch.nn.Module, batch: list[dict[str, object]], device: str) -> torch.Tensor:
+def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tensor:
     from detectron2.utils.events import EventStorage
 
     with EventStorage(), torch.autocast(device, torch.bfloat16):
         return sum(model(batch).values())
 
 
-def timed_step(model: torch.nn.Module, batch: list[dict[str, object]], device: str) -> float:
+def timed_step(model: Any, batch: list[dict[str, object]], device: str) -> float:
     """Seconds of one forward and backward."""
     start = time.perf_counter()
     loss(model, batch, device).backward()
@@ -110,7 +111,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     batch = polygon_batch(*arguments.size)
     models = {m: build(arguments.config_file, m, arguments.overrides) for m in arguments.methods}
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
     for method, model in models.items():
         results[method] = measure(model, batch, device)
         print(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -80,7 +83,8 @@ class E3VABackbone(SwinBackbone):
         x = image.to(trunk.compute_dtype())
         with torch.autocast(image.device.type, enabled=False):
             y = h = trunk.embed(x)
-            for s, stage in enumerate(self.highway.stages):
+            stages: Iterable[Any] = self.highway.stages
+            for s, stage in enumerate(stages):
                 if s:
                     y, h = trunk.merge(s - 1, y), trunk.merge(s - 1, h)
                 ride = stage.ride()

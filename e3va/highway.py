@@ -111,6 +111,4 @@ class StageRide:
         """h after the stage, from h before it and the frozen stage's input and output, each
         [B, H, W, C]; see :func:`e3va.ops.highway`."""
         P, b, V, c = self._stage.P, self._stage.b, self._stage.V, self._stage.c
-        return ops.highway(
-            h, y_in, y_out, self._x, self._t, self._s, P, self._Q, b, self._U, V, c
-        )
+        return ops.highway(h, y_in, y_out, self._x, self._t, self._s, P, self._Q, b, self._U, V, c)

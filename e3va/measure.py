@@ -33,7 +33,11 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         before = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_real(leaf)}
         if func.namespace == "e3va":

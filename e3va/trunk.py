@@ -101,7 +101,7 @@ class Swin(nn.Module):
         ``epilogue`` completes each sub-layer; default: residual add, with stochastic depth in
         training.
         """
-        blocks = self.layers[stage].blocks  # type: ignore[union-attr]
+        blocks = self._layer(stage).blocks
         z = _layer_norm(y, blocks[0].norm1)
         for i, block in enumerate(blocks):
             complete = epilogue or block.residual
@@ -109,9 +109,12 @@ class Swin(nn.Module):
             y, z = complete(block.mlp(z), y, blocks[i + 1].norm1 if i + 1 < len(blocks) else None)
         return y
 
+    def _layer(self, stage: int) -> Any:
+        return self.layers[stage]
+
     def merge(self, stage: int, y: Tensor) -> Tensor:
         """Down-sampling from ``stage`` to the next: [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, 2C]."""
-        norm, reduction = self.layers[stage].downsample.parts()  # type: ignore[union-attr]
+        norm, reduction = self._layer(stage).downsample.parts()
         return reference.patch_merging(y, norm.weight, norm.bias, norm.eps, reduction.weight)
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -179,7 +182,7 @@ class FrozenSwin(Swin):
 
     def merge(self, stage: int, y: Tensor) -> Tensor:
         """As :meth:`Swin.merge`; gradients flow to ``y`` (the highway's) but not to the weights."""
-        norm, reduction = self.layers[stage].downsample.parts()  # type: ignore[union-attr]
+        norm, reduction = self._layer(stage).downsample.parts()
         return ops.patch_merging(y, norm.weight, norm.bias, norm.eps, reduction.weight)
 
     @torch.no_grad()

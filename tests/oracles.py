@@ -1,4 +1,4 @@
-"""Independent oracles: written from the paper, one adapter at a time, differentiated by autograd."""
+"""Independent oracles: from the paper, one adapter at a time, differentiated by autograd."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def test_only_highway_and_norms_train_and_the_trunk_stays_to_the_bit(backbone):
 
 
 def test_every_trainable_parameter_gets_a_gradient(backbone):
-    loss = sum((p * torch.randn_like(p)).sum() for p in wake(backbone)(torch.randn(1, 3, 50, 50)).values())
+    features = wake(backbone)(torch.randn(1, 3, 50, 50))
+    loss = sum((p * torch.randn_like(p)).sum() for p in features.values())
     loss.backward()
     for name, parameter in backbone.named_parameters():
         if parameter.requires_grad:
@@ -219,8 +220,10 @@ def test_images_of_a_wrong_shape(backbone, shape):
 
 
 def test_methods():
-    counts = {m: trainable_parameters(build_backbone(m, TINY, highway=HighwayConfig(1, 4)))
-              for m in ("full", "frozen", "e3va")}
+    counts = {
+        m: trainable_parameters(build_backbone(m, TINY, highway=HighwayConfig(1, 4)))
+        for m in ("full", "frozen", "e3va")
+    }
     assert counts["frozen"] == 0 < counts["e3va"] < counts["full"]
     with pytest.raises(ValueError, match="unknown tuning method 'lora'; known: full, frozen, e3va"):
         build_backbone("lora", TINY)

@@ -376,6 +376,33 @@ def test_an_annotation_without_a_box(tmp_path):
 # Optimizer
 
 
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_perfect_detector_scores_100(tmp_path, first):
+    """Whatever number the annotations start from."""
+    path = write_coco(tmp_path)
+    content = json.loads(path.read_text())
+    for i, annotation in enumerate(content["annotations"]):
+        annotation["id"] = first + i
+    path.write_text(json.dumps(content))
+    cfg = load_config(DIGITS, overrides(tmp_path, path))
+    register_coco_json(cfg)
+    evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    evaluator.reset()
+    for record in DatasetCatalog.get(cfg.DATASETS.TEST[0]):
+        found = Instances((record["height"], record["width"]))
+        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in record["annotations"])]
+        found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
+        found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
+        found.scores = torch.ones(len(boxes))
+        masks = torch.zeros(len(boxes), *found.image_size, dtype=torch.bool)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes, strict=True):
+            mask[y1:y2, x1:x2] = True
+        found.pred_masks = masks
+        evaluator.process([record], [{"instances": found}])
+    metrics = evaluator.evaluate()
+    assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == pytest.approx(100)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["ADAMW", "SGD"])
 def test_optimizer_groups(tiny, method, kind):
@@ -390,7 +417,9 @@ def test_optimizer_groups(tiny, method, kind):
     norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm)]
     assert any(isinstance(m, OutputNorm) for m in norms)
     undecayed = {id(p) for m in norms for p in m.parameters() if p.requires_grad} | {
-        id(p) for n, p in model.named_parameters() if "position_bias" in n and p.requires_grad
+        id(p)
+        for n, p in model.named_parameters()
+        if "position_bias" in n or n.endswith((".bias", ".b", ".c"))
     }
     for p, group in grouped:
         assert group["weight_decay"] == (0.0 if id(p) in undecayed else 0.05)
@@ -398,7 +427,7 @@ def test_optimizer_groups(tiny, method, kind):
 
 
 def test_bias_decay_covers_the_highway(tiny):
-    cfg = tiny("SOLVER.WEIGHT_DECAY_BIAS", 0.0)
+    cfg = tiny("SOLVER.WEIGHT_DECAY_BIAS", 0.01)
     model = build_model(cfg)
     decay = {
         id(p): g["weight_decay"]
@@ -406,7 +435,7 @@ def test_bias_decay_covers_the_highway(tiny):
         for p in g["params"]
     }
     for stage in model.backbone.bottom_up.swin.highway.stages:
-        assert decay[id(stage.b)] == decay[id(stage.c)] == 0.0
+        assert decay[id(stage.b)] == decay[id(stage.c)] == 0.01
         assert decay[id(stage.P)] == decay[id(stage.V)] == 0.05
 
 

@@ -54,7 +54,7 @@ def test_config_out_of_range(arguments, error, message):
 
 def test_config_that_does_not_fit_the_trunk():
     odd = SwinConfig(33, (1,), (3,))
-    with pytest.raises(ValueError, match="hidden_ratio 0.5 of 33 channels is 16.5"):
+    with pytest.raises(ValueError, match=r"hidden_ratio 0\.5 of 33 channels is 16\.5"):
         Highway(odd)
     Highway(odd, HighwayConfig(hidden_ratio=1.0))  # odd channel counts are fine in themselves
     with pytest.raises(ValueError, match="exceeds the stage's 32 channels"):

@@ -72,9 +72,16 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        return COCOEvaluator(
+        evaluator = COCOEvaluator(
             dataset_name, tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
         )
+        truth = evaluator._coco_api
+        if 0 in truth.anns:
+            # To pycocotools a match with annotation 0 is no match.
+            for i, annotation in enumerate(truth.dataset["annotations"]):
+                annotation["id"] = i + 1
+            truth.createIndex()
+        return evaluator
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

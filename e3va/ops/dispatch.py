@@ -103,7 +103,7 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
                 f"backend {wanted!r} was asked for, but cannot run {op} here: {why_not}"
             )
         return Choice(wanted, "asked for by name")
-    passed_over = []
+    passed_over: list[str] = []
     for name in reversed(candidates):
         why_not = candidates[name].why_not(device, dtype)
         if why_not is None:

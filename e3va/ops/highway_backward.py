@@ -60,7 +60,8 @@ def highway(
     if not len(x) == len(t) == len(s) == taps:
         raise ValueError(f"P holds {taps} adapters, got {len(x)} x, {len(t)} t and {len(s)} s")
     check_shape("y_out", y_out, *y_out.shape[:-1], channels)
-    for name, tensor in (("h_in", h_in), ("y_in", y_in), *((f"x[{k}]", v) for k, v in enumerate(x))):
+    maps = ((f"x[{k}]", tap) for k, tap in enumerate(x))
+    for name, tensor in (("h_in", h_in), ("y_in", y_in), *maps):
         check_shape(name, tensor, *y_out.shape)
     tokens = y_out.shape[:-1].numel()
     for k in range(taps):
@@ -71,9 +72,7 @@ def highway(
     check_shape("U", U, taps, hidden, rank)
     check_shape("V", V, taps, rank, channels)
     check_shape("c", c, channels)
-    return torch.ops.e3va.highway(
-        h_in, y_in, y_out, list(x), list(t), list(s), P, Q, b, U, V, c
-    )
+    return torch.ops.e3va.highway(h_in, y_in, y_out, list(x), list(t), list(s), P, Q, b, U, V, c)
 
 
 @torch.library.custom_op("e3va::highway", mutates_args=())

@@ -70,9 +70,7 @@ def _sublayer_epilogue(
     b: Tensor,
     U: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return dispatch.run(
-        "sublayer_epilogue", x, x, y, norm_weight, norm_bias, eps, P, Q, b, U
-    )
+    return dispatch.run("sublayer_epilogue", x, x, y, norm_weight, norm_bias, eps, P, Q, b, U)
 
 
 @_sublayer_epilogue.register_fake

@@ -32,9 +32,7 @@ def fused(h_in, y_in, x, parameters):
     y, t, s = y_in, [], []
     with torch.no_grad():
         for k, x_k in enumerate(x):
-            y, _, t_k, s_k = ops.sublayer_epilogue(
-                x_k, y, None, None, 0.0, P[k], Q[k], b[k], U[k]
-            )
+            y, _, t_k, s_k = ops.sublayer_epilogue(x_k, y, None, None, 0.0, P[k], Q[k], b[k], U[k])
             t.append(t_k)
             s.append(s_k)
     return ops.highway(h_in, y_in, y, x, t, s, P, Q, b, U, V, c)
@@ -42,7 +40,9 @@ def fused(h_in, y_in, x, parameters):
 
 @pytest.mark.parametrize("shape", UGLY_MAPS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("taps, channels, rank, hidden", [(1, 8, 4, 2), (4, 24, 16, 12), (6, 96, 5, 96)])
+@pytest.mark.parametrize(
+    "taps, channels, rank, hidden", [(1, 8, 4, 2), (4, 24, 16, 12), (6, 96, 5, 96)]
+)
 def test_matches_one_adapter_at_a_time(shape, dtype, taps, channels, rank, hidden):
     exact = make_parameters(taps, channels, rank, hidden)
     # The trunk's tensors as the dtype can hold them, so that only our own rounding is judged.

@@ -48,9 +48,7 @@ def test_matches_float64_forward_and_backward(shape, dtype):
 
 def test_gradcheck():
     h, *weights = make_arguments((2, 3, 3, 2))
-    assert torch.autograd.gradcheck(
-        lambda h: ops.patch_merging(h, *weights), (h.requires_grad_(),)
-    )
+    assert torch.autograd.gradcheck(lambda h: ops.patch_merging(h, *weights), (h.requires_grad_(),))
 
 
 def test_opcheck():
@@ -58,9 +56,7 @@ def test_opcheck():
     args = (h.requires_grad_(), *(w.float() if isinstance(w, torch.Tensor) else w for w in weights))
     torch.library.opcheck(torch.ops.e3va.patch_merging.default, args)
     G = torch.randn(2, 2, 3, 8)
-    torch.library.opcheck(
-        torch.ops.e3va.patch_merging_backward.default, (G, h.detach(), *args[1:])
-    )
+    torch.library.opcheck(torch.ops.e3va.patch_merging_backward.default, (G, h.detach(), *args[1:]))
 
 
 def test_saves_only_its_input():

@@ -1,0 +1,174 @@
+"""The demo's training on Detectron2 and on torchvision, behind one small interface."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import e3va
+from e3va import build_backbone, load_trunk, swin_config
+
+WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
+BATCH_SIZE = 4
+LEARNING_RATE = 1e-3
+
+
+@dataclass
+class Trained:
+    """What a training leaves behind, whichever engine ran it.
+
+    Attributes:
+        model: the detector, in training mode.
+        backbone: its bottom-up part.
+        images: a training batch, normalised and padded, [B, 3, H, W].
+        loss: the loss of that same batch.
+        metrics: "box_ap", "mask_ap", "mask_ap50" on the validation scenes, 0 to 100.
+        detections: the validation detections, as COCO results.
+        losses: (iteration, loss) along the training.
+    """
+
+    model: nn.Module
+    backbone: nn.Module
+    images: Tensor
+    loss: Callable[[], Tensor]
+    metrics: dict[str, float]
+    detections: list[dict[str, Any]]
+    losses: list[tuple[int, float]]
+
+
+def default_engine() -> str:
+    """ "detectron2" where it is installed, else "torchvision"."""
+    return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
+
+
+def train_detectron2(method: str, coco: Path, output: Path, iterations: int, seed: int) -> Trained:
+    """Mask R-CNN by Detectron2, from detectron2_configs/digits/mask_rcnn_e3va.yaml.
+
+    Args:
+        method: "full", "frozen" or "e3va".
+        coco: COCO tree of the digits.
+        output: folder for logs, checkpoints and detections.
+    """
+    from detectron2.engine import HookBase
+    from detectron2.utils.env import seed_all_rng
+    from detectron2.utils.events import EventStorage
+
+    from e3va.detectron2 import Trainer, load_config, register_coco_json
+
+    config = Path(e3va.__file__).parents[1] / "detectron2_configs/digits/mask_rcnn_e3va.yaml"
+    overrides: list[Any] = ["MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output)]
+    overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.IMS_PER_BATCH", BATCH_SIZE]
+    overrides += ["SOLVER.BASE_LR", LEARNING_RATE, "SEED", seed]
+    overrides += ["SOLVER.CHECKPOINT_PERIOD", 10 * iterations]
+    for split, name in (("TRAIN", "train"), ("TEST", "val")):
+        key = f"DATASETS.COCO_JSON.{split}"
+        overrides += [f"{key}_JSON", str(coco / f"annotations/instances_{name}.json")]
+        overrides += [f"{key}_IMAGES", str(coco / f"images/{name}")]
+    cfg = load_config(str(config), overrides)
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    register_coco_json(cfg)
+    seed_all_rng(seed)
+    output.mkdir(parents=True, exist_ok=True)
+    losses: list[tuple[int, float]] = []
+
+    class Progress(HookBase):
+        def before_train(self) -> None:
+            self.bar = tqdm(total=iterations, desc=method, unit="it")
+
+        def after_step(self) -> None:
+            loss = self.trainer.storage.history("total_loss").latest()
+            losses.append((self.trainer.iter, loss))
+            self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            self.bar.update()
+            if self.trainer.iter + 1 == iterations:  # before the evaluation that ends the training
+                self.bar.close()
+
+    trainer = Trainer(cfg)
+    trainer.register_hooks([Progress()])
+    results = trainer.train()
+    model = trainer.model
+    batch = next(iter(trainer.build_train_loader(cfg)))
+
+    def loss() -> Tensor:
+        with EventStorage():
+            return sum(model(batch).values(), torch.zeros((), device=model.device))
+
+    return Trained(
+        model=model.train(),
+        backbone=model.backbone.bottom_up,
+        images=model.preprocess_image(batch).tensor,
+        loss=loss,
+        metrics={
+            "box_ap": results["bbox"]["AP"],
+            "mask_ap": results["segm"]["AP"],
+            "mask_ap50": results["segm"]["AP50"],
+        },
+        detections=json.loads((output / "inference/coco_instances_results.json").read_text()),
+        losses=losses,
+    )
+
+
+def train_torchvision(method: str, coco: Path, output: Path, iterations: int, seed: int) -> Trained:
+    """As :func:`train_detectron2`, by torchvision, with heads of the same widths."""
+    from e3va.data.coco import CocoInstances
+    from e3va.torchvision import mask_rcnn
+    from e3va.torchvision.evaluation import detect
+    from e3va.torchvision.train import HISTORY, train
+
+    train_data, val_data = (
+        CocoInstances(coco / f"annotations/instances_{split}.json", coco / f"images/{split}")
+        for split in ("train", "val")
+    )
+    torch.manual_seed(seed)
+    backbone = build_backbone(method, swin_config("swin_digits"))
+    load_trunk(backbone.trunk, WEIGHTS)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = mask_rcnn(
+        backbone,
+        len(train_data.classes) + 1,
+        out_channels=64,
+        min_size=train_data.image(0).shape[-2],
+        anchor_sizes=(8, 16, 32, 64, 128),
+        representation_size=256,
+        mask_channels=(64, 64),
+        rpn_batch_size_per_image=128,
+        rpn_pre_nms_top_n_train=500,
+        rpn_post_nms_top_n_train=200,
+        rpn_pre_nms_top_n_test=300,
+        rpn_post_nms_top_n_test=200,
+        box_batch_size_per_image=64,
+    )
+    metrics = train(
+        model,
+        train_data,
+        val_data,
+        output,
+        iterations=iterations,
+        batch_size=BATCH_SIZE,
+        lr=LEARNING_RATE,
+        warmup=min(30, iterations // 2),
+        horizontal_flip=False,
+        seed=seed,
+        device=device,
+    )
+    batch = [train_data[i] for i in range(BATCH_SIZE)]
+    images = [image.to(device) for image, _ in batch]
+    targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
+    history = [json.loads(line) for line in (output / HISTORY).read_text().splitlines()]
+    return Trained(
+        model=model,
+        backbone=backbone,
+        images=model.transform(images)[0].tensors,
+        loss=lambda: sum(model(images, targets).values()),
+        metrics={key: metrics[key] for key in ("box_ap", "mask_ap", "mask_ap50")},
+        detections=detect(model, val_data, device),
+        losses=[(line["iteration"], line["loss"]) for line in history if "loss" in line],
+    )

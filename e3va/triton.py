@@ -1,0 +1,40 @@
+"""The Triton backend: ``kernels/``, installed as e3va.kernels, imported when a GPU first asks."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from e3va.ops import dispatch
+
+
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where Triton kernels run for tensors of ``device`` and ``dtype``, else the reason."""
+    if device.type != "cuda":
+        return f"Triton kernels run on GPUs, not on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"there are no Triton kernels for {str(dtype).removeprefix('torch.')}"
+    if dtype == torch.bfloat16 and _capability(device) < (8, 0):
+        return "this GPU has no bfloat16 arithmetic, which begins with sm_80"
+    if dispatch.requested_backend() == "auto":
+        return "its Triton kernel has not been measured yet, so it runs only when asked for"
+    return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
+
+
+@dispatch.register("sublayer_epilogue", "triton", why_not=why_not)
+def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from e3va.kernels.sublayer_epilogue import sublayer_epilogue
+
+    with torch.cuda.device(x.device):
+        return sublayer_epilogue(x, *arguments)

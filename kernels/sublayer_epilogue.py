@@ -1,0 +1,216 @@
+"""``sublayer_epilogue`` in Triton: residual add, LayerNorm and an adapter's low-rank half.
+
+A program owns a few rows of the map. It runs over their channels twice: once to add, to gather the
+statistics of the norm and to project the tap down, once more, when x and y come from cache, to
+normalise. The adapter's hidden width exists on chip only, a slice at a time.
+
+Bytes moved: x and y read, y' and its norm written (8NC in 16 bits), t and s written (4Nα).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
+WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+class Tiles(NamedTuple):
+    """Sizes of what a program holds, and its warps."""
+
+    rows: int
+    channels: int
+    hidden: int
+    num_warps: int
+
+
+def tiles(dtype: torch.dtype, architecture: int) -> Tiles:
+    """The largest tiles that do not spill, see ``python -m bench.registers``.
+
+    Args:
+        dtype: that of the map.
+        architecture: 75 for sm_75, and so on.
+    """
+    if dtype == torch.float32:
+        return Tiles(16, 64, 32, 4)
+    return Tiles(16, 128, 64, 4) if architecture >= 80 else Tiles(16, 64, 64, 8)
+
+
+def padded_rank(rank: int) -> int:
+    """Tensor cores multiply tiles of at least 16."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def sublayer_epilogue(
+    x: Tensor,  # [..., C]
+    y: Tensor,  # [..., C]
+    norm_weight: Tensor | None,  # [C]
+    norm_bias: Tensor | None,  # [C]
+    eps: float,
+    P: Tensor,  # [C, r]
+    Q: Tensor,  # [r, m]
+    b: Tensor,  # [m]
+    U: Tensor,  # [m, r]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, y = x.contiguous(), y.contiguous()
+    P, Q, b, U = (weight.to(x.dtype).contiguous() for weight in (P, Q, b, U))
+    channels, (rank, hidden) = x.shape[-1], Q.shape
+    tokens = x.shape[:-1].numel()
+    y_out = torch.empty_like(y)
+    z = y.new_empty(0) if norm_weight is None else torch.empty_like(y)
+    t, s = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
+    if norm_weight is None or norm_bias is None:
+        norm_weight = norm_bias = b  # not read
+    tile = tiles(x.dtype, _architecture(x.device))
+    if tokens:
+        sublayer_epilogue_kernel[(triton.cdiv(tokens, tile.rows),)](
+            x,
+            y,
+            norm_weight.contiguous(),
+            norm_bias.contiguous(),
+            P,
+            Q,
+            b,
+            U,
+            y_out,
+            z,
+            t,
+            s,
+            tokens,
+            eps,
+            CHANNELS=channels,
+            RANK=rank,
+            HIDDEN=hidden,
+            NORM=z.numel() > 0,
+            RANK_TILE=padded_rank(rank),
+            ROWS=tile.rows,
+            CHANNEL_TILE=tile.channels,
+            HIDDEN_TILE=tile.hidden,
+            num_warps=tile.num_warps,
+        )
+    return y_out, z, t, s
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@triton.jit
+def _dot(a, b, sum):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sum, input_precision="ieee")
+
+
+@triton.jit
+def sublayer_epilogue_kernel(
+    x_ptr,
+    y_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    P_ptr,
+    Q_ptr,
+    b_ptr,
+    U_ptr,
+    y_out_ptr,
+    z_ptr,
+    t_ptr,
+    s_ptr,
+    tokens,
+    eps,
+    CHANNELS: tl.constexpr,
+    RANK: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    NORM: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,
+    HIDDEN_TILE: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # 64 bits: the offsets of a large map do not fit into 32.
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    row_in = rows < tokens
+    ranks = tl.arange(0, RANK_TILE)
+    rank_in = ranks < RANK
+
+    t = tl.zeros((ROWS, RANK_TILE), tl.float32)
+    mean = tl.zeros((ROWS,), tl.float32)
+    squares = tl.zeros((ROWS,), tl.float32)  # Σ (y' - mean)²
+    for start in range(0, CHANNELS, CHANNEL_TILE):
+        channels = start + tl.arange(0, CHANNEL_TILE)
+        channel_in = channels < CHANNELS
+        at = rows[:, None] * CHANNELS + channels[None, :]
+        inside = row_in[:, None] & channel_in[None, :]
+        x = tl.load(x_ptr + at, mask=inside, other=0.0)
+        y = tl.load(y_ptr + at, mask=inside, other=0.0)
+        y = (x.to(tl.float32) + y.to(tl.float32)).to(dtype)
+        tl.store(y_out_ptr + at, y, mask=inside)
+        if NORM:
+            # Means and squares of slices merge exactly (Chan et al., 1983): Σy² - (Σy)²/C would
+            # cancel where the mean is large.
+            count = tl.minimum(CHANNELS - start, CHANNEL_TILE).to(tl.float32)
+            y = y.to(tl.float32)
+            slice_mean = tl.sum(y, 1) / count
+            off = tl.where(inside, y - slice_mean[:, None], 0.0)
+            step = slice_mean - mean
+            mean += step * (count / (start + count))
+            squares += tl.sum(off * off, 1) + step * step * (start * count / (start + count))
+        P = tl.load(
+            P_ptr + channels[:, None] * RANK + ranks[None, :],
+            mask=channel_in[:, None] & rank_in[None, :],
+            other=0.0,
+        )
+        t = _dot(x, P, t)
+
+    t = t.to(dtype)
+    at_rank = rows[:, None] * RANK + ranks[None, :]
+    inside_rank = row_in[:, None] & rank_in[None, :]
+    tl.store(t_ptr + at_rank, t, mask=inside_rank)
+
+    s = tl.zeros((ROWS, RANK_TILE), tl.float32)
+    for start in range(0, HIDDEN, HIDDEN_TILE):
+        hidden = start + tl.arange(0, HIDDEN_TILE)
+        hidden_in = hidden < HIDDEN
+        Q = tl.load(
+            Q_ptr + ranks[:, None] * HIDDEN + hidden[None, :],
+            mask=rank_in[:, None] & hidden_in[None, :],
+            other=0.0,
+        )
+        U = tl.load(
+            U_ptr + hidden[:, None] * RANK + ranks[None, :],
+            mask=hidden_in[:, None] & rank_in[None, :],
+            other=0.0,
+        )
+        b = tl.load(b_ptr + hidden, mask=hidden_in, other=0.0).to(tl.float32)
+        h = _dot(t, Q, tl.zeros((ROWS, HIDDEN_TILE), tl.float32)) + b[None, :]
+        a = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
+        s = _dot(a.to(dtype), U, s)
+    tl.store(s_ptr + at_rank, s.to(dtype), mask=inside_rank)
+
+    if NORM:
+        scale = tl.rsqrt(squares / CHANNELS + eps)
+        for start in range(0, CHANNELS, CHANNEL_TILE):
+            channels = start + tl.arange(0, CHANNEL_TILE)
+            channel_in = channels < CHANNELS
+            at = rows[:, None] * CHANNELS + channels[None, :]
+            inside = row_in[:, None] & channel_in[None, :]
+            x = tl.load(x_ptr + at, mask=inside, other=0.0)
+            y = tl.load(y_ptr + at, mask=inside, other=0.0)
+            y = (x.to(tl.float32) + y.to(tl.float32)).to(dtype).to(tl.float32)
+            weight = tl.load(norm_weight_ptr + channels, mask=channel_in, other=0.0)
+            bias = tl.load(norm_bias_ptr + channels, mask=channel_in, other=0.0)
+            z = (y - mean[:, None]) * scale[:, None]
+            z = z * weight.to(tl.float32)[None, :] + bias.to(tl.float32)[None, :]
+            tl.store(z_ptr + at, z.to(dtype), mask=inside)

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+
+pytest.importorskip("torchvision", reason="the demo needs torchvision: pip install 'e3va[demo]'")
+
+from e3va.demo import __main__ as demo
+
+KEYS = {
+    "box_ap",
+    "mask_ap",
+    "mask_ap50",
+    "trainable_params",
+    "saved_bytes",
+    "peak_live_bytes",
+    "seconds_per_iter",
+}
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_demo_end_to_end(engine, tmp_path, monkeypatch, capsys):
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    monkeypatch.setattr(demo, "TIMED_STEPS", 1)
+    write_digits = demo.write_digits
+    monkeypatch.setattr(
+        demo, "write_digits", lambda root, seed: write_digits(root, train=4, val=2, seed=seed)
+    )
+    demo.main(["--engine", engine, "--iterations", "2", "--output", str(tmp_path)])
+
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["engine"] == engine
+    methods = report["methods"]
+    assert list(methods) == ["full", "frozen", "e3va"]
+    for result in methods.values():
+        assert set(result) == KEYS
+        assert all(isinstance(value, int | float) for value in result.values())
+        assert all(0 <= result[k] <= 100 for k in ("box_ap", "mask_ap", "mask_ap50"))
+        assert result["seconds_per_iter"] > 0
+    for key in ("trainable_params", "saved_bytes", "peak_live_bytes"):
+        assert methods["frozen"][key] < methods["e3va"][key] < methods["full"][key]
+    assert methods["frozen"]["trainable_params"] == methods["frozen"]["saved_bytes"] == 0
+    for picture in ("predictions.png", "curves.png"):
+        assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+    assert "e3va" in capsys.readouterr().out
