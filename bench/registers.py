@@ -14,18 +14,20 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from e3va.kernels.sublayer_epilogue import padded_rank, sublayer_epilogue_kernel, tiles
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.environment import environment
 from e3va.config import SWIN_VARIANTS, HighwayConfig
 from e3va.files import atomic_path
+from e3va.kernels import highway_backward, sublayer_epilogue
+from e3va.kernels.common import padded_rank
 
 
 class Limits(NamedTuple):
@@ -53,34 +55,73 @@ def runs_on(architecture: int, dtype: torch.dtype) -> bool:
     return architecture >= 80 or dtype != torch.bfloat16
 
 
-def compile_sublayer_epilogue(
-    architecture: int, dtype: torch.dtype, channels: int, rank: int, hidden: int, norm: bool
+def compile_kernels(
+    architecture: int, dtype: torch.dtype, channels: int, rank: int, hidden: int
+) -> Iterator[dict[str, Any]]:
+    """Every kernel for one shape: registers and spilled bytes a thread, bytes of shared memory a
+    block, occupancy."""
+    shape = {"RANK": rank, "HIDDEN": hidden, "RANK_TILE": padded_rank(rank)}
+    epilogue = sublayer_epilogue.tiles(dtype, architecture)
+    backward = highway_backward.tiles(dtype, architecture, rank)
+    launches = [
+        (
+            f"sublayer_epilogue{'' if norm else ' (no norm)'}",
+            sublayer_epilogue.sublayer_epilogue_kernel,
+            {
+                **shape,
+                "CHANNELS": channels,
+                "NORM": norm,
+                "ROWS": epilogue.rows,
+                "CHANNEL_TILE": epilogue.channels,
+                "HIDDEN_TILE": epilogue.hidden,
+            },
+            epilogue.num_warps,
+        )
+        for norm in (True, False)
+    ] + [
+        (
+            f"highway_backward {name}",
+            kernel,
+            {**shape, "TAPS": 36, "ROWS": backward.rows, "HIDDEN_TILE": backward.hidden},
+            backward.num_warps,
+        )
+        for name, kernel in (
+            ("rows", highway_backward.rows_kernel),
+            ("weights", highway_backward.weights_kernel),
+        )
+    ]
+    for name, kernel, constants, num_warps in launches:
+        yield {
+            "kernel": name,
+            "architecture": architecture,
+            "dtype": TYPES[dtype],
+            "channels": channels,
+            "rank": rank,
+            "hidden": hidden,
+            **compile_kernel(kernel, constants, num_warps, architecture, dtype),
+        }
+
+
+def compile_kernel(
+    kernel: Any,
+    constants: dict[str, Any],
+    num_warps: int,
+    architecture: int,
+    dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Registers and spilled bytes a thread, bytes of shared memory a block, occupancy."""
-    tile = tiles(dtype, architecture)
-    constants = {
-        "CHANNELS": channels,
-        "RANK": rank,
-        "HIDDEN": hidden,
-        "NORM": norm,
-        "RANK_TILE": padded_rank(rank),
-        "ROWS": tile.rows,
-        "CHANNEL_TILE": tile.channels,
-        "HIDDEN_TILE": tile.hidden,
-    }
+    # The trunk stores its norms in fp32; gradients of parameters are summed in it.
+    wide = ("norm_weight_ptr", "norm_bias_ptr", "dQ_ptr", "db_ptr", "dU_ptr")
     signature = {}
-    for name in sublayer_epilogue_kernel.arg_names:
+    for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
-        elif name.startswith("norm_"):
-            signature[name] = "*fp32"  # as the trunk stores it
         elif name.endswith("_ptr"):
-            signature[name] = f"*{TYPES[dtype]}"
+            signature[name] = "*fp32" if name in wide else f"*{TYPES[dtype]}"
         else:
-            signature[name] = {"tokens": "i32", "eps": "fp32"}[name]
+            signature[name] = {"tokens": "i32", "split_rows": "i32", "eps": "fp32"}[name]
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(
-        sublayer_epilogue_kernel,
+        kernel,
         signature,
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
@@ -88,11 +129,11 @@ def compile_sublayer_epilogue(
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", architecture, 32),
-        options={"num_warps": tile.num_warps},
+        options={"num_warps": num_warps},
     )
     usage = resource_usage(compiled.asm["cubin"])
     limits = ARCHITECTURES[architecture]
-    shared, threads = compiled.metadata.shared, 32 * tile.num_warps
+    shared, threads = compiled.metadata.shared, 32 * num_warps
     registers = -(-usage["REG"] // 8) * 8 * threads  # handed out by eights
     blocks = min(
         REGISTERS // registers, limits.shared // (shared + 1024), limits.threads // threads
@@ -122,26 +163,12 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in found}
 
 
-def cases(architectures: list[int]) -> list[dict[str, Any]]:
-    """Each stage of each Swin at the paper's rank, and the extreme ranks at the widest stage."""
+def shapes() -> list[tuple[int, int, int]]:
+    """(C, α, m): each width of a Swin in the paper's shape, the widest with the extreme ranks."""
     config = HighwayConfig()
     widths = sorted({dim for swin in SWIN_VARIANTS.values() for dim in swin.dims})
-    shapes = [(width, config.rank, config.hidden(width)) for width in widths]
-    shapes += [(widths[-1], rank, widths[-1]) for rank in (4, 64)]
-    return [
-        {
-            "architecture": architecture,
-            "dtype": dtype,
-            "channels": channels,
-            "rank": rank,
-            "hidden": hidden,
-            "norm": norm,
-        }
-        for architecture in architectures
-        for dtype in TYPES
-        if runs_on(architecture, dtype)
-        for channels, rank, hidden in shapes
-        for norm in (True, False)
+    return [(width, config.rank, config.hidden(width)) for width in widths] + [
+        (widths[-1], rank, widths[-1]) for rank in (4, 64)
     ]
 
 
@@ -151,24 +178,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--channels", nargs="+", type=int, help="these only (default: all)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
+    print(f"{'kernel':28} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
     results = []
-    print("kernel             sm  dtype     C   r    m  norm  regs spilled  shared  occupancy")
-    for case in cases(options.architectures):
-        if options.channels and case["channels"] not in options.channels:
-            continue
-        result = compile_sublayer_epilogue(**case)
-        case["dtype"] = TYPES[case["dtype"]]
-        results.append({"kernel": "sublayer_epilogue", **case, **result})
-        print(
-            f"sublayer_epilogue {case['architecture']:3}   {case['dtype']} {case['channels']:5}"
-            f"{case['rank']:4}{case['hidden']:5}  {'yes' if case['norm'] else 'no':4}"
-            f"{result['registers']:6}{result['spilled']:8}{result['shared']:8}"
-            f"{result['occupancy']:10.0%}",
-            flush=True,
-        )
+    for architecture in options.architectures:
+        for dtype in TYPES:
+            for shape in shapes() if runs_on(architecture, dtype) else ():
+                if options.channels and shape[0] not in options.channels:
+                    continue
+                for r in compile_kernels(architecture, dtype, *shape):
+                    results.append(r)
+                    print(
+                        f"{r['kernel']:28}{architecture:3}  {r['dtype']}{r['channels']:5}"
+                        f"{r['rank']:4}{r['hidden']:5}{r['registers']:11}{r['spilled']:8}"
+                        f"{r['shared']:8}{r['occupancy']:10.0%}",
+                        flush=True,
+                    )
     if options.json:
+        report = {"environment": {**environment(), "triton": triton.__version__}}
         with atomic_path(options.json) as path:
-            report = {"environment": {**environment(), "triton": triton.__version__}}
             path.write_text(json.dumps({**report, "kernels": results}, indent=1) + "\n")
     bad = [r for r in results if r["spilled"] or not r["fits"]]
     if bad:

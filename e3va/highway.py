@@ -8,6 +8,10 @@ from torch import Tensor, nn
 from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
 
+PARAMETERS = ("P", "g", "Q", "b", "U", "g_up", "V", "c")
+BIASES = ("b", "c")
+"""Names of a stage's parameters, and of those among them that are biases."""
+
 
 class Highway(nn.Module):
     """The adapters of all stages of a Swin, all that is trained of an E³VA backbone but its norms.

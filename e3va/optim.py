@@ -1,4 +1,4 @@
-"""What the optimizer is given: which parameters decay and which do not."""
+"""What the optimizer is given: which parameters decay, and which learn faster."""
 
 from __future__ import annotations
 
@@ -6,26 +6,36 @@ from typing import Any
 
 from torch import nn
 
+from e3va.highway import Highway
+
 # Biases and tables that have more than one dimension: those of the stacked adapters and of Swin.
 NO_DECAY_NAMES = frozenset({"b", "relative_position_bias_table"})
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for a torch optimizer: weights decay; norms, biases and
-    position-bias tables do not.
+def parameter_groups(
+    model: nn.Module, lr: float, weight_decay: float, highway_lr_factor: float = 1.0
+) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for a torch optimizer.
+
+    Weights decay; norms, biases and position-bias tables do not. The highway learns
+    ``highway_lr_factor`` times as fast as the rest: its adapters begin at zero.
 
     Raises:
         ValueError: the model has no trainable parameter.
     """
-    decay: list[nn.Parameter] = []
-    no_decay: list[nn.Parameter] = []
+    highway = {id(p) for m in model.modules() if isinstance(m, Highway) for p in m.parameters()}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             keep = parameter.ndim <= 1 or name.rpartition(".")[2] in NO_DECAY_NAMES
-            (no_decay if keep else decay).append(parameter)
-    if not decay and not no_decay:
+            key = (
+                lr * (highway_lr_factor if id(parameter) in highway else 1.0),
+                0.0 if keep else weight_decay,
+            )
+            groups.setdefault(key, []).append(parameter)
+    if not groups:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     return [
-        {"params": decay, "weight_decay": weight_decay},
-        {"params": no_decay, "weight_decay": 0.0},
+        {"params": parameters, "lr": rate, "weight_decay": decay}
+        for (rate, decay), parameters in groups.items()
     ]

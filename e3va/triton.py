@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,3 +39,13 @@ def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tenso
 
     with torch.cuda.device(x.device):
         return sublayer_epilogue(x, *arguments)
+
+
+@dispatch.register("highway_backward", "triton", why_not=why_not)
+def highway_backward(
+    G: Tensor, x: Sequence[Tensor], t: Sequence[Tensor], *parameters: Tensor
+) -> tuple[Tensor, ...]:
+    from e3va.kernels.highway_backward import highway_backward
+
+    with torch.cuda.device(G.device):
+        return highway_backward(G, x, t, *parameters)

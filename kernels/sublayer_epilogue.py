@@ -9,8 +9,6 @@ Bytes moved: x and y read, y' and its norm written (8NC in 16 bits), t and s wri
 
 from __future__ import annotations
 
-import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -18,8 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+from e3va.kernels.common import architecture_of, dot, gelu, padded_rank
 
 
 class Tiles(NamedTuple):
@@ -43,11 +40,6 @@ def tiles(dtype: torch.dtype, architecture: int) -> Tiles:
     return Tiles(16, 128, 64, 4) if architecture >= 80 else Tiles(16, 64, 64, 8)
 
 
-def padded_rank(rank: int) -> int:
-    """Tensor cores multiply tiles of at least 16."""
-    return max(16, triton.next_power_of_2(rank))
-
-
 def sublayer_epilogue(
     x: Tensor,  # [..., C]
     y: Tensor,  # [..., C]
@@ -68,7 +60,7 @@ def sublayer_epilogue(
     t, s = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
     if norm_weight is None or norm_bias is None:
         norm_weight = norm_bias = b  # not read
-    tile = tiles(x.dtype, _architecture(x.device))
+    tile = tiles(x.dtype, architecture_of(x.device))
     if tokens:
         sublayer_epilogue_kernel[(triton.cdiv(tokens, tile.rows),)](
             x,
@@ -96,21 +88,6 @@ def sublayer_epilogue(
             num_warps=tile.num_warps,
         )
     return y_out, z, t, s
-
-
-@functools.cache
-def _architecture(device: torch.device) -> int:
-    if device.type != "cuda":  # Triton's interpreter
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@triton.jit
-def _dot(a, b, sum):
-    if WIDEN:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sum, input_precision="ieee")
 
 
 @triton.jit
@@ -172,7 +149,7 @@ def sublayer_epilogue_kernel(
             mask=channel_in[:, None] & rank_in[None, :],
             other=0.0,
         )
-        t = _dot(x, P, t)
+        t = dot(x, P, t)
 
     t = t.to(dtype)
     at_rank = rows[:, None] * RANK + ranks[None, :]
@@ -194,9 +171,8 @@ def sublayer_epilogue_kernel(
             other=0.0,
         )
         b = tl.load(b_ptr + hidden, mask=hidden_in, other=0.0).to(tl.float32)
-        h = _dot(t, Q, tl.zeros((ROWS, HIDDEN_TILE), tl.float32)) + b[None, :]
-        a = 0.5 * h * (1.0 + tl.erf(h * 0.7071067811865476))
-        s = _dot(a.to(dtype), U, s)
+        h = dot(t, Q, tl.zeros((ROWS, HIDDEN_TILE), tl.float32)) + b[None, :]
+        s = dot(gelu(h).to(dtype), U, s)
     tl.store(s_ptr + at_rank, s.to(dtype), mask=inside_rank)
 
     if NORM:

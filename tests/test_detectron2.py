@@ -285,7 +285,12 @@ def test_add_config_leaves_detectron2_defaults_alone():
     ours, theirs = get_cfg(), get_cfg()
     add_e3va_config(ours)
     del ours.MODEL["TUNING"], ours.MODEL["E3VA"], ours.DATASETS["COCO_JSON"]
-    del ours.SOLVER["OPTIMIZER"], ours.SOLVER["BETAS"], ours.SOLVER.AMP["DTYPE"]
+    del (
+        ours.SOLVER["OPTIMIZER"],
+        ours.SOLVER["BETAS"],
+        ours.SOLVER["HIGHWAY_LR_FACTOR"],
+        ours.SOLVER.AMP["DTYPE"],
+    )
     assert ours == theirs
 
 
@@ -406,7 +411,8 @@ def test_a_perfect_detector_scores_100(tmp_path, first):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["ADAMW", "SGD"])
 def test_optimizer_groups(tiny, method, kind):
-    cfg = tiny("MODEL.TUNING.METHOD", method, "SOLVER.OPTIMIZER", kind)
+    options = ["SOLVER.OPTIMIZER", kind, "SOLVER.HIGHWAY_LR_FACTOR", 1.0]
+    cfg = tiny("MODEL.TUNING.METHOD", method, *options)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
     grouped = [(p, group) for group in optimizer.param_groups for p in group["params"]]
@@ -424,6 +430,17 @@ def test_optimizer_groups(tiny, method, kind):
     for p, group in grouped:
         assert group["weight_decay"] == (0.0 if id(p) in undecayed else 0.05)
         assert group["lr"] == cfg.SOLVER.BASE_LR
+
+
+def test_the_highway_may_learn_faster(tiny):
+    cfg = tiny("SOLVER.HIGHWAY_LR_FACTOR", 3.0)
+    model = build_model(cfg)
+    groups = build_optimizer(cfg, model).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            factor = 3 if ".highway." in name else 1
+            assert rates[id(parameter)] == pytest.approx(factor * cfg.SOLVER.BASE_LR)
 
 
 def test_bias_decay_covers_the_highway(tiny):

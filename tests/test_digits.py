@@ -154,3 +154,9 @@ def test_bad_arguments(tmp_path, arguments, error, message):
     with pytest.raises(error, match=message):
         digits.write_digits(tmp_path / "d", **{"train": 1, "val": 1, **arguments})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_command_line(tmp_path, capsys):
+    digits.main(["--output", str(tmp_path / "d"), "--train", "1", "--val", "1"])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "d")
+    assert (tmp_path / "d/coco/annotations/instances_val.json").is_file()

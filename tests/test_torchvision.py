@@ -150,7 +150,7 @@ def test_one_step_trains_what_is_trainable_and_nothing_else(method):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    torch.optim.AdamW(parameter_groups(model, 0.05), lr=1e-3).step()
+    torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05)).step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k, p in model.named_parameters() if p.requires_grad}
     trunk = {k for k in before if k.startswith("backbone.body.trunk.")}
@@ -224,7 +224,9 @@ def test_norms_biases_and_tables_do_not_decay():
     model = detector("full")
     model.highway = e3va.Highway(TINY, e3va.HighwayConfig(1, 4))
     frozen = next(model.backbone.body.norms[0].parameters()).requires_grad_(False)
-    decay, rest = parameter_groups(model, 0.1)
+    decay, rest = parameter_groups(model, 1e-3, 0.1)
+    if rest["weight_decay"]:
+        decay, rest = rest, decay
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     decaying = {names[id(p)].rpartition(".")[2] for p in decay["params"]}
@@ -235,7 +237,16 @@ def test_norms_biases_and_tables_do_not_decay():
     grouped = [id(p) for p in (*decay["params"], *rest["params"])]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)
     with pytest.raises(ValueError, match="no trainable"):
-        parameter_groups(e3va.FrozenSwin(TINY), 0.1)
+        parameter_groups(e3va.FrozenSwin(TINY), 1e-3, 0.1)
+
+
+def test_the_highway_may_learn_faster():
+    model = detector("e3va")
+    groups = parameter_groups(model, 1e-3, 0.1, highway_lr_factor=10)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert rates[id(parameter)] == pytest.approx(1e-2 if ".highway." in name else 1e-3)
 
 
 # Data

@@ -1,6 +1,6 @@
 """The demo: Mask R-CNN on digits in scenes, tuned in full, frozen and by E³VA, side by side.
 
-    python -m e3va.demo [--engine detectron2|torchvision] [--seed 0] [--iterations 300]
+    python -m e3va.demo [--engine detectron2|torchvision] [--seed 0] [--iterations 400]
 
 Writes report.json, predictions.png and curves.png to output/demo.
 """
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m e3va.demo", description=__doc__.split("\n")[0])
     parser.add_argument("--engine", choices=ENGINES, default=engines.default_engine())
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
-    parser.add_argument("--iterations", type=int, default=300, help="per method (default 300)")
+    parser.add_argument("--iterations", type=int, default=400, help="per method (default 400)")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     options = parser.parse_args(arguments)
 

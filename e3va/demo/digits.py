@@ -3,10 +3,13 @@
 Digits and photographs come with scikit-learn (``load_digits``, ``load_sample_images``). The digits
 are split into three disjoint pools: one to pretrain on, one for training scenes, one for
 validation scenes. The photographs are split too: validation scenes lie on their right quarter.
+
+    python -m e3va.demo.digits [--output output/demo/digits] [--seed 0]
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import tempfile
@@ -311,3 +314,19 @@ def _check_int(name: str, value: object, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m e3va.demo.digits", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--output", type=Path, default=Path("output/demo/digits"))
+    parser.add_argument("--train", type=int, default=400, help="scenes (default 400)")
+    parser.add_argument("--val", type=int, default=100, help="scenes (default 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    print(write_digits(options.output, train=options.train, val=options.val, seed=options.seed))
+
+
+if __name__ == "__main__":
+    main()

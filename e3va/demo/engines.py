@@ -19,6 +19,7 @@ from e3va import build_backbone, load_trunk, swin_config
 WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
 BATCH_SIZE = 4
 LEARNING_RATE = 1e-3
+HIGHWAY_LR_FACTOR = 10
 
 
 @dataclass
@@ -67,6 +68,7 @@ def train_detectron2(method: str, coco: Path, output: Path, iterations: int, see
     overrides: list[Any] = ["MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output)]
     overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.IMS_PER_BATCH", BATCH_SIZE]
     overrides += ["SOLVER.BASE_LR", LEARNING_RATE, "SEED", seed]
+    overrides += ["SOLVER.HIGHWAY_LR_FACTOR", float(HIGHWAY_LR_FACTOR)]
     overrides += ["SOLVER.CHECKPOINT_PERIOD", 10 * iterations]
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
         key = f"DATASETS.COCO_JSON.{split}"
@@ -154,6 +156,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         iterations=iterations,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
+        highway_lr_factor=HIGHWAY_LR_FACTOR,
         warmup=min(30, iterations // 2),
         horizontal_flip=False,
         seed=seed,

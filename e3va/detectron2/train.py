@@ -23,6 +23,7 @@ from torch import nn
 
 from e3va.detectron2.checkpoint import SafeCheckpointer
 from e3va.detectron2.config import dtype_of
+from e3va.highway import BIASES, PARAMETERS
 from e3va.measure import trainable_parameters
 
 logger = logging.getLogger(__name__)
@@ -91,9 +92,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: SOLVER.OPTIMIZER is unknown.
     """
     solver = cfg.SOLVER
-    overrides = {"relative_position_bias_table": {"weight_decay": 0.0}}
-    if solver.WEIGHT_DECAY_BIAS is not None:  # "b" and "c" are the highway's biases
-        overrides |= {name: {"weight_decay": solver.WEIGHT_DECAY_BIAS} for name in ("b", "c")}
+    overrides: dict[str, dict[str, float]] = {"relative_position_bias_table": {"weight_decay": 0.0}}
+    for name in PARAMETERS:
+        overrides[name] = {"lr": solver.BASE_LR * solver.HIGHWAY_LR_FACTOR}
+        if name in BIASES and solver.WEIGHT_DECAY_BIAS is not None:
+            overrides[name]["weight_decay"] = solver.WEIGHT_DECAY_BIAS
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,

@@ -47,6 +47,7 @@ def train(
     iterations: int,
     batch_size: int,
     lr: float,
+    highway_lr_factor: float = 1.0,
     weight_decay: float = 0.05,
     warmup: int = 0,
     clip_norm: float = 1.0,
@@ -71,7 +72,8 @@ def train(
         train_data: what to train on. val_data: what to evaluate on; of the same classes.
         output_dir: where to write.
         iterations: optimizer steps in all. batch_size: images of each.
-        lr: the highest learning rate. weight_decay: AdamW's, for weights alone.
+        lr: the highest learning rate; the highway's is ``highway_lr_factor`` times as high.
+        weight_decay: AdamW's, for weights alone.
         warmup: iterations until the learning rate is reached.
         clip_norm: the most that the norm of all gradients together may be.
         horizontal_flip: mirror half of the training images.
@@ -99,6 +101,7 @@ def train(
         "iterations": iterations,
         "batch_size": batch_size,
         "lr": lr,
+        "highway_lr_factor": highway_lr_factor,
         "weight_decay": weight_decay,
         "warmup": warmup,
         "clip_norm": clip_norm,
@@ -109,7 +112,9 @@ def train(
 
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameter_groups(model, weight_decay), lr=lr)
+    groups = parameter_groups(model, lr, weight_decay, highway_lr_factor)
+    optimizer = torch.optim.AdamW(groups, lr=lr)
+    highest = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
     start, metrics = 0, {}
     if resume and (output / CHECKPOINT).is_file():
@@ -134,8 +139,9 @@ def train(
         for iteration, batch in enumerate(progress, start=start):
             began = time.perf_counter()
             torch.manual_seed(_seed(seed, iteration))
-            for group in optimizer.param_groups:
-                group["lr"] = lr * schedule(iteration, iterations, warmup)
+            factor = schedule(iteration, iterations, warmup)
+            for group, rate in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = rate * factor
             images = [image.to(device) for image, _ in batch]
             targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
@@ -156,7 +162,7 @@ def train(
             history.add(
                 iteration=done,
                 loss=loss.item(),
-                lr=optimizer.param_groups[0]["lr"],
+                lr=lr * factor,
                 seconds=time.perf_counter() - began,
             )
             if done == iterations or (eval_period and done % eval_period == 0):
@@ -318,6 +324,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--iterations", type=int, required=True)
     run.add_argument("--batch-size", type=int, default=2)
     run.add_argument("--lr", type=float, default=1e-4)
+    run.add_argument(
+        "--highway-lr-factor", type=float, default=1.0, help="the highway's, as a multiple of it"
+    )
     run.add_argument("--weight-decay", type=float, default=0.05)
     run.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
     run.add_argument("--eval-period", type=int, help="default: only at the end")
@@ -357,6 +366,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         iterations=args.iterations,
         batch_size=args.batch_size,
         lr=args.lr,
+        highway_lr_factor=args.highway_lr_factor,
         weight_decay=args.weight_decay,
         warmup=args.warmup,
         horizontal_flip=not args.no_flip,

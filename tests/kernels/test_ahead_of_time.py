@@ -1,0 +1,37 @@
+"""Every kernel compiles for every architecture without a GPU, and nothing spills."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled")
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = (
+    r"sublayer_epilogue",
+    r"sublayer_epilogue \(no norm\)",
+    r"highway_backward rows",
+    r"highway_backward weights",
+)
+
+
+@pytest.mark.parametrize("architecture", ["75", "80", "90"])
+def test_compiles_ahead_of_time_without_spills(architecture):
+    """In a process of its own: the interpreter's kernels cannot be compiled."""
+    command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [*command, "--channels", "1536"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for kernel in KERNELS:
+        assert re.search(rf"^{kernel} +{architecture} +fp16 +1536 +16 +768 ", done.stdout, re.M)

@@ -1,0 +1,56 @@
+"""The Triton kernels against float64 autograd through one adapter at a time."""
+
+import pytest
+import torch
+
+from tests import oracles
+from tests.ops.test_highway_backward import NAMES, make_parameters
+from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    """The interpreter runs one program after the other."""
+    from e3va.kernels import highway_backward
+
+    monkeypatch.setattr(highway_backward, "SPLITS", 5)
+
+
+def check(shape, taps, channels, rank, hidden, dtype):
+    from e3va.kernels.highway_backward import highway_backward
+
+    exact = make_parameters(taps, channels, rank, hidden)
+    h, *x = (torch.randn(*shape, channels).to(dtype) for _ in range(taps + 1))
+    G = torch.randn(*shape, channels).to(dtype)
+    out = oracles.highway(h.double(), [x_k.double() for x_k in x], **exact)
+    expected = torch.autograd.grad(out, list(exact.values()), G.double())
+
+    P, Q, b, U, V, _ = (exact[name].detach().float().to(DEVICE) for name in NAMES)
+    x = [x_k.flatten(0, -2).to(DEVICE) for x_k in x]
+    t = [x_k @ P_k.to(dtype) for x_k, P_k in zip(x, P, strict=True)]
+    arguments = (G.flatten(0, -2).to(DEVICE), x, t, P, Q, b, U, V)
+    grads = highway_backward(*arguments)
+    for name, ours, theirs in zip(NAMES, grads, expected, strict=True):
+        assert ours.dtype == torch.float32 and ours.shape == theirs.shape, name
+        assert relative_error(ours, theirs) <= TOLERANCE[dtype], name
+    for once, again in zip(grads, highway_backward(*arguments), strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("shape", UGLY_MAPS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_map(shape, dtype):
+    check(shape, 2, 24, 5, 12, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "taps, channels, rank, hidden", [(1, 96, 4, 24), (3, 192, 16, 96), (4, 128, 64, 128)]
+)
+def test_any_adapter(taps, channels, rank, hidden, dtype):
+    check((1, 5, 9), taps, channels, rank, hidden, dtype)
