@@ -22,7 +22,7 @@ from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
 
 from e3va.backbone import METHODS, build_backbone
-from e3va.config import swin_config
+from e3va.config import HighwayConfig, swin_config
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
 from e3va.measure import trainable_parameters
@@ -311,6 +311,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     net.add_argument("--method", choices=METHODS, default="e3va", help="what is trained")
     net.add_argument("--variant", default="swin_b", help="swin_t, swin_s, swin_b, swin_l, …")
     net.add_argument("--window-size", type=int, default=7, help="of the trunk")
+    net.add_argument("--kernel-dim", type=int, default=8, help="the adapters' rank is twice that")
+    net.add_argument("--hidden-ratio", type=float, default=0.5, help="of their hidden width to C")
     net.add_argument("--weights", type=Path, required=True, help="the trunk's pretrained weights")
     net.add_argument("--min-size", type=int, nargs="+", default=[800], help="shorter image side")
     net.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
@@ -345,7 +347,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_data = CocoInstances(args.train_json, args.train_images, keep_empty=args.keep_empty)
     val_data = CocoInstances(args.val_json, args.val_images)
     torch.manual_seed(args.seed)
-    backbone = build_backbone(args.method, swin_config(args.variant, args.window_size))
+    backbone = build_backbone(
+        args.method,
+        swin_config(args.variant, args.window_size),
+        highway=HighwayConfig(kernel_dim=args.kernel_dim, hidden_ratio=args.hidden_ratio),
+    )
     load_trunk(backbone.trunk, args.weights)
     model = mask_rcnn(
         backbone,
