@@ -327,7 +327,7 @@ def test_unusable_annotations_are_dropped_and_counted(tmp_path, caplog):
     cfg = load_config(DIGITS, overrides(tmp_path, write_coco(tmp_path, annotations)))
     register_coco_json(cfg)
     records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
-    assert [a["bbox"] for a in records[0]["annotations"]] == [[5, 5, 9, 9], [60, 0, 10, 10]]
+    assert [a["bbox"] for a in records[0]["annotations"]] == [[5, 5, 14, 14], [60, 0, 70, 10]]
     assert not records[1]["annotations"]
     (warning,) = [r.getMessage() for r in caplog.records if r.name == "e3va.detectron2.data"]
     assert "dropped 5 instances" in warning
@@ -357,10 +357,10 @@ def test_bad_data_sets(tmp_path):
 
     text = tmp_path / "text.json"
     text.write_text("{'a': 1}")
-    fails(ValueError, r"text\.json is not JSON", train=text)
+    fails(ValueError, r"text\.json is not valid JSON", train=text)
     other = tmp_path / "other.json"
     other.write_text('{"images": [{}]}')
-    fails(ValueError, "no categories and no annotations", train=other)
+    fails(ValueError, "no list 'annotations'", train=other)
 
     rle = {"size": [50, 70], "counts": "PP1"}
     encoded = write_coco(tmp_path / "rle", [(0, 3, [5, 5, 9, 9], rle)])
@@ -395,7 +395,7 @@ def test_a_perfect_detector_scores_100(tmp_path, first):
     evaluator.reset()
     for record in DatasetCatalog.get(cfg.DATASETS.TEST[0]):
         found = Instances((record["height"], record["width"]))
-        boxes = [[x, y, x + w, y + h] for x, y, w, h in (a["bbox"] for a in record["annotations"])]
+        boxes = [a["bbox"] for a in record["annotations"]]
         found.pred_boxes = Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
         found.pred_classes = torch.tensor([a["category_id"] for a in record["annotations"]])
         found.scores = torch.ones(len(boxes))

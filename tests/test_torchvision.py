@@ -313,6 +313,10 @@ def test_bad_files_are_named(tmp_path):
         (lambda c: c["annotations"][0].pop("segmentation"), "annotation 0 .* no 'segmentation'"),
         (lambda c: c["annotations"][1].update(image_id=77), "annotation 1 .* unknown image 77"),
         (lambda c: c["annotations"][1].update(category_id=5), "unknown category 5"),
+        (
+            lambda c: c["annotations"][0].update(segmentation={"counts": "PP1"}),
+            "annotation 0 .* run-length encoding",
+        ),
     ],
 )
 def test_broken_annotations_are_named(tmp_path, change, message):

@@ -64,7 +64,7 @@ class CocoInstances:
     ) -> None:
         self.path = Path(annotations)
         self.folder = Path(images)
-        content = _read(self.path)
+        content = read_coco(self.path)
         self._categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in self._categories]
         self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
@@ -96,8 +96,8 @@ class CocoInstances:
                 raise ValueError(
                     f"{where} names the unknown category {annotation['category_id']!r}"
                 )
-            box = _clip(annotation["bbox"] or (), *self._sizes[annotation["image_id"]])
-            segmentation = _usable(annotation["segmentation"])
+            box = clip_box(annotation["bbox"] or (), *self._sizes[annotation["image_id"]])
+            segmentation = _usable(annotation["segmentation"], where)
             if box is None or segmentation is None:
                 dropped += 1
                 continue
@@ -257,11 +257,17 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     return image.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a COCO JSON file: lists of images, annotations and categories.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not JSON, or a list is missing.
+    """
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"no annotation file at {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
     for key in ("images", "annotations", "categories"):
@@ -270,10 +276,13 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
-def _clip(
+def clip_box(
     bbox: Sequence[float], height: int, width: int
 ) -> tuple[float, float, float, float] | None:
-    """COCO's [x, y, width, height] as corners within the image; None if that leaves nothing."""
+    """COCO's [x, y, width, height] as corners within the image.
+
+    None if a side of what is left is shorter than :data:`MIN_SIDE`.
+    """
     if len(bbox) != 4 or not all(math.isfinite(value) for value in bbox):
         return None
     x, y, w, h = bbox
@@ -282,10 +291,15 @@ def _clip(
     return (x1, y1, x2, y2) if min(x2 - x1, y2 - y1) >= MIN_SIDE else None
 
 
-def _usable(segmentation: Any) -> Any:
+def _usable(segmentation: Any, where: str) -> Any:
     """The segmentation without polygons of fewer than three points; None if nothing is left."""
     if isinstance(segmentation, dict):
-        return segmentation if segmentation.get("counts") else None
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if not isinstance(counts, str | list) or not isinstance(size, list) or len(size) != 2:
+            raise ValueError(
+                f"{where} has a run-length encoding without 'counts' or a 'size' [rows, columns]"
+            )
+        return segmentation if counts else None
     return [polygon for polygon in segmentation or () if len(polygon) >= 6] or None
 
 

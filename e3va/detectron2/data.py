@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from typing import Any
@@ -10,6 +9,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import load_coco_json
+from detectron2.structures import BoxMode
+
+from e3va.data.coco import MIN_SIDE, clip_box, read_coco
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +22,8 @@ def register_coco_json(cfg: CfgNode) -> None:
     """Register the data sets that cfg.DATASETS.COCO_JSON names, and make ``cfg`` use them.
 
     Sets DATASETS.TRAIN or DATASETS.TEST, or both, and the number of classes. Annotations that
-    cannot be trained on are dropped when the data are loaded: boxes that are empty or lie outside
-    of their image, and, where masks are trained, instances without a mask.
+    cannot be trained on are dropped when the data are loaded: boxes that lie outside of their
+    image or are thinner than 0.1 pixels, and, where masks are trained, instances without a mask.
 
     Raises:
         FileNotFoundError: a JSON or an image folder is not there.
@@ -38,7 +40,7 @@ def register_coco_json(cfg: CfgNode) -> None:
             raise FileNotFoundError(f"{_KEYS}.{split}_JSON: no file {json_file!r}")
         if not os.path.isdir(images):
             raise FileNotFoundError(f"{_KEYS}.{split}_IMAGES: no folder {images!r}")
-        content = _read(json_file)
+        content = read_coco(json_file)
         if split == "TRAIN" and cfg.MODEL.MASK_ON:
             _check_mask_format(content, json_file, cfg.INPUT.MASK_FORMAT)
         categories[json_file] = _names(content)
@@ -66,24 +68,6 @@ def _expand(cfg: CfgNode, key: str) -> str:
             f"set it, or give the path as {_KEYS}.{key}"
         )
     return path
-
-
-def _read(json_file: str) -> dict[str, Any]:
-    with open(json_file) as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"{json_file} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{json_file} is no COCO instances file: it holds no JSON object")
-    missing = [key for key in ("images", "categories") if not content.get(key)]
-    if "annotations" not in content:  # it may be empty
-        missing.append("annotations")
-    if missing:
-        raise ValueError(
-            f"{json_file} is no COCO instances file: it has no {' and no '.join(missing)}"
-        )
-    return content
 
 
 def _names(content: dict[str, Any]) -> list[str]:
@@ -115,30 +99,24 @@ def _load(name: str, json_file: str, images: str, masks: bool) -> list[dict[str,
     for record in records:
         usable = []
         for annotation in record["annotations"]:
-            if not _clip(annotation, record):
+            if "bbox" not in annotation:
+                raise ValueError(f"an annotation of image {record['file_name']} has no bbox")
+            box = clip_box(annotation["bbox"], record["height"], record["width"])
+            if box is None:
                 empty += 1
             elif masks and "segmentation" not in annotation:
                 maskless += 1
             else:
+                annotation.update(bbox=list(box), bbox_mode=BoxMode.XYXY_ABS)
                 usable.append(annotation)
         record["annotations"] = usable
     if empty or maskless:
         logger.warning(
-            "%s: dropped %d instances whose box is empty or outside of its image and %d without a "
-            "mask",
+            "%s: dropped %d instances whose box is outside of its image or thinner than %g pixels "
+            "and %d without a mask",
             json_file,
             empty,
+            MIN_SIDE,
             maskless,
         )
     return records
-
-
-def _clip(annotation: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Clip the box [x, y, width, height] to the image; whether anything is left of it."""
-    if "bbox" not in annotation:
-        raise ValueError(f"an annotation of image {record['file_name']} has no bbox")
-    x, y, width, height = annotation["bbox"]
-    left, top = max(x, 0), max(y, 0)
-    right, bottom = min(x + width, record["width"]), min(y + height, record["height"])
-    annotation["bbox"] = [left, top, right - left, bottom - top]
-    return bool(right > left and bottom > top)
