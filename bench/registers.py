@@ -65,19 +65,24 @@ def compile_kernels(
     backward = highway_backward.tiles(dtype, architecture, rank)
     launches = [
         (
-            f"sublayer_epilogue{'' if norm else ' (no norm)'}",
+            f"sublayer_epilogue{note}",
             sublayer_epilogue.sublayer_epilogue_kernel,
             {
                 **shape,
                 "CHANNELS": channels,
                 "NORM": norm,
+                "ADAPTER": adapter,
                 "ROWS": epilogue.rows,
                 "CHANNEL_TILE": epilogue.channels,
                 "HIDDEN_TILE": epilogue.hidden,
             },
             epilogue.num_warps,
         )
-        for norm in (True, False)
+        for note, norm, adapter in (
+            ("", True, True),
+            (" (no norm)", False, True),
+            (" (no adapter)", True, False),
+        )
     ] + [
         (
             f"highway_backward {name}",

@@ -1,11 +1,17 @@
 // The one file with torch headers: registers the kernels as e3va_native ops, over LibTorch's stable
 // ABI, so that a build serves every torch from the targeted version on.
+#include <initializer_list>
+#include <optional>
+#include <tuple>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include "cpu/highway_backward.h"
+#include "cpu/sublayer_epilogue.h"
 #include "cpu/window_attention.h"
 #ifdef E3VA_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -28,7 +34,7 @@ Dtype dtype_of(const Tensor& tensor) {
     case ScalarType::BFloat16:
       return Dtype::kBFloat16;
     default:
-      STD_TORCH_CHECK(false, "window_attention: qkv must be float32, float16 or bfloat16");
+      STD_TORCH_CHECK(false, "the compiled kernels take float32, float16 or bfloat16");
   }
 }
 
@@ -77,6 +83,93 @@ Tensor window_attention_on_cpu(
   return out;
 }
 
+const float* weight(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  bool fits = tensor.dim() == int64_t(shape.size()) && tensor.is_contiguous() &&
+              tensor.scalar_type() == ScalarType::Float;
+  for (int64_t i = 0; fits && i < tensor.dim(); ++i) fits = tensor.size(i) == shape.begin()[i];
+  STD_TORCH_CHECK(fits, "weights must be contiguous float32 of shapes that fit");
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
+    Tensor x, Tensor y, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
+    double eps, std::optional<Tensor> P, std::optional<Tensor> Q, std::optional<Tensor> b,
+    std::optional<Tensor> U) {
+  STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous() && y.is_contiguous() &&
+                      x.numel() == y.numel() && x.scalar_type() == y.scalar_type(),
+                  "sublayer_epilogue: x and y must be contiguous and alike");
+  const bool norm = norm_weight.has_value(), adapter = Q.has_value();
+  const int64_t channels = x.size(x.dim() - 1);
+  const int64_t rank = adapter ? Q->size(0) : 0, hidden = adapter ? Q->size(1) : 0;
+  int64_t tokens = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
+  Tensor y_out = torch::stable::empty_like(y);
+  Tensor z = norm ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
+  Tensor t = adapter ? torch::stable::new_empty(x, {tokens, rank}) : torch::stable::new_empty(x, {0});
+  Tensor s = torch::stable::empty_like(t);
+  const SublayerEpilogueParams params{x.const_data_ptr(),
+                                      y.const_data_ptr(),
+                                      norm ? weight(*norm_weight, {channels}) : nullptr,
+                                      norm ? weight(norm_bias.value(), {channels}) : nullptr,
+                                      adapter ? weight(P.value(), {channels, rank}) : nullptr,
+                                      adapter ? weight(*Q, {rank, hidden}) : nullptr,
+                                      adapter ? weight(b.value(), {hidden}) : nullptr,
+                                      adapter ? weight(U.value(), {hidden, rank}) : nullptr,
+                                      y_out.mutable_data_ptr(),
+                                      z.mutable_data_ptr(),
+                                      t.mutable_data_ptr(),
+                                      s.mutable_data_ptr(),
+                                      dtype_of(x),
+                                      tokens,
+                                      channels,
+                                      rank,
+                                      hidden,
+                                      float(eps)};
+  torch::stable::parallel_for(
+      0, sublayer_epilogue_items(params), 1,
+      [&](int64_t begin, int64_t end) { sublayer_epilogue_cpu(params, begin, end); });
+  return {y_out, z, t, s};
+}
+
+// Columns [tap * rank, (tap + 1) * rank) of dS, S and dT are this adapter's.
+Tensor adapter_backward_on_cpu(
+    Tensor t, Tensor dS, int64_t tap, Tensor Q, Tensor b, Tensor U, Tensor S, Tensor dT) {
+  STD_TORCH_CHECK(t.dim() == 2 && dS.dim() == 2 && Q.dim() == 2 && t.is_contiguous(),
+                  "adapter_backward: t, dS and Q must be matrices, t a contiguous one");
+  const int64_t tokens = t.size(0), rank = t.size(1), hidden = Q.size(1), stride = dS.size(1);
+  for (const Tensor& tensor : {dS, S, dT})
+    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == t.scalar_type() &&
+                        tensor.dim() == 2 && tensor.size(0) == tokens &&
+                        tensor.size(1) == stride && 0 <= tap && (tap + 1) * rank <= stride,
+                    "adapter_backward: dS, S and dT must be contiguous [tokens, taps * rank]");
+  AdapterBackwardParams params{t.const_data_ptr(),
+                               nullptr,
+                               weight(Q, {rank, hidden}),
+                               weight(b, {hidden}),
+                               weight(U, {hidden, rank}),
+                               nullptr,
+                               nullptr,
+                               nullptr,
+                               dtype_of(t),
+                               tokens,
+                               rank,
+                               hidden,
+                               stride};
+  const int64_t offset = tap * rank * (params.dtype == Dtype::kFloat ? 4 : 2);
+  params.dS = static_cast<const char*>(dS.const_data_ptr()) + offset;
+  params.S = static_cast<char*>(S.mutable_data_ptr()) + offset;
+  params.dT = static_cast<char*>(dT.mutable_data_ptr()) + offset;
+  const int64_t chunks = adapter_backward_chunks(params), size = (2 * rank + 1) * hidden;
+  Tensor partial_sums = torch::stable::new_empty(Q, {chunks, size});
+  params.partial_sums = static_cast<float*>(partial_sums.mutable_data_ptr());
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    adapter_backward_cpu(params, begin, end);
+  });
+  Tensor sums = torch::stable::new_empty(Q, {size});
+  adapter_backward_sum(params, static_cast<float*>(sums.mutable_data_ptr()));
+  return sums;
+}
+
 #ifdef E3VA_CUDA
 Tensor window_attention_on_cuda(
     Tensor qkv, Tensor qkv_bias, Tensor position_bias, int64_t window, int64_t shift) {
@@ -99,10 +192,18 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
   m.def(
       "window_attention(Tensor qkv, Tensor qkv_bias, Tensor position_bias, int window, int shift) "
       "-> Tensor");
+  m.def(
+      "sublayer_epilogue(Tensor x, Tensor y, Tensor? norm_weight, Tensor? norm_bias, float eps, "
+      "Tensor? P, Tensor? Q, Tensor? b, Tensor? U) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "adapter_backward(Tensor t, Tensor dS, int tap, Tensor Q, Tensor b, Tensor U, "
+      "Tensor(a!) S, Tensor(b!) dT) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(e3va_native, CPU, m) {
   m.impl("window_attention", TORCH_BOX(&window_attention_on_cpu));
+  m.impl("sublayer_epilogue", TORCH_BOX(&sublayer_epilogue_on_cpu));
+  m.impl("adapter_backward", TORCH_BOX(&adapter_backward_on_cpu));
 }
 
 #ifdef E3VA_CUDA

@@ -12,3 +12,34 @@ struct WindowAttentionParams {
   Dtype dtype;                 // of qkv and out
   int64_t batch, height, width, heads, head_dim, window, shift;
 };
+
+struct SublayerEpilogueParams {
+  const void* x;             // [tokens, channels]
+  const void* y;             // [tokens, channels]
+  const float* norm_weight;  // [channels], or null: no norm
+  const float* norm_bias;    // [channels]
+  const float* P;            // [channels, rank]; null: no adapter
+  const float* Q;            // [rank, hidden]
+  const float* b;            // [hidden]
+  const float* U;            // [hidden, rank]
+  void* y_out;               // [tokens, channels]
+  void* z;                   // [tokens, channels]
+  void* t;                   // [tokens, rank]
+  void* s;                   // [tokens, rank]
+  Dtype dtype;               // of x, y and all results
+  int64_t tokens, channels, rank, hidden;
+  float eps;
+};
+
+struct AdapterBackwardParams {
+  const void* t;        // [tokens, rank]
+  const void* dS;       // [tokens, rank], rows `stride` apart
+  const float* Q;       // [rank, hidden]
+  const float* b;       // [hidden]
+  const float* U;       // [hidden, rank]
+  void* S;              // [tokens, rank], rows `stride` apart
+  void* dT;             // [tokens, rank], rows `stride` apart
+  float* partial_sums;  // [chunks, (2 * rank + 1) * hidden]: dQ, db, dU
+  Dtype dtype;          // of t, dS, S and dT
+  int64_t tokens, rank, hidden, stride;
+};

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -80,6 +81,68 @@ def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str |
     return reason
 
 
+def _cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"its compiled kernel runs on CPUs, not on {device.type}"
+    return why_not(device, dtype)
+
+
+@dispatch.register("sublayer_epilogue", "native", why_not=_cpu_why_not)
+def sublayer_epilogue(
+    x: Tensor,  # [..., C]
+    y: Tensor,  # [..., C]
+    norm_weight: Tensor | None,  # [C]
+    norm_bias: Tensor | None,  # [C]
+    eps: float,
+    P: Tensor | None = None,  # [C, r]
+    Q: Tensor | None = None,  # [r, m]
+    b: Tensor | None = None,  # [m]
+    U: Tensor | None = None,  # [m, r]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    norm, adapter = (
+        [None if v is None else _weight(v) for v in group]
+        for group in ((norm_weight, norm_bias), (P, Q, b, U))
+    )
+    return torch.ops.e3va_native.sublayer_epilogue(
+        x.contiguous(), y.contiguous(), *norm, eps, *adapter
+    )
+
+
+@dispatch.register("highway_backward", "native", why_not=_cpu_why_not)
+def highway_backward(
+    G: Tensor,  # [N, C]
+    x: Sequence[Tensor],  # K × [N, C]
+    t: Sequence[Tensor],  # K × [N, r]
+    P: Tensor,  # [K, C, r]
+    Q: Tensor,  # [K, r, m]
+    b: Tensor,  # [K, m]
+    U: Tensor,  # [K, m, r]
+    V: Tensor,  # [K, r, C]
+) -> tuple[Tensor, ...]:
+    rank, hidden = Q.shape[1:]
+    dS = G @ V.flatten(0, 1).to(G).t()  # [N, K·r]
+    S, dT = torch.empty_like(dS), torch.empty_like(dS)
+    Qs, bs, Us = _weight(Q), _weight(b), _weight(U)
+    dP, sums = [], []
+    for k, (x_k, t_k) in enumerate(zip(x, t, strict=True)):
+        sums.append(
+            torch.ops.e3va_native.adapter_backward(
+                t_k.contiguous(), dS, k, Qs[k], bs[k], Us[k], S, dT
+            )
+        )
+        dP.append(x_k.t() @ dT[:, k * rank : (k + 1) * rank])
+    sizes = [rank * hidden, hidden, hidden * rank]
+    dQ, db, dU = (torch.stack(v) for v in zip(*(v.split(sizes) for v in sums), strict=True))
+    return (
+        torch.stack(dP).to(P.dtype),
+        dQ.reshape(Q.shape).to(Q.dtype),
+        db.to(b.dtype),
+        dU.reshape(U.shape).to(U.dtype),
+        (S.t() @ G).view(V.shape).to(V.dtype),
+        G.sum(0, dtype=torch.float32).to(V.dtype),
+    )
+
+
 @dispatch.register("window_attention", "native", why_not=_window_attention_why_not)
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
@@ -90,8 +153,12 @@ def window_attention(
 ) -> Tensor:
     return torch.ops.e3va_native.window_attention(
         qkv.contiguous(),
-        qkv_bias.float().contiguous(),
-        position_bias.float().contiguous(),
+        _weight(qkv_bias),
+        _weight(position_bias),
         window,
         shift,
     )
+
+
+def _weight(tensor: Tensor) -> Tensor:
+    return tensor.float().contiguous()

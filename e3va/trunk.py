@@ -27,12 +27,6 @@ Epilogue = Callable[[Tensor, Tensor, "nn.LayerNorm | None"], tuple[Tensor, Tenso
 after a stage's last one, whose second result is not used)."""
 
 
-def residual(x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
-    """The plain epilogue of Swin: y' = y + x."""
-    y = y + x
-    return y, y if norm is None else _layer_norm(y, norm)
-
-
 class StageOutput(NamedTuple):
     """One stage of the trunk: its input and output, and its 2·depth taps; each [B, H, W, C]."""
 
@@ -178,7 +172,13 @@ class FrozenSwin(Swin):
 
     @torch.no_grad()
     def stage(self, stage: int, y: Tensor, epilogue: Epilogue | None = None) -> Tensor:
-        return super().stage(stage, y, epilogue)
+        return super().stage(stage, y, epilogue or self._residual)
+
+    @staticmethod
+    def _residual(x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+        weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
+        y, z, _, _ = ops.sublayer_epilogue(x, y, weight, bias, eps)
+        return y, z
 
     def merge(self, stage: int, y: Tensor) -> Tensor:
         """As :meth:`Swin.merge`; gradients flow to ``y`` (the highway's) but not to the weights."""
@@ -201,7 +201,7 @@ class FrozenSwin(Swin):
                     x: Tensor, y: Tensor, norm: nn.LayerNorm | None, taps: list[Tensor] = taps
                 ) -> tuple[Tensor, Tensor]:
                     taps.append(x)
-                    return residual(x, y, norm)
+                    return self._residual(x, y, norm)
 
                 y_in, y = y, self.stage(stage, y, keep)
                 stages.append(StageOutput(y_in, y, tuple(taps)))
@@ -249,7 +249,8 @@ class _Block(nn.Module):
         if self.training and self.drop_path:
             keep = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(1 - self.drop_path)
             x = x * keep / (1 - self.drop_path)
-        return residual(x, y, norm)
+        y = y + x
+        return y, y if norm is None else _layer_norm(y, norm)
 
 
 class _Attention(nn.Module):

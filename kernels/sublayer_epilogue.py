@@ -46,31 +46,28 @@ def sublayer_epilogue(
     norm_weight: Tensor | None,  # [C]
     norm_bias: Tensor | None,  # [C]
     eps: float,
-    P: Tensor,  # [C, r]
-    Q: Tensor,  # [r, m]
-    b: Tensor,  # [m]
-    U: Tensor,  # [m, r]
+    P: Tensor | None = None,  # [C, r]
+    Q: Tensor | None = None,  # [r, m]
+    b: Tensor | None = None,  # [m]
+    U: Tensor | None = None,  # [m, r]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
-    P, Q, b, U = (weight.to(x.dtype).contiguous() for weight in (P, Q, b, U))
-    channels, (rank, hidden) = x.shape[-1], Q.shape
-    tokens = x.shape[:-1].numel()
+    channels, tokens = x.shape[-1], x.shape[:-1].numel()
+    adapter = [weight.to(x.dtype).contiguous() for weight in (P, Q, b, U) if weight is not None]
+    rank, hidden = adapter[1].shape if adapter else (0, 0)
     y_out = torch.empty_like(y)
     z = y.new_empty(0) if norm_weight is None else torch.empty_like(y)
-    t, s = x.new_empty(tokens, rank), x.new_empty(tokens, rank)
-    if norm_weight is None or norm_bias is None:
-        norm_weight = norm_bias = b  # not read
+    low_rank = (tokens, rank) if adapter else (0,)
+    t, s = x.new_empty(low_rank), x.new_empty(low_rank)
+    # What is absent is not read.
+    norm = [x if v is None else v.contiguous() for v in (norm_weight, norm_bias)]
     tile = tiles(x.dtype, architecture_of(x.device))
     if tokens:
         sublayer_epilogue_kernel[(triton.cdiv(tokens, tile.rows),)](
             x,
             y,
-            norm_weight.contiguous(),
-            norm_bias.contiguous(),
-            P,
-            Q,
-            b,
-            U,
+            *norm,
+            *(adapter or [x] * 4),
             y_out,
             z,
             t,
@@ -80,7 +77,8 @@ def sublayer_epilogue(
             CHANNELS=channels,
             RANK=rank,
             HIDDEN=hidden,
-            NORM=z.numel() > 0,
+            NORM=norm_weight is not None,
+            ADAPTER=bool(adapter),
             RANK_TILE=padded_rank(rank),
             ROWS=tile.rows,
             CHANNEL_TILE=tile.channels,
@@ -110,6 +108,7 @@ def sublayer_epilogue_kernel(
     RANK: tl.constexpr,
     HIDDEN: tl.constexpr,
     NORM: tl.constexpr,
+    ADAPTER: tl.constexpr,
     RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
@@ -144,36 +143,38 @@ def sublayer_epilogue_kernel(
             step = slice_mean - mean
             mean += step * (count / (start + count))
             squares += tl.sum(off * off, 1) + step * step * (start * count / (start + count))
-        P = tl.load(
-            P_ptr + channels[:, None] * RANK + ranks[None, :],
-            mask=channel_in[:, None] & rank_in[None, :],
-            other=0.0,
-        )
-        t = dot(x, P, t)
+        if ADAPTER:
+            P = tl.load(
+                P_ptr + channels[:, None] * RANK + ranks[None, :],
+                mask=channel_in[:, None] & rank_in[None, :],
+                other=0.0,
+            )
+            t = dot(x, P, t)
 
-    t = t.to(dtype)
-    at_rank = rows[:, None] * RANK + ranks[None, :]
-    inside_rank = row_in[:, None] & rank_in[None, :]
-    tl.store(t_ptr + at_rank, t, mask=inside_rank)
+    if ADAPTER:
+        t = t.to(dtype)
+        at_rank = rows[:, None] * RANK + ranks[None, :]
+        inside_rank = row_in[:, None] & rank_in[None, :]
+        tl.store(t_ptr + at_rank, t, mask=inside_rank)
 
-    s = tl.zeros((ROWS, RANK_TILE), tl.float32)
-    for start in range(0, HIDDEN, HIDDEN_TILE):
-        hidden = start + tl.arange(0, HIDDEN_TILE)
-        hidden_in = hidden < HIDDEN
-        Q = tl.load(
-            Q_ptr + ranks[:, None] * HIDDEN + hidden[None, :],
-            mask=rank_in[:, None] & hidden_in[None, :],
-            other=0.0,
-        )
-        U = tl.load(
-            U_ptr + hidden[:, None] * RANK + ranks[None, :],
-            mask=hidden_in[:, None] & rank_in[None, :],
-            other=0.0,
-        )
-        b = tl.load(b_ptr + hidden, mask=hidden_in, other=0.0).to(tl.float32)
-        h = dot(t, Q, tl.zeros((ROWS, HIDDEN_TILE), tl.float32)) + b[None, :]
-        s = dot(gelu(h).to(dtype), U, s)
-    tl.store(s_ptr + at_rank, s.to(dtype), mask=inside_rank)
+        s = tl.zeros((ROWS, RANK_TILE), tl.float32)
+        for start in range(0, HIDDEN, HIDDEN_TILE):
+            hidden = start + tl.arange(0, HIDDEN_TILE)
+            hidden_in = hidden < HIDDEN
+            Q = tl.load(
+                Q_ptr + ranks[:, None] * HIDDEN + hidden[None, :],
+                mask=rank_in[:, None] & hidden_in[None, :],
+                other=0.0,
+            )
+            U = tl.load(
+                U_ptr + hidden[:, None] * RANK + ranks[None, :],
+                mask=hidden_in[:, None] & rank_in[None, :],
+                other=0.0,
+            )
+            b = tl.load(b_ptr + hidden, mask=hidden_in, other=0.0).to(tl.float32)
+            h = dot(t, Q, tl.zeros((ROWS, HIDDEN_TILE), tl.float32)) + b[None, :]
+            s = dot(gelu(h).to(dtype), U, s)
+        tl.store(s_ptr + at_rank, s.to(dtype), mask=inside_rank)
 
     if NORM:
         scale = tl.rsqrt(squares / CHANNELS + eps)

@@ -19,16 +19,18 @@ def sublayer_epilogue(
     norm_weight: Tensor | None,  # [C]
     norm_bias: Tensor | None,  # [C]
     eps: float,
-    P: Tensor,  # [C, r]
-    Q: Tensor,  # [r, m]
-    b: Tensor,  # [m]
-    U: Tensor,  # [m, r]
+    P: Tensor | None = None,  # [C, r]
+    Q: Tensor | None = None,  # [r, m]
+    b: Tensor | None = None,  # [m]
+    U: Tensor | None = None,  # [m, r]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     y_out = y + x
     if norm_weight is None:
         z = y.new_empty(0)
     else:
         z = F.layer_norm(y_out, y.shape[-1:], norm_weight.to(y), _to(norm_bias, y), eps)
+    if P is None or Q is None or b is None or U is None:
+        return y_out, z, x.new_empty(0), x.new_empty(0)
     t = x.flatten(0, -2) @ P.to(x)
     s = adapter_activation(t, Q, b) @ U.to(x)
     return y_out, z, t, s
@@ -164,7 +166,7 @@ def window_attention(
     )
     bias = position_bias.to(qkv)[relative_position_index(window, qkv.device)].permute(2, 0, 1)
     if shift:
-        bias = bias + _shift_mask(rows, columns, window, shift, bias)[:, None]
+        bias = bias + shift_mask(rows, columns, window, shift, bias)[:, None]
         bias = bias.repeat(B, 1, 1, 1)  # [B·windows, heads, w², w²]
     attention = (q * (C // heads) ** -0.5) @ k.transpose(-2, -1) + bias
     out = (
@@ -187,7 +189,7 @@ def relative_position_index(window: int, device: torch.device) -> Tensor:
     return down * (2 * window - 1) + right
 
 
-def _shift_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
+def shift_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -> Tensor:
     """-100 between tokens that are neighbours only by the cyclic shift: [windows, w², w²]."""
 
     def regions(windows: int) -> Tensor:

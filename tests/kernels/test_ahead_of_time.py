@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     r"sublayer_epilogue",
     r"sublayer_epilogue \(no norm\)",
+    r"sublayer_epilogue \(no adapter\)",
     r"highway_backward rows",
     r"highway_backward weights",
 )

@@ -42,6 +42,19 @@ def test_any_width(channels, rank, hidden, norm, dtype):
     check((1, 3, 7), channels, rank, hidden, dtype, norm)
 
 
+def test_without_an_adapter():
+    from e3va.kernels.sublayer_epilogue import sublayer_epilogue
+
+    arguments = [
+        a.to(DEVICE) if isinstance(a, torch.Tensor) else a
+        for a in make_arguments((2, 3, 7), 24, 5, 12, torch.float32)
+    ]
+    y, z, t, s = sublayer_epilogue(*arguments[:5])
+    for ours, theirs in zip((y, z), oracle(*arguments)[:2], strict=True):
+        assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]
+    assert t.numel() == s.numel() == 0
+
+
 def test_strided_input():
     def channels_first(x):
         return x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)

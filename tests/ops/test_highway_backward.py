@@ -1,11 +1,19 @@
 import pytest
 import torch
 
+import e3va
 from e3va import ops
 from tests import oracles
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
 NAMES = ("P", "Q", "b", "U", "V", "c")
+
+
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def backend(request):
+    """The definition itself, and what runs here where it was built: the compiled kernel."""
+    with e3va.backend(request.param):
+        yield
 
 
 def make_parameters(taps, channels, rank, hidden, dtype=torch.float64):

@@ -2,8 +2,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import e3va
 from e3va import ops
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
+
+
+@pytest.fixture(autouse=True, params=["reference", "auto"])
+def backend(request):
+    """The definition itself, and what runs here where it was built: the compiled kernel."""
+    with e3va.backend(request.param):
+        yield
 
 
 def make_arguments(shape, channels, rank, hidden, dtype, norm=True):
@@ -38,10 +46,22 @@ def test_matches_float64(shape, dtype, norm):
         assert relative_error(ours, theirs) <= TOLERANCE[dtype], name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_an_adapter(dtype):
+    """The same sums and norms to the last bit, and no t and s."""
+    arguments = make_arguments((2, 3, 7), 24, 5, 12, dtype)
+    y, z, t, s = ops.sublayer_epilogue(*arguments[:5])
+    for ours, theirs in zip((y, z), ops.sublayer_epilogue(*arguments)[:2], strict=True):
+        assert torch.equal(ours, theirs)
+    assert t.numel() == s.numel() == 0
+
+
 def test_opcheck():
     for norm in (True, False):
         arguments = make_arguments((2, 3, 5), 8, 4, 6, torch.float32, norm)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
+        no_adapter = (*arguments[:5], None, None, None, None)
+        torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
 
 
 def test_has_no_backward_and_says_so():
@@ -58,6 +78,7 @@ def test_has_no_backward_and_says_so():
         (2, lambda w: w[:-1], ValueError, "norm_weight must have shape"),
         (5, lambda P: P[:-1], ValueError, "P must have shape"),
         (7, lambda b: b[:-1], ValueError, "b must have shape"),
+        (7, lambda b: None, ValueError, "P, Q, b and U together"),
         (8, lambda U: U.long(), TypeError, "U must be of a floating dtype"),
     ],
 )

@@ -1,0 +1,358 @@
+"""The fused ops against what they replace: time, as ratios, on the device that is found.
+
+    python -m bench.kernels [--json FILE] [--plot FILE]
+
+On a CPU: stage 3 of Swin-B at 800×1344 and the whole trunk, batch 1. On a GPU: stages 1–3 of
+Swin-T, -B and -L at batch 1, 2 and 8. Competitors of one case run interleaved; times are medians.
+A ratio above 1 means that ours is faster; the summary holds the lowest of all cases.
+
+highway: residual adds, norms and all adapters of a stage, forward and backward, against the same
+with one adapter at a time in eager PyTorch and through torch.compile. window_attention: against
+Swin's roll, pad, partition and mask around eager attention, and around SDPA. trunk_forward: the
+frozen Swin against timm's with the same weights under no_grad.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import e3va
+from bench.environment import environment
+from e3va import ops
+from e3va.files import atomic_path
+from e3va.highway import HighwayStage
+from e3va.ops import reference
+from e3va.weights import convert_weights
+
+IMAGE = (800, 1344)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+OURS = "e3va"
+
+Competitors = dict[str, Callable[[], object]]
+
+
+class Case(NamedTuple):
+    """One op at one shape: a stage (0–3) of a Swin, or all of it (None)."""
+
+    op: str
+    variant: str
+    stage: int | None
+    batch: int
+    dtype: str
+    image: tuple[int, int] = IMAGE
+
+
+# Baselines ----------------------------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """One adapter, as one would write it: A(x) = GELU(x·P·Q + b)·U·V."""
+
+    def __init__(self, stage: HighwayStage, k: int) -> None:
+        super().__init__()
+        Q, U = stage.fold()
+        weights = {"P": stage.P[k], "Q": Q[k], "b": stage.b[k], "U": U[k], "V": stage.V[k]}
+        for name, weight in weights.items():
+            self.register_parameter(name, nn.Parameter(weight.detach().clone()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        P, Q, b, U, V = (weight.to(x) for weight in (self.P, self.Q, self.b, self.U, self.V))
+        return F.gelu(x @ P @ Q + b) @ U @ V
+
+
+def one_at_a_time(
+    adapters: nn.ModuleList, c: Tensor, norm: nn.LayerNorm, x: list[Tensor], y: Tensor, h: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A stage's residual adds, norms and highway, adapter by adapter: (h, z), z the last norm."""
+    z = y
+    for adapter, x_k in zip(adapters, x, strict=True):
+        with torch.no_grad():
+            y = y + x_k
+            z = F.layer_norm(y, y.shape[-1:], norm.weight.to(y), norm.bias.to(y), norm.eps)
+        h = h + x_k + adapter(x_k)
+    return h + c.to(h), z
+
+
+class SwinAttention:
+    """Attention between a Swin's qkv and output projections, with its mask and position index made
+    once, as timm and Detectron2 do."""
+
+    def __init__(self, qkv: Tensor, heads: int, window: int, shift: int) -> None:
+        self.heads, self.window, self.shift = heads, window, shift
+        H, W = qkv.shape[1:3]
+        self.index = reference.relative_position_index(window, qkv.device)
+        rows, columns = -(-H // window), -(-W // window)
+        self.mask = None
+        if shift:
+            mask = reference.shift_mask(rows, columns, window, shift, qkv)
+            self.mask = mask[None, :, None]  # [1, windows, 1, w², w²]
+
+    def __call__(self, qkv: Tensor, qkv_bias: Tensor, table: Tensor, *, sdpa: bool) -> Tensor:
+        B, H, W, C3 = qkv.shape
+        w, heads, shift = self.window, self.heads, self.shift
+        d = C3 // 3 // heads
+        # Padded before the projection, as there: the bias stands for the padding's projection.
+        bottom, right = -H % w, -W % w
+        if bottom or right:
+            padded = qkv_bias.to(qkv).expand(B, H + bottom, W + right, C3).clone()
+            padded[:, :H, :W] = qkv
+            qkv = padded
+        rows, columns = qkv.shape[1] // w, qkv.shape[2] // w
+        if shift:
+            qkv = qkv.roll((-shift, -shift), dims=(1, 2))
+        windows = qkv.view(B, rows, w, columns, w, C3).transpose(2, 3).reshape(-1, w * w, C3)
+        q, k, v = windows.view(-1, w * w, 3, heads, d).permute(2, 0, 3, 1, 4)
+        bias = table.to(qkv)[self.index].permute(2, 0, 1)[None]
+        if self.mask is not None:
+            bias = (bias[:, None] + self.mask).expand(B, -1, -1, -1, -1).flatten(0, 1)
+        if sdpa:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        else:
+            out = (q * d**-0.5 @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+        out = out.transpose(1, 2).reshape(B, rows, columns, w, w, C3 // 3)
+        out = out.transpose(2, 3).reshape(B, rows * w, columns * w, C3 // 3)
+        if shift:
+            out = out.roll((shift, shift), dims=(1, 2))
+        return out[:, :H, :W].contiguous()
+
+
+# Cases --------------------------------------------------------------------------------------------
+
+
+def stage_map(case: Case, channels: int, device: str) -> Tensor:
+    """Random values of the shape of the stage's map: [B, H, W, channels]."""
+    assert case.stage is not None
+    height, width = (math.ceil(n / 4 / 2**case.stage) for n in case.image)
+    shape = (case.batch, height, width, channels)
+    return torch.randn(shape, device=device).to(DTYPES[case.dtype])
+
+
+def highway(case: Case, device: str) -> Competitors:
+    config = e3va.swin_config(case.variant)
+    assert case.stage is not None
+    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
+    stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device)
+    nn.init.normal_(stage.V, std=0.02)
+    norm = nn.LayerNorm(channels, device=device).requires_grad_(False)
+    adapters = nn.ModuleList(Adapter(stage, k) for k in range(taps))
+    c = nn.Parameter(torch.zeros(channels, device=device))
+    x = [stage_map(case, channels, device) for _ in range(taps)]
+    y, G = stage_map(case, channels, device), stage_map(case, channels, device)
+    h = y.clone().requires_grad_()
+    compiled = torch.compile(one_at_a_time, fullgraph=True)
+
+    def ours() -> Tensor:
+        ride = stage.ride()
+        y_k = y
+        for x_k in x:
+            y_k, _ = ride(x_k, y_k, norm)
+        out = ride.arrive(h, y, y_k)
+        out.backward(G)
+        return out
+
+    def baseline(run: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
+        out, _ = run(adapters, c, norm, x, y, h)
+        out.backward(G)
+        return out
+
+    return {
+        OURS: ours,
+        "eager": lambda: baseline(one_at_a_time),
+        "compile": lambda: baseline(compiled),
+    }
+
+
+def window_attention(case: Case, device: str) -> Competitors:
+    """A shifted and an unshifted attention, as two blocks have them."""
+    config = e3va.swin_config(case.variant)
+    assert case.stage is not None
+    heads, window = config.num_heads[case.stage], config.window_size
+    qkv = stage_map(case, 3 * config.dims[case.stage], device)
+    qkv_bias = torch.randn(qkv.shape[-1], device=device)
+    table = torch.randn((2 * window - 1) ** 2, heads, device=device)
+    baselines = [SwinAttention(qkv, heads, window, shift) for shift in (0, window // 2)]
+    compiled = torch.compile(SwinAttention.__call__, fullgraph=True, dynamic=False)
+    competitors: Competitors = {
+        OURS: lambda: [
+            ops.window_attention(qkv, qkv_bias, table, window, b.shift) for b in baselines
+        ],
+        "eager": lambda: [b(qkv, qkv_bias, table, sdpa=False) for b in baselines],
+        "sdpa": lambda: [b(qkv, qkv_bias, table, sdpa=True) for b in baselines],
+    }
+    if device == "cuda":
+        competitors["compile"] = lambda: [
+            compiled(b, qkv, qkv_bias, table, sdpa=False) for b in baselines
+        ]
+    return {name: torch.no_grad()(run) for name, run in competitors.items()}
+
+
+def trunk_forward(case: Case, device: str) -> Competitors:
+    from timm.models.swin_transformer import SwinTransformer
+
+    config = e3va.swin_config(case.variant)
+    theirs = SwinTransformer(
+        img_size=case.image,
+        embed_dim=config.embed_dim,
+        depths=config.depths,
+        num_heads=config.num_heads,
+        window_size=config.window_size,
+        num_classes=0,
+    ).eval()
+    dtype = DTYPES[case.dtype]
+    ours = e3va.FrozenSwin(config, dtype)
+    ours.load_state_dict(convert_weights(theirs.state_dict()))
+    theirs.to(device, dtype)
+    ours.to(device)
+    image = torch.randn(case.batch, 3, *case.image, device=device, dtype=dtype)
+    competitors: Competitors = {
+        OURS: lambda: ours(image),
+        "timm": lambda: theirs.forward_features(image),
+    }
+    if device == "cuda":
+        compiled = torch.compile(theirs.forward_features)
+        competitors["compile"] = lambda: compiled(image)
+    return {name: torch.no_grad()(run) for name, run in competitors.items()}
+
+
+OPS: dict[str, Callable[[Case, str], Competitors]] = {
+    "highway": highway,
+    "window_attention": window_attention,
+    "trunk_forward": trunk_forward,
+}
+RATIOS = {
+    "highway_fwd_bwd_vs_eager": ("highway", "eager"),
+    "highway_fwd_bwd_vs_compile": ("highway", "compile"),
+    "window_attention_vs_eager": ("window_attention", "eager"),
+    "window_attention_vs_sdpa": ("window_attention", "sdpa"),
+    "trunk_forward_vs_timm": ("trunk_forward", "timm"),
+}
+
+
+def cases(device: str) -> Iterator[Case]:
+    """What is measured on a device by default."""
+    if device == "cpu":
+        for dtype in ("fp32", "bf16"):
+            for op in ("highway", "window_attention"):
+                yield Case(op, "swin_b", 2, 1, dtype)
+            yield Case("trunk_forward", "swin_b", None, 1, dtype)
+        return
+    for variant in ("swin_t", "swin_b", "swin_l"):
+        for batch in (1, 2, 8):
+            for op in ("highway", "window_attention"):
+                for stage in range(3):
+                    yield Case(op, variant, stage, batch, "bf16")
+            yield Case("trunk_forward", variant, None, batch, "bf16")
+
+
+# Measuring ----------------------------------------------------------------------------------------
+
+
+def measure(competitors: Competitors, device: str, seconds: float) -> dict[str, float]:
+    """Median seconds of each, interleaved over some ``seconds`` and at least three rounds."""
+    for run in competitors.values():
+        run()  # compiles, and warms up
+    times: dict[str, list[float]] = {name: [] for name in competitors}
+    began = time.perf_counter()
+    while len(times[OURS]) < 3 or time.perf_counter() - began < seconds:
+        for name, run in competitors.items():
+            times[name].append(_seconds(run, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        from triton.testing import do_bench
+
+        return do_bench(run, warmup=5, rep=20, return_mode="median") / 1e3
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def summary(results: list[dict[str, Any]]) -> dict[str, float]:
+    """The lowest ratio of all cases, for each pair that was measured."""
+    ratios = {}
+    for name, (op, other) in RATIOS.items():
+        found = [r["ratios"][other] for r in results if r["op"] == op]
+        if found:
+            ratios[name] = min(found)
+    return ratios
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the ratios, one group for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    bars = [
+        (f"{r['op']} {r['variant']} {_where(r)} {r['dtype']} vs {other}", ratio)
+        for r in results
+        for other, ratio in r["ratios"].items()
+    ]
+    figure, axes = plt.subplots(figsize=(8, 1 + 0.25 * len(bars)), layout="constrained")
+    axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
+    axes.axvline(1, color="black", linewidth=1)
+    axes.invert_yaxis()
+    axes.set_xlabel("times as fast")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:])
+    plt.close(figure)
+
+
+def _where(result: dict[str, Any]) -> str:
+    stage = "" if result["stage"] is None else f"stage {result['stage'] + 1} "
+    return f"{stage}batch {result['batch']}"
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="these only")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--seconds", type=float, default=10.0, help="for a case (default 10)")
+    parser.add_argument("--tiny", action="store_true", help="a dry run of tiny shapes")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios: .png, .svg or .pdf")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    todo = [c for c in cases(device) if c.op in options.ops and c.dtype in options.dtypes]
+    if options.tiny:
+        todo = [c._replace(variant="swin_t", batch=1, image=(64, 96)) for c in todo]
+    results = []
+    for case in tqdm(todo, unit="case"):
+        torch.manual_seed(0)
+        torch.compiler.reset()
+        seconds = measure(OPS[case.op](case, device), device, options.seconds)
+        ratios = {name: t / seconds[OURS] for name, t in seconds.items() if name != OURS}
+        results.append({**case._asdict(), "seconds": seconds, "ratios": ratios})
+        shown = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in ratios.items())
+        tqdm.write(
+            f"{case.op:17} {case.variant} {_where(results[-1]):16} {case.dtype}: {shown}"
+            f" ({1e3 * seconds[OURS]:.2f} ms)"
+        )
+    report = {"environment": environment(), "ratios": summary(results), "cases": results}
+    for name, ratio in report["ratios"].items():
+        print(f"{name:28} {ratio:.2f}")
+    if options.json:
+        with atomic_path(options.json) as path:
+            path.write_text(json.dumps(report, indent=1) + "\n")
+    if options.plot:
+        plot(results, options.plot)
+    return report
+
+
+if __name__ == "__main__":
+    main()
