@@ -12,6 +12,7 @@
 
 #include "cpu/highway_backward.h"
 #include "cpu/sublayer_epilogue.h"
+#include "cpu/taps.h"
 #include "cpu/window_attention.h"
 #ifdef E3VA_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -91,10 +92,15 @@ const float* weight(const Tensor& tensor, std::initializer_list<int64_t> shape) 
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
+Taps taps_of(int64_t number) {
+  STD_TORCH_CHECK(0 <= number && number <= int64_t(Taps::kInt4), "taps must be in [0, 3]");
+  return Taps(number);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
     Tensor x, Tensor y, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
     double eps, std::optional<Tensor> P, std::optional<Tensor> Q, std::optional<Tensor> b,
-    std::optional<Tensor> U) {
+    std::optional<Tensor> U, int64_t taps, int64_t seed, Tensor tap, Tensor tap_scale) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous() && y.is_contiguous() &&
                       x.numel() == y.numel() && x.scalar_type() == y.scalar_type(),
                   "sublayer_epilogue: x and y must be contiguous and alike");
@@ -119,7 +125,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
                                       z.mutable_data_ptr(),
                                       t.mutable_data_ptr(),
                                       s.mutable_data_ptr(),
+                                      static_cast<uint8_t*>(tap.mutable_data_ptr()),
+                                      static_cast<float*>(tap_scale.mutable_data_ptr()),
                                       dtype_of(x),
+                                      taps_of(taps),
+                                      uint32_t(seed),
                                       tokens,
                                       channels,
                                       rank,
@@ -129,6 +139,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
       0, sublayer_epilogue_items(params), 1,
       [&](int64_t begin, int64_t end) { sublayer_epilogue_cpu(params, begin, end); });
   return {y_out, z, t, s};
+}
+
+void expand_tap_on_cpu(Tensor tap, Tensor scale, int64_t taps, Tensor x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && tap.is_contiguous() &&
+                      tap.size(0) == x.size(0) &&
+                      tap.size(1) == (taps_of(taps) == Taps::kInt4 ? (x.size(1) + 1) / 2 : x.size(1)),
+                  "expand_tap: x must be contiguous and fit the tap");
+  const ExpandTapParams params{static_cast<const uint8_t*>(tap.const_data_ptr()),
+                               weight(scale, {x.size(0)}),
+                               x.mutable_data_ptr(),
+                               dtype_of(x),
+                               taps_of(taps),
+                               x.size(0),
+                               x.size(1)};
+  torch::stable::parallel_for(0, params.tokens, 64, [&](int64_t begin, int64_t end) {
+    expand_tap_cpu(params, begin, end);
+  });
 }
 
 // Columns [tap * rank, (tap + 1) * rank) of dS, S and dT are this adapter's.
@@ -194,7 +221,9 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "-> Tensor");
   m.def(
       "sublayer_epilogue(Tensor x, Tensor y, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-      "Tensor? P, Tensor? Q, Tensor? b, Tensor? U) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? P, Tensor? Q, Tensor? b, Tensor? U, int taps, int seed, Tensor(a!) tap, "
+      "Tensor(b!) tap_scale) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("expand_tap(Tensor tap, Tensor scale, int taps, Tensor(a!) x) -> ()");
   m.def(
       "adapter_backward(Tensor t, Tensor dS, int tap, Tensor Q, Tensor b, Tensor U, "
       "Tensor(a!) S, Tensor(b!) dT) -> Tensor");
@@ -203,6 +232,7 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(e3va_native, CPU, m) {
   m.impl("window_attention", TORCH_BOX(&window_attention_on_cpu));
   m.impl("sublayer_epilogue", TORCH_BOX(&sublayer_epilogue_on_cpu));
+  m.impl("expand_tap", TORCH_BOX(&expand_tap_on_cpu));
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward_on_cpu));
 }
 

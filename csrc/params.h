@@ -4,6 +4,9 @@
 
 enum class Dtype { kFloat, kHalf, kBFloat16 };
 
+// How a tap is kept for backward, numbered as e3va.ops.taps.TAPS; kFull: by the caller.
+enum class Taps { kFull, kFp8, kInt8, kInt4 };
+
 struct WindowAttentionParams {
   const void* qkv;             // [batch, height, width, 3 * heads * head_dim]
   const float* qkv_bias;       // [3 * heads * head_dim]
@@ -26,9 +29,22 @@ struct SublayerEpilogueParams {
   void* z;                   // [tokens, channels]
   void* t;                   // [tokens, rank]
   void* s;                   // [tokens, rank]
-  Dtype dtype;               // of x, y and all results
+  uint8_t* tap;              // [tokens, channels], or [tokens, (channels + 1) / 2] of kInt4
+  float* tap_scale;          // [tokens]
+  Dtype dtype;               // of x, y, y_out, z, t and s
+  Taps taps;
+  uint32_t seed;             // of kInt4's stochastic rounding
   int64_t tokens, channels, rank, hidden;
   float eps;
+};
+
+struct ExpandTapParams {
+  const uint8_t* tap;  // [tokens, channels], or [tokens, (channels + 1) / 2] of kInt4
+  const float* scale;  // [tokens]
+  void* x;             // [tokens, channels]
+  Dtype dtype;         // of x
+  Taps taps;
+  int64_t tokens, channels;
 };
 
 struct AdapterBackwardParams {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from e3va.config import HighwayConfig, SwinConfig
 from e3va.highway import Highway
+from e3va.ops.taps import DEFAULT_TAPS
 from e3va.trunk import FrozenSwin, Swin
 
 
@@ -67,14 +68,20 @@ class E3VABackbone(SwinBackbone):
     Args:
         trunk: the frozen Swin.
         config: shape of the highway (default: the paper's).
+        taps: how the trunk's taps are kept for backward: "full", "fp8", "int8" or "int4".
     """
 
-    def __init__(self, trunk: FrozenSwin, config: HighwayConfig | None = None) -> None:
+    def __init__(
+        self,
+        trunk: FrozenSwin,
+        config: HighwayConfig | None = None,
+        taps: str = DEFAULT_TAPS,
+    ) -> None:
         super().__init__(trunk)
         if not isinstance(trunk, FrozenSwin):
             raise TypeError(f"trunk must be a FrozenSwin, got {type(trunk).__name__}")
         self.norms.requires_grad_(True)
-        self.highway = Highway(trunk.config, config)
+        self.highway = Highway(trunk.config, config, taps)
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image [B, 3, H, W], normalised, any H and W ≥ 1 → one map per stage."""
@@ -102,6 +109,7 @@ def build_backbone(
     swin: SwinConfig,
     *,
     highway: HighwayConfig | None = None,
+    taps: str = DEFAULT_TAPS,
     dtype: torch.dtype = torch.float32,
     drop_path: float = 0.0,
 ) -> SwinBackbone:
@@ -111,6 +119,7 @@ def build_backbone(
         method: "full" (everything is trained), "frozen" (nothing is) or "e3va".
         swin: architecture of the trunk.
         highway: shape of the highway; only for "e3va".
+        taps: how its taps are kept for backward; only for "e3va".
         dtype: storage of a frozen trunk's weights (default float32).
         drop_path: stochastic depth; only for "full".
 
@@ -122,5 +131,5 @@ def build_backbone(
     if method == "frozen":
         return SwinBackbone(FrozenSwin(swin, dtype))
     if method == "e3va":
-        return E3VABackbone(FrozenSwin(swin, dtype), highway)
+        return E3VABackbone(FrozenSwin(swin, dtype), highway, taps)
     raise ValueError(f"unknown tuning method {method!r}; known: {', '.join(METHODS)}")

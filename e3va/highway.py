@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
+from e3va.ops.taps import DEFAULT_TAPS, TAPS
 
 PARAMETERS = ("P", "g", "Q", "b", "U", "g_up", "V", "c")
 BIASES = ("b", "c")
@@ -19,17 +20,22 @@ class Highway(nn.Module):
     Args:
         trunk: architecture of the trunk beside it.
         config: shape of the adapters (default: the paper's).
+        taps: how the trunk's taps are kept for backward, one of :data:`e3va.ops.taps.TAPS`.
 
     Raises:
-        ValueError: a stage's channels do not fit the config.
+        ValueError: a stage's channels do not fit the config, or ``taps`` is unknown.
     """
 
-    def __init__(self, trunk: SwinConfig, config: HighwayConfig | None = None) -> None:
+    def __init__(
+        self, trunk: SwinConfig, config: HighwayConfig | None = None, taps: str = DEFAULT_TAPS
+    ) -> None:
         super().__init__()
+        if taps not in TAPS:
+            raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
         self.config = config or HighwayConfig()
         self.stages = nn.ModuleList(
-            HighwayStage(taps, dim, self.config)
-            for taps, dim in zip(trunk.num_taps, trunk.dims, strict=True)
+            HighwayStage(adapters, dim, self.config, taps)
+            for adapters, dim in zip(trunk.num_taps, trunk.dims, strict=True)
         )
 
 
@@ -44,22 +50,26 @@ class HighwayStage(nn.Module):
     Q [K, α, m], b [K, m], U [K, m, α], g_up [K, branches, d, d], V [K, α, C], c [C].
 
     Args:
-        taps: K, two per Swin block.
+        adapters: K, two per Swin block.
         channels: C.
         config: shape of the adapters.
+        taps: how the taps are kept for backward.
     """
 
-    def __init__(self, taps: int, channels: int, config: HighwayConfig) -> None:
+    def __init__(
+        self, adapters: int, channels: int, config: HighwayConfig, taps: str = DEFAULT_TAPS
+    ) -> None:
         super().__init__()
+        self.taps = taps
         rank, hidden = config.rank, config.hidden(channels)
-        kernel = (taps, config.branches, config.kernel_dim, config.kernel_dim)
-        self.P = nn.Parameter(torch.empty(taps, channels, rank))
+        kernel = (adapters, config.branches, config.kernel_dim, config.kernel_dim)
+        self.P = nn.Parameter(torch.empty(adapters, channels, rank))
         self.g = nn.Parameter(torch.empty(kernel))
-        self.Q = nn.Parameter(torch.empty(taps, rank, hidden))
-        self.b = nn.Parameter(torch.empty(taps, hidden))
-        self.U = nn.Parameter(torch.empty(taps, hidden, rank))
+        self.Q = nn.Parameter(torch.empty(adapters, rank, hidden))
+        self.b = nn.Parameter(torch.empty(adapters, hidden))
+        self.U = nn.Parameter(torch.empty(adapters, hidden, rank))
         self.g_up = nn.Parameter(torch.empty(kernel))
-        self.V = nn.Parameter(torch.empty(taps, rank, channels))
+        self.V = nn.Parameter(torch.empty(adapters, rank, channels))
         self.c = nn.Parameter(torch.empty(channels))
         self.reset_parameters()
 
@@ -95,7 +105,12 @@ class StageRide:
     def __init__(self, stage: HighwayStage) -> None:
         self._stage = stage
         self._Q, self._U = stage.fold()
+        # Without a backward to come nothing needs to be made smaller.
+        self._taps = stage.taps if torch.is_grad_enabled() else "full"
+        # From PyTorch's own generator, so that torch.manual_seed makes a run repeatable.
+        self._seed = torch.randint(2**31, ()) if self._taps == "int4" else None
         self._x: list[Tensor] = []
+        self._scale: list[Tensor] = []
         self._t: list[Tensor] = []
         self._s: list[Tensor] = []
 
@@ -103,10 +118,16 @@ class StageRide:
     def __call__(self, x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         k = len(self._x)
         weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
-        y, z, t, s = ops.sublayer_epilogue(
-            x, y, weight, bias, eps, self._stage.P[k], self._Q[k], self._stage.b[k], self._U[k]
+        adapter = self._stage.P[k], self._Q[k], self._stage.b[k], self._U[k]
+        seed = None if self._seed is None else self._seed + k
+        y, z, t, s, tap, scale = ops.sublayer_epilogue(
+            x, y, weight, bias, eps, *adapter, self._taps, seed
         )
-        self._x.append(x)
+        if self._taps == "full":
+            self._x.append(x)
+        else:
+            self._x.append(tap)
+            self._scale.append(scale)
         self._t.append(t)
         self._s.append(s)
         return y, z
@@ -114,5 +135,7 @@ class StageRide:
     def arrive(self, h: Tensor, y_in: Tensor, y_out: Tensor) -> Tensor:
         """h after the stage, from h before it and the frozen stage's input and output, each
         [B, H, W, C]; see :func:`e3va.ops.highway`."""
-        P, b, V, c = self._stage.P, self._stage.b, self._stage.V, self._stage.c
-        return ops.highway(h, y_in, y_out, self._x, self._t, self._s, P, self._Q, b, self._U, V, c)
+        stage = self._stage
+        parameters = stage.P, self._Q, stage.b, self._U, stage.V, stage.c
+        kept = self._x, self._t, self._s
+        return ops.highway(h, y_in, y_out, *kept, *parameters, self._scale, self._taps)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch
+from e3va.ops.taps import TAPS, stored_channels, stored_dtype
 
 _FOLDER = Path(__file__).parent
 _PARTS = {"cpu": "C++", "cuda": "CUDA"}
@@ -98,20 +99,31 @@ def sublayer_epilogue(
     Q: Tensor | None = None,  # [r, m]
     b: Tensor | None = None,  # [m]
     U: Tensor | None = None,  # [m, r]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    taps: str = "full",
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
     norm, adapter = (
         [None if v is None else _weight(v) for v in group]
         for group in ((norm_weight, norm_bias), (P, Q, b, U))
     )
-    return torch.ops.e3va_native.sublayer_epilogue(
-        x.contiguous(), y.contiguous(), *norm, eps, *adapter
+    if P is None or taps == "full":
+        tap, scale = x.new_empty(0), torch.empty(0)
+    else:
+        tokens, channels = x.shape[:-1].numel(), x.shape[-1]
+        tap = torch.empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
+        scale = torch.empty(tokens)
+    results = torch.ops.e3va_native.sublayer_epilogue(
+        x.contiguous(), y.contiguous(), *norm, eps, *adapter, TAPS.index(taps), seed, tap, scale
     )
+    return *results, tap, scale
 
 
 @dispatch.register("highway_backward", "native", why_not=_cpu_why_not)
 def highway_backward(
     G: Tensor,  # [N, C]
-    x: Sequence[Tensor],  # K × [N, C]
+    x: Sequence[Tensor],  # K × [N, C], or as stored
+    scale: Sequence[Tensor],  # K × [N], or none
+    taps: str,
     t: Sequence[Tensor],  # K × [N, r]
     P: Tensor,  # [K, C, r]
     Q: Tensor,  # [K, r, m]
@@ -130,6 +142,9 @@ def highway_backward(
                 t_k.contiguous(), dS, k, Qs[k], bs[k], Us[k], S, dT
             )
         )
+        if taps != "full":
+            tap, x_k = x_k, torch.empty_like(G)
+            torch.ops.e3va_native.expand_tap(tap, scale[k], TAPS.index(taps), x_k)
         dP.append(x_k.t() @ dT[:, k * rank : (k + 1) * rank])
     sizes = [rank * hidden, hidden, hidden * rank]
     dQ, db, dU = (torch.stack(v) for v in zip(*(v.split(sizes) for v in sums), strict=True))

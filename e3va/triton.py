@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch
+from e3va.ops.taps import compress, expand
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -34,18 +35,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @dispatch.register("sublayer_epilogue", "triton", why_not=why_not)
-def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def sublayer_epilogue(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
+    *norm_and_adapter, taps, seed = arguments
     with torch.cuda.device(x.device):
-        return sublayer_epilogue(x, *arguments)
+        results = sublayer_epilogue(x, y, *norm_and_adapter)
+    if taps == "full" or norm_and_adapter[-1] is None:
+        return *results, x.new_empty(0), x.new_empty(0)
+    return *results, *compress(x, taps, seed)
 
 
 @dispatch.register("highway_backward", "triton", why_not=why_not)
 def highway_backward(
-    G: Tensor, x: Sequence[Tensor], t: Sequence[Tensor], *parameters: Tensor
+    G: Tensor, x: Sequence[Tensor], scale: Sequence[Tensor], taps: str, *arguments: Any
 ) -> tuple[Tensor, ...]:
     from e3va.kernels.highway_backward import highway_backward
 
+    if taps != "full":
+        kept = zip(x, scale, strict=True)
+        x = [expand(x_k, scale_k, taps, G.shape[1], G.dtype) for x_k, scale_k in kept]
     with torch.cuda.device(G.device):
-        return highway_backward(G, x, t, *parameters)
+        return highway_backward(G, x, *arguments)

@@ -177,7 +177,7 @@ class FrozenSwin(Swin):
     @staticmethod
     def _residual(x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
-        y, z, _, _ = ops.sublayer_epilogue(x, y, weight, bias, eps)
+        y, z, *_ = ops.sublayer_epilogue(x, y, weight, bias, eps)
         return y, z
 
     def merge(self, stage: int, y: Tensor) -> Tensor:

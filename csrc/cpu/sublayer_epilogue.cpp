@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "tap_codes.h"
 #include "vector.h"
 
 namespace {
@@ -70,6 +71,8 @@ E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end
     widen(p.b, p.hidden, b.data());
   }
   std::vector<float> x(kBlock * lc), y_row(lc), t(kBlock * lr), a(kBlock * lm), s(kBlock * lr);
+  const int64_t stored = p.taps == Taps::kInt4 ? (C + 1) / 2 : C;
+  std::vector<uint8_t> codes(lc + kLanes);
   T* t_out = static_cast<T*>(p.t);
   T* s_out = static_cast<T*>(p.s);
 
@@ -79,6 +82,10 @@ E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end
     for (int64_t i = 0; i < rows; ++i)
       add_and_normalise<T>(p, (first + i) * C, &x[i * lc], y_row.data());
     if (p.P == nullptr) continue;
+    if (p.taps != Taps::kFull)
+      for (int64_t i = 0; i < rows; ++i)
+        compress(&x[i * lc], first + i, C, p.taps, p.seed, codes.data(),
+                 p.tap + (first + i) * stored, p.tap_scale + first + i);
     gemm<kTile, 1>(x.data(), lc, 1, P.data(), lr, t.data(), lr, padded, lr, C, false);
     for (int64_t i = 0; i < rows; ++i) {
       T* stored = t_out + (first + i) * p.rank;

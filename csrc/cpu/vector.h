@@ -17,6 +17,7 @@ constexpr int kLanes = 16;  // of a vector; what a vector runs along is padded t
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 E3VA_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }

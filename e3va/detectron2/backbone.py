@@ -54,6 +54,7 @@ class E3VASwinBackbone(Backbone):
             cfg.MODEL.TUNING.METHOD,
             swin_config(e3va.VARIANT, e3va.WINDOW_SIZE),
             highway=HighwayConfig(e3va.BRANCHES, e3va.KERNEL_DIM, e3va.HIDDEN_RATIO),
+            taps=e3va.TAPS,
             dtype=dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE),
             drop_path=e3va.DROP_PATH_RATE,
         )

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 
+from e3va.ops.taps import DEFAULT_TAPS
+
 _DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -38,6 +40,8 @@ def add_e3va_config(cfg: CfgNode) -> None:
     cfg.MODEL.E3VA.BRANCHES = 2
     cfg.MODEL.E3VA.KERNEL_DIM = 8
     cfg.MODEL.E3VA.HIDDEN_RATIO = 0.5
+    # How the highway keeps the trunk's taps for backward: "full", "fp8", "int8" or "int4".
+    cfg.MODEL.E3VA.TAPS = DEFAULT_TAPS
     # Stochastic depth of the last block, under METHOD "full" alone: a frozen trunk has none.
     cfg.MODEL.E3VA.DROP_PATH_RATE = 0.0
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from e3va.ops import dispatch, reference
 from e3va.ops.checks import check_floating, check_same_dtype, check_shape
+from e3va.ops.taps import TAPS, stored_channels
 
 dispatch.register("highway_backward", "reference")(reference.highway_backward)
 
@@ -30,6 +31,8 @@ def highway(
     U: Tensor,
     V: Tensor,
     c: Tensor,
+    scale: Sequence[Tensor] = (),
+    taps: str = "full",
 ) -> Tensor:
     """h_out = y_out + (h_in − y_in) + Σ_k s_k·V_k + c (arXiv 2306.09729, eq. 5).
 
@@ -41,9 +44,13 @@ def highway(
     Args:
         h_in: the highway before the stage, [..., C].
         y_in, y_out: the frozen stage's input and output, [..., C].
-        x: K taps, each [..., C]. t, s: K each, [N, α], N the product of the leading sizes.
+        x: K taps, each [..., C], or as :func:`e3va.ops.sublayer_epilogue` returns them to be kept.
+        t, s: K each, [N, α], N the product of the leading sizes.
         P: [K, C, α]. Q: [K, α, m]. b: [K, m]. U: [K, m, α]. V: [K, α, C]. c: [C]. Of one dtype,
             which their gradients have too; cast to that of ``y_out`` to compute.
+
+        scale: K scales, [N] each, of taps that are not "full".
+        taps: how ``x`` is kept, one of :data:`e3va.ops.taps.TAPS`.
 
     Returns:
         The highway after the stage, [..., C], dtype of ``y_out``.
@@ -52,27 +59,35 @@ def highway(
         TypeError: dtypes are not floating, or differ within the two groups above.
         ValueError: a shape or the number of taps does not fit.
     """
-    check_same_dtype(y_out=y_out, h_in=h_in, y_in=y_in, **{f"x[{k}]": v for k, v in enumerate(x)})
+    if taps not in TAPS:
+        raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
+    full = {f"x[{k}]": v for k, v in enumerate(x)} if taps == "full" else {}
+    check_same_dtype(y_out=y_out, h_in=h_in, y_in=y_in, **full)
     check_floating(**{f"t[{k}]": v for k, v in enumerate(t)})
     check_same_dtype(P=P, Q=Q, b=b, U=U, V=V, c=c)
-    taps, channels, rank = P.shape
+    adapters, channels, rank = P.shape
     hidden = Q.shape[-1]
-    if not len(x) == len(t) == len(s) == taps:
-        raise ValueError(f"P holds {taps} adapters, got {len(x)} x, {len(t)} t and {len(s)} s")
+    if not len(x) == len(t) == len(s) == adapters:
+        raise ValueError(f"P holds {adapters} adapters, got {len(x)} x, {len(t)} t and {len(s)} s")
     check_shape("y_out", y_out, *y_out.shape[:-1], channels)
-    maps = ((f"x[{k}]", tap) for k, tap in enumerate(x))
-    for name, tensor in (("h_in", h_in), ("y_in", y_in), *maps):
+    for name, tensor in (("h_in", h_in), ("y_in", y_in), *full.items()):
         check_shape(name, tensor, *y_out.shape)
     tokens = y_out.shape[:-1].numel()
-    for k in range(taps):
+    if len(scale) != (0 if taps == "full" else adapters):
+        raise ValueError(f"{adapters} taps {taps!r} do not go with {len(scale)} scales")
+    for k, scale_k in enumerate(scale):
+        check_shape(f"x[{k}]", x[k], tokens, stored_channels(channels, taps))
+        check_shape(f"scale[{k}]", scale_k, tokens)
+    for k in range(adapters):
         check_shape(f"t[{k}]", t[k], tokens, rank)
         check_shape(f"s[{k}]", s[k], tokens, rank)
-    check_shape("Q", Q, taps, rank, hidden)
-    check_shape("b", b, taps, hidden)
-    check_shape("U", U, taps, hidden, rank)
-    check_shape("V", V, taps, rank, channels)
+    check_shape("Q", Q, adapters, rank, hidden)
+    check_shape("b", b, adapters, hidden)
+    check_shape("U", U, adapters, hidden, rank)
+    check_shape("V", V, adapters, rank, channels)
     check_shape("c", c, channels)
-    return torch.ops.e3va.highway(h_in, y_in, y_out, list(x), list(t), list(s), P, Q, b, U, V, c)
+    lists = (list(values) for values in (x, scale, t, s))
+    return torch.ops.e3va.highway(h_in, y_in, y_out, taps, *lists, P, Q, b, U, V, c)
 
 
 @torch.library.custom_op("e3va::highway", mutates_args=())
@@ -80,7 +95,9 @@ def _highway(
     h_in: Tensor,
     y_in: Tensor,
     y_out: Tensor,
+    taps: str,
     x: Sequence[Tensor],
+    scale: Sequence[Tensor],
     t: Sequence[Tensor],
     s: Sequence[Tensor],
     P: Tensor,
@@ -94,21 +111,22 @@ def _highway(
 
 
 @_highway.register_fake
-def _(h_in, y_in, y_out, x, t, s, P, Q, b, U, V, c):
+def _(h_in, y_in, y_out, taps, x, scale, t, s, P, Q, b, U, V, c):
     return y_out.new_empty(y_out.shape)
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, _, x, t, _, P, Q, b, U, V, _ = inputs
-    ctx.save_for_backward(P, Q, b, U, V, *x, *t)
+    _, _, _, ctx.taps, x, scale, t, _, P, Q, b, U, V, _ = inputs
+    ctx.save_for_backward(P, Q, b, U, V, *t, *x, *scale)
 
 
 def _backward(ctx, G):
     P, Q, b, U, V, *saved = ctx.saved_tensors
-    taps = len(saved) // 2
-    grads = torch.ops.e3va.highway_backward(G, saved[:taps], saved[taps:], P, Q, b, U, V)
-    nothing = [None] * taps
-    return G, None, None, nothing, list(nothing), list(nothing), *grads
+    K = len(P)
+    t, x, scale = saved[:K], saved[K : 2 * K], saved[2 * K :]
+    grads = torch.ops.e3va.highway_backward(G, ctx.taps, x, scale, t, P, Q, b, U, V)
+    nothing = ([None] * len(values) for values in (x, scale, t, t))
+    return G, None, None, None, *nothing, *grads
 
 
 _highway.register_autograd(_backward, setup_context=_setup_context)
@@ -117,7 +135,9 @@ _highway.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("e3va::highway_backward", mutates_args=())
 def _highway_backward(
     G: Tensor,
+    taps: str,
     x: Sequence[Tensor],
+    scale: Sequence[Tensor],
     t: Sequence[Tensor],
     P: Tensor,
     Q: Tensor,
@@ -125,12 +145,12 @@ def _highway_backward(
     U: Tensor,
     V: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dP, dQ, db, dU, dV, dc) from G [..., C], the K taps x [..., C] and t [N, α]; shapes and
-    dtype of the parameters, accumulated in fp32 or wider. Has no backward of its own."""
+    """(dP, dQ, db, dU, dV, dc) from G [..., C], the K taps x [..., C], or as stored, and t [N, α];
+    shapes and dtype of the parameters, accumulated in fp32 or wider. Has no backward of its own."""
     x = [x_k.flatten(0, -2) for x_k in x]
-    return dispatch.run("highway_backward", G, G.flatten(0, -2), x, t, P, Q, b, U, V)
+    return dispatch.run("highway_backward", G, G.flatten(0, -2), x, scale, taps, t, P, Q, b, U, V)
 
 
 @_highway_backward.register_fake
-def _(G, x, t, P, Q, b, U, V):
+def _(G, taps, x, scale, t, P, Q, b, U, V):
     return (*(p.new_empty(p.shape) for p in (P, Q, b, U, V)), V.new_empty(V.shape[-1]))

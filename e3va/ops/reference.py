@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from e3va.ops.taps import compress, expand
+
 
 def sublayer_epilogue(
     x: Tensor,  # [..., C]
@@ -23,17 +25,21 @@ def sublayer_epilogue(
     Q: Tensor | None = None,  # [r, m]
     b: Tensor | None = None,  # [m]
     U: Tensor | None = None,  # [m, r]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    taps: str = "full",
+    seed: int = 0,
+) -> tuple[Tensor, ...]:
     y_out = y + x
     if norm_weight is None:
         z = y.new_empty(0)
     else:
         z = F.layer_norm(y_out, y.shape[-1:], norm_weight.to(y), _to(norm_bias, y), eps)
     if P is None or Q is None or b is None or U is None:
-        return y_out, z, x.new_empty(0), x.new_empty(0)
+        return y_out, z, *(x.new_empty(0) for _ in range(4))
     t = x.flatten(0, -2) @ P.to(x)
     s = adapter_activation(t, Q, b) @ U.to(x)
-    return y_out, z, t, s
+    if taps == "full":
+        return y_out, z, t, s, x.new_empty(0), x.new_empty(0)
+    return y_out, z, t, s, *compress(x, taps, seed)
 
 
 def adapter_activation(t: Tensor, Q: Tensor, b: Tensor) -> Tensor:
@@ -57,7 +63,9 @@ def highway(
 
 def highway_backward(
     G: Tensor,  # [N, C]
-    x: Sequence[Tensor],  # K × [N, C]
+    x: Sequence[Tensor],  # K × [N, C], or as stored
+    scale: Sequence[Tensor],  # K × [N], or none
+    taps: str,
     t: Sequence[Tensor],  # K × [N, r]
     P: Tensor,  # [K, C, r]
     Q: Tensor,  # [K, r, m]
@@ -79,6 +87,8 @@ def highway_backward(
         del z, a
         dQ.append((t_k.t() @ dz).to(Q.dtype))
         db.append(_sum_rows(dz).to(b.dtype))
+        if taps != "full":
+            x_k = expand(x_k, scale[k], taps, channels, G.dtype)
         dP.append((x_k.t() @ (dz @ Q_k.t())).to(P.dtype))
         del dz
     dV = (torch.cat(S, dim=1).t() @ G).view(-1, rank, channels).to(V.dtype)

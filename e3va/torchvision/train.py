@@ -26,6 +26,7 @@ from e3va.config import HighwayConfig, swin_config
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
 from e3va.measure import trainable_parameters
+from e3va.ops.taps import DEFAULT_TAPS, TAPS
 from e3va.optim import parameter_groups
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.evaluation import evaluate
@@ -312,6 +313,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     net.add_argument("--variant", default="swin_b", help="swin_t, swin_s, swin_b, swin_l, …")
     net.add_argument("--window-size", type=int, default=7, help="of the trunk")
     net.add_argument("--kernel-dim", type=int, default=8, help="the adapters' rank is twice that")
+    net.add_argument("--taps", choices=TAPS, default=DEFAULT_TAPS, help="as kept for backward")
     net.add_argument("--hidden-ratio", type=float, default=0.5, help="of their hidden width to C")
     net.add_argument("--weights", type=Path, required=True, help="the trunk's pretrained weights")
     net.add_argument("--min-size", type=int, nargs="+", default=[800], help="shorter image side")
@@ -351,6 +353,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.method,
         swin_config(args.variant, args.window_size),
         highway=HighwayConfig(kernel_dim=args.kernel_dim, hidden_ratio=args.hidden_ratio),
+        taps=args.taps,
     )
     load_trunk(backbone.trunk, args.weights)
     model = mask_rcnn(

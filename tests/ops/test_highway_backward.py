@@ -40,7 +40,9 @@ def fused(h_in, y_in, x, parameters):
     y, t, s = y_in, [], []
     with torch.no_grad():
         for k, x_k in enumerate(x):
-            y, _, t_k, s_k = ops.sublayer_epilogue(x_k, y, None, None, 0.0, P[k], Q[k], b[k], U[k])
+            y, _, t_k, s_k, *_ = ops.sublayer_epilogue(
+                x_k, y, None, None, 0.0, P[k], Q[k], b[k], U[k]
+            )
             t.append(t_k)
             s.append(s_k)
     return ops.highway(h_in, y_in, y, x, t, s, P, Q, b, U, V, c)
@@ -136,10 +138,12 @@ def opcheck_arguments():
 
 def test_opcheck():
     h_in, y_in, y_out, x, t, s, parameters = opcheck_arguments()
-    args = (h_in, y_in, y_out, x, t, s, *parameters.values())
+    args = (h_in, y_in, y_out, "full", x, [], t, s, *parameters.values())
     torch.library.opcheck(torch.ops.e3va.highway.default, args)
     G, values = torch.randn_like(y_in), [p.detach() for p in parameters.values()]
-    torch.library.opcheck(torch.ops.e3va.highway_backward.default, (G, x, t, *values[:5]))
+    torch.library.opcheck(
+        torch.ops.e3va.highway_backward.default, (G, "full", x, [], t, *values[:5])
+    )
 
 
 @pytest.mark.parametrize(
@@ -152,11 +156,15 @@ def test_opcheck():
         (dict(Q=lambda v: v.half()), TypeError, "Q must have the dtype of P"),
         (dict(t=lambda v: [v[0], v[1][:-1]]), ValueError, r"t\[1\] must have shape"),
         (dict(V=lambda v: v.long()), TypeError, "V must be of a floating dtype"),
+        (dict(taps=lambda _: "int2"), ValueError, "taps must be one of full, fp8, int8, int4"),
+        (dict(taps=lambda _: "int8"), ValueError, "2 taps 'int8' do not go with 0 scales"),
+        (dict(scale=lambda _: [torch.ones(12)]), ValueError, "2 taps 'full' do not go with 1"),
     ],
 )
 def test_bad_input(change, error, message):
     h_in, y_in, y_out, x, t, s, parameters = opcheck_arguments()
     arguments = dict(h_in=h_in, y_in=y_in, y_out=y_out, x=x, t=t, s=s, **parameters)
+    arguments |= dict(taps="full", scale=[])
     for name, spoil in change.items():
         arguments[name] = spoil(arguments[name])
     with pytest.raises(error, match=message):

@@ -40,7 +40,8 @@ def test_matches_float64(shape, dtype, norm):
     if dtype == torch.float64:
         arguments = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
     with torch.no_grad():
-        results = ops.sublayer_epilogue(*arguments)
+        *results, tap, scale = ops.sublayer_epilogue(*arguments)
+    assert tap.numel() == scale.numel() == 0
     for name, ours, theirs in zip(("y", "z", "t", "s"), results, oracle(*arguments), strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape
         assert relative_error(ours, theirs) <= TOLERANCE[dtype], name
@@ -50,7 +51,7 @@ def test_matches_float64(shape, dtype, norm):
 def test_without_an_adapter(dtype):
     """The same sums and norms to the last bit, and no t and s."""
     arguments = make_arguments((2, 3, 7), 24, 5, 12, dtype)
-    y, z, t, s = ops.sublayer_epilogue(*arguments[:5])
+    y, z, t, s, *_ = ops.sublayer_epilogue(*arguments[:5])
     for ours, theirs in zip((y, z), ops.sublayer_epilogue(*arguments)[:2], strict=True):
         assert torch.equal(ours, theirs)
     assert t.numel() == s.numel() == 0
@@ -58,9 +59,9 @@ def test_without_an_adapter(dtype):
 
 def test_opcheck():
     for norm in (True, False):
-        arguments = make_arguments((2, 3, 5), 8, 4, 6, torch.float32, norm)
+        arguments = (*make_arguments((2, 3, 5), 8, 4, 6, torch.float32, norm), "full", None)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
-        no_adapter = (*arguments[:5], None, None, None, None)
+        no_adapter = (*arguments[:5], None, None, None, None, "full", None)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
 
 

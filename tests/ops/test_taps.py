@@ -1,0 +1,112 @@
+"""Taps in fewer bits: both backends agree to the last bit, and the gradient stays unbiased."""
+
+import pytest
+import torch
+
+import e3va
+from e3va import ops
+from e3va.ops import taps as tap_storage
+from tests.ops.test_highway_backward import NAMES, make_parameters
+from tests.ops.test_sublayer_epilogue import make_arguments
+from tests.oracles import UGLY_MAPS, relative_error
+
+COMPRESSED = ("fp8", "int8", "int4")
+# Half a step of the grid at most: 4 bits of mantissa, the largest of a token over 127 or 7.
+WORST = {"fp8": 2**-4, "int8": 0.5 / 127, "int4": 1 / 7}
+
+
+def store(x, taps, seed=0):
+    arguments = list(make_arguments((1, 1, 1), x.shape[-1], 4, 6, x.dtype))
+    arguments[:2] = x, torch.zeros_like(x)
+    *_, tap, scale = ops.sublayer_epilogue(*arguments, taps, torch.tensor(seed))
+    return tap, scale
+
+
+@pytest.mark.parametrize("shape", UGLY_MAPS, ids=str)
+@pytest.mark.parametrize("channels", [1, 24, 37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("taps", COMPRESSED)
+def test_every_backend_stores_the_same_bits(shape, channels, dtype, taps):
+    x = (torch.randn(*shape, channels) * torch.logspace(-6, 3, channels)).to(dtype)
+    if x.numel():
+        x[0, 0, 0] = 0  # a token of nothing
+    with e3va.backend("reference"):
+        expected = store(x, taps, 5)
+    actual = store(x, taps, 5)
+    tokens = x.shape[:-1].numel()
+    assert actual[0].dtype == tap_storage.stored_dtype(taps)
+    assert actual[0].shape == (tokens, tap_storage.stored_channels(channels, taps))
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize("taps", COMPRESSED)
+def test_expanded_taps_are_close(taps):
+    x = torch.randn(3, 5, 7, 33)
+    expanded = tap_storage.expand(*store(x, taps), taps, 33, torch.float32)
+    rows = x.flatten(0, 2)
+    step = rows.abs() if taps == "fp8" else rows.abs().amax(1, keepdim=True)
+    slack = rows.abs().amax(1, keepdim=True) * 2**-18  # subnormals of fp8
+    assert ((expanded - rows).abs() <= step * WORST[taps] * (1 + 1e-5) + slack).all()
+
+
+def test_int4_rounds_without_bias_and_repeats_from_its_seed():
+    x = torch.linspace(-1, 1, 41).repeat(1, 1, 2000, 1)
+    expanded = tap_storage.expand(*store(x, "int4", 3), "int4", 41, torch.float32)
+    # 2000 roundings of a step of 1/7, whose deviation is at most half a step.
+    error = expanded.mean(0) - x[0, 0, 0]
+    assert error.abs().max() < 4.5 * (1 / 14) / 2000**0.5
+    assert torch.equal(store(x, "int4", 3)[0], store(x, "int4", 3)[0])
+    assert not torch.equal(store(x, "int4", 3)[0], store(x, "int4", 4)[0])
+
+
+def gradients(taps, x, G, parameters, seeds):
+    P, Q, b, U, V, c = (parameters[name] for name in NAMES)
+    kept, scales, t, s = [], [], [], []
+    with torch.no_grad():
+        y = torch.zeros_like(G)
+        for k, x_k in enumerate(x):
+            adapter = P[k], Q[k], b[k], U[k]
+            y, _, t_k, s_k, tap, scale = ops.sublayer_epilogue(
+                x_k, y, None, None, 0.0, *adapter, taps, seeds[k]
+            )
+            kept.append(x_k if taps == "full" else tap)
+            scales += [] if taps == "full" else [scale]
+            t.append(t_k)
+            s.append(s_k)
+    h = torch.zeros_like(G)
+    out = ops.highway(h, h, y, kept, t, s, P, Q, b, U, V, c, scales, taps)
+    return dict(zip(NAMES, torch.autograd.grad(out, list(parameters.values()), G), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    "taps, tolerance", [("full", 1e-5), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
+)
+def test_gradients(backend, taps, tolerance):
+    """Only P's gradient sees the stored taps; all others are exact."""
+    parameters = make_parameters(3, 24, 5, 12, torch.float32)
+    x = [torch.randn(2, 9, 11, 24) for _ in range(3)]
+    G = torch.randn(2, 9, 11, 24)
+    with e3va.backend(backend):
+        ours = gradients(taps, x, G, parameters, torch.arange(3))
+    with e3va.backend("reference"):
+        exact = gradients("full", x, G, parameters, torch.arange(3))
+    for name in NAMES:
+        assert relative_error(ours[name], exact[name]) < (tolerance if name == "P" else 1e-5), name
+    if taps != "full":
+        assert relative_error(ours["P"], exact["P"]) > 1e-4  # it was compressed indeed
+
+
+def test_opcheck():
+    for taps in COMPRESSED:
+        arguments = make_arguments((2, 3, 5), 7, 4, 6, torch.float32)
+        torch.library.opcheck(
+            torch.ops.e3va.sublayer_epilogue.default, (*arguments, taps, torch.tensor(3))
+        )
+
+
+def test_unknown_storage_is_refused():
+    arguments = make_arguments((1, 2, 2), 8, 4, 6, torch.float32)
+    with pytest.raises(ValueError, match="taps must be one of full, fp8, int8, int4, got 'int2'"):
+        ops.sublayer_epilogue(*arguments, "int2")
