@@ -272,7 +272,12 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        return _linear(F.gelu(_linear(z, self.fc1)), self.fc2)
+        hidden = _linear(z, self.fc1)
+        if torch.is_grad_enabled():
+            hidden = F.gelu(hidden)
+        else:
+            torch.ops.aten.gelu_(hidden)  # saves the largest map of all
+        return _linear(hidden, self.fc2)
 
 
 class _PatchMerging(nn.Module):
