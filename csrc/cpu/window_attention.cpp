@@ -22,26 +22,24 @@ E3VA_INLINE void transpose(
     for (int64_t i = 0; i < rows; ++i) to[j * ld + i] = from[i * columns + j];
 }
 
-// Rows of S [m, ld]: softmax(S·scale + bias); bias is -infinity in the padding.
+// Columns of S [m, ld]: exp(S·scale + bias - their largest), and the inverse of their sums. Lanes
+// are queries, so that nothing is reduced across a vector.
 E3VA_INLINE void softmax(
-    float* __restrict__ S, const float* __restrict__ bias, float scale, int64_t m, int64_t ld) {
-  for (int64_t i = 0; i < m; ++i) {
-    float* row = S + i * ld;
+    float* __restrict__ S, const float* __restrict__ bias, float scale, int64_t m, int64_t ld,
+    float* __restrict__ inverse) {
+  for (int64_t j = 0; j < ld; j += kLanes) {
     Floats top = broadcast(-INFINITY), total = {};
-    for (int64_t j = 0; j < ld; j += kLanes) {
-      const Floats score = load(row + j) * scale + load(bias + i * ld + j);
+    for (int64_t i = 0; i < m; ++i) {
+      const Floats score = load(S + i * ld + j) * scale + load(bias + i * ld + j);
       top = select(score > top, score, top);
-      store(row + j, score);
+      store(S + i * ld + j, score);
     }
-    float largest = top[0];
-    for (int c = 1; c < kLanes; ++c) largest = std::max(largest, top[c]);
-    for (int64_t j = 0; j < ld; j += kLanes) {
-      const Floats weight = exp_negative(load(row + j) - largest);
+    for (int64_t i = 0; i < m; ++i) {
+      const Floats weight = exp_negative(load(S + i * ld + j) - top);
       total += weight;
-      store(row + j, weight);
+      store(S + i * ld + j, weight);
     }
-    const float inverse = 1.0f / sum(total);
-    for (int64_t j = 0; j < ld; j += kLanes) store(row + j, load(row + j) * inverse);
+    store(inverse + j, 1.0f / total);
   }
 }
 
@@ -52,17 +50,19 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
   const int64_t d = p.head_dim, C = p.heads * d;
   const int64_t m = round_up(tokens, kTile), ld = round_up(tokens, kVectors * kLanes);
   const int64_t dl = round_up(d, kVectors * kLanes);
-  std::vector<float> q(m * dl), key(tokens * dl), k(dl * ld), v(ld * dl);
-  std::vector<float> S(m * ld), bias(tokens * ld), O(m * dl);
+  // S is transposed, [keys, queries], and so is what makes it.
+  std::vector<float> query(tokens * dl), q(dl * ld), k(m * dl), v(tokens * dl);
+  std::vector<float> S(m * ld), inverse(ld), O(m * dl);
+  std::vector<std::vector<float>> bias(p.heads);  // made when its head first comes
   std::vector<int64_t> token(tokens), region(tokens);
   const T* qkv = static_cast<const T*>(p.qkv);
   T* out = static_cast<T*>(p.out);
   const float scale = 1.0f / std::sqrt(float(d));
 
   for (int64_t item = begin; item < end; ++item) {
-    // Windows vary fastest, so that neighbouring items share the head's position bias.
-    const int64_t window = item % windows, head = item / windows % p.heads;
-    const int64_t image = item / windows / p.heads;
+    // Heads vary fastest: a window's rows of qkv stay in the cache until all are done.
+    const int64_t head = item % p.heads, window = item / p.heads % windows;
+    const int64_t image = item / p.heads / windows;
     const int64_t wi = window / columns.windows(), wj = window % columns.windows();
     bool mixed = false;
     for (int64_t t = 0; t < tokens; ++t) {
@@ -71,33 +71,37 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
       token[t] = inside ? (image * p.height + i) * p.width + j : -1;
       region[t] = rows.region(wi, t / p.window) * 3 + columns.region(wj, t % p.window);
       mixed |= region[t] != region[0];
-      float* to[] = {&q[t * dl], &key[t * dl], &v[t * dl]};
+      float* to[] = {&query[t * dl], &k[t * dl], &v[t * dl]};
       for (int64_t part = 0; part < 3; ++part)
         if (inside)
           widen(qkv + (token[t] * 3 + part) * C + head * d, d, to[part]);
         else
           widen(p.qkv_bias + part * C + head * d, d, to[part]);
     }
-    transpose(key.data(), tokens, dl, k.data(), ld);
-    if (item == begin || window == 0) {
-      std::fill(bias.begin(), bias.end(), -INFINITY);
-      float* to = bias.data();
-      for (int64_t qi = 0; qi < p.window; ++qi)
-        for (int64_t qj = 0; qj < p.window; ++qj, to += ld)
-          for (int64_t ki = 0; ki < p.window; ++ki)
-            for (int64_t kj = 0; kj < p.window; ++kj)
-              to[ki * p.window + kj] =
+    transpose(query.data(), tokens, dl, q.data(), ld);
+    if (bias[head].empty()) {
+      bias[head].resize(tokens * ld);
+      float* to = bias[head].data();
+      for (int64_t ki = 0; ki < p.window; ++ki)
+        for (int64_t kj = 0; kj < p.window; ++kj, to += ld)
+          for (int64_t qi = 0; qi < p.window; ++qi)
+            for (int64_t qj = 0; qj < p.window; ++qj)
+              to[qi * p.window + qj] =
                   p.position_bias[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
     }
-    gemm<kTile, kVectors>(q.data(), dl, 1, k.data(), ld, S.data(), ld, m, ld, d, false);
+    gemm<kTile, kVectors>(k.data(), dl, 1, q.data(), ld, S.data(), ld, m, ld, d, false);
     if (mixed)
       for (int64_t a = 0; a < tokens; ++a)
         for (int64_t b = 0; b < tokens; ++b)
           if (region[a] != region[b]) S[a * ld + b] += kMasked / scale;
-    softmax(S.data(), bias.data(), scale, tokens, ld);
-    gemm<kTile, kVectors>(S.data(), ld, 1, v.data(), dl, O.data(), dl, m, dl, tokens, false);
-    for (int64_t t = 0; t < tokens; ++t)
-      if (token[t] >= 0) narrow(&O[t * dl], d, out + token[t] * C + head * d);
+    softmax(S.data(), bias[head].data(), scale, tokens, ld, inverse.data());
+    gemm<kTile, kVectors>(S.data(), 1, ld, v.data(), dl, O.data(), dl, m, dl, tokens, false);
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (token[t] < 0) continue;
+      for (int64_t c = 0; c < dl; c += kLanes)
+        store(&O[t * dl + c], load(&O[t * dl + c]) * inverse[t]);
+      narrow(&O[t * dl], d, out + token[t] * C + head * d);
+    }
   }
 }
 
