@@ -6,6 +6,8 @@ On a CPU: stage 3 of Swin-B at 800×1344 and the whole trunk, batch 1. On a GPU:
 Swin-T, -B and -L at batch 1, 2 and 8. Competitors of one case run interleaved; times are medians.
 A ratio above 1 means that ours is faster; the summary holds the lowest of all cases.
 
+sublayer_epilogue, highway_backward: the ops alone, against eager PyTorch; on a GPU with the share
+of the measured copy bandwidth that they reach over the fewest bytes that they could move.
 highway: residual adds, norms and all adapters of a stage, forward and backward, against the same
 with one adapter at a time in eager PyTorch and through torch.compile. window_attention: against
 Swin's roll, pad, partition and mask around eager attention, and around SDPA. trunk_forward: the
@@ -33,7 +35,7 @@ from bench.environment import environment
 from e3va import ops
 from e3va.files import atomic_path
 from e3va.highway import HighwayStage
-from e3va.ops import reference
+from e3va.ops import dispatch, reference
 from e3va.weights import convert_weights
 
 IMAGE = (800, 1344)
@@ -226,7 +228,68 @@ def trunk_forward(case: Case, device: str) -> Competitors:
     return {name: torch.no_grad()(run) for name, run in competitors.items()}
 
 
+def sublayer_epilogue(case: Case, device: str) -> Competitors:
+    config = e3va.swin_config(case.variant)
+    assert case.stage is not None
+    channels = config.dims[case.stage]
+    stage = HighwayStage(1, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
+    norm = nn.LayerNorm(channels, device=device).requires_grad_(False)
+    x, y = stage_map(case, channels, device), stage_map(case, channels, device)
+    Q, U = stage.fold()
+    arguments = (x, y, norm.weight, norm.bias, norm.eps, stage.P[0], Q[0], stage.b[0], U[0])
+    return {
+        OURS: lambda: ops.sublayer_epilogue(*arguments),
+        "eager": lambda: reference.sublayer_epilogue(*arguments),
+    }
+
+
+def highway_backward(case: Case, device: str) -> Competitors:
+    config = e3va.swin_config(case.variant)
+    assert case.stage is not None
+    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
+    stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
+    nn.init.normal_(stage.V, std=0.02)
+    x = [stage_map(case, channels, device).flatten(0, -2) for _ in range(taps)]
+    G = stage_map(case, channels, device).flatten(0, -2)
+    Q, U = stage.fold()
+    t = [x_k @ P_k.to(x_k) for x_k, P_k in zip(x, stage.P, strict=True)]
+    arguments = (G, x, [], "full", t, stage.P, Q, stage.b, U, stage.V)
+    return {
+        OURS: lambda: dispatch.run("highway_backward", G, *arguments),
+        "eager": lambda: reference.highway_backward(*arguments),
+    }
+
+
+def least_bytes(case: Case) -> int | None:
+    """What an op must read and write at least; None: not told.
+
+    The epilogue reads x and y and writes y' and its norm, t and s; the backward reads the taps, and
+    G twice, and t.
+    """
+    if case.op not in ("sublayer_epilogue", "highway_backward") or case.stage is None:
+        return None
+    config = e3va.swin_config(case.variant)
+    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
+    rank, size = e3va.HighwayConfig().rank, DTYPES[case.dtype].itemsize
+    tokens = case.batch
+    for n in case.image:
+        tokens *= math.ceil(n / 4 / 2**case.stage)
+    if case.op == "sublayer_epilogue":
+        return tokens * (4 * channels + 2 * rank) * size
+    return tokens * ((taps + 2) * channels + taps * rank) * size
+
+
+def copy_bandwidth(device: str) -> float:
+    """Bytes read and written a second by copying half a GiB."""
+    source = torch.empty(2**29, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = [_seconds(lambda: target.copy_(source), device) for _ in range(5)]
+    return 2 * source.nbytes / statistics.median(seconds)
+
+
 OPS: dict[str, Callable[[Case, str], Competitors]] = {
+    "sublayer_epilogue": sublayer_epilogue,
+    "highway_backward": highway_backward,
     "highway": highway,
     "window_attention": window_attention,
     "trunk_forward": trunk_forward,
@@ -244,13 +307,17 @@ def cases(device: str) -> Iterator[Case]:
     """What is measured on a device by default."""
     if device == "cpu":
         for dtype in ("fp32", "bf16"):
-            for op in ("highway", "window_attention"):
-                yield Case(op, "swin_b", 2, 1, dtype)
+            for op in OPS:
+                if op != "trunk_forward":
+                    yield Case(op, "swin_b", 2, 1, dtype)
             yield Case("trunk_forward", "swin_b", None, 1, dtype)
         return
     for variant in ("swin_t", "swin_b", "swin_l"):
         for batch in (1, 2, 8):
-            for op in ("highway", "window_attention"):
+            for op in OPS:
+                # Of Swin-L at batch 8 the taps of a stage would not fit a small GPU.
+                if op == "trunk_forward" or (op.startswith("highway") and batch > 2):
+                    continue
                 for stage in range(3):
                     yield Case(op, variant, stage, batch, "bf16")
             yield Case("trunk_forward", variant, None, batch, "bf16")
@@ -330,7 +397,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     todo = [c for c in cases(device) if c.op in options.ops and c.dtype in options.dtypes]
     if options.tiny:
-        todo = [c._replace(variant="swin_t", batch=1, image=(64, 96)) for c in todo]
+        todo = [c._replace(variant="swin_t", batch=1, image=(224, 256)) for c in todo]
+    bandwidth = copy_bandwidth(device) if device == "cuda" else math.nan
     results = []
     for case in tqdm(todo, unit="case"):
         torch.manual_seed(0)
@@ -338,7 +406,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         seconds = measure(OPS[case.op](case, device), device, options.seconds)
         ratios = {name: t / seconds[OURS] for name, t in seconds.items() if name != OURS}
         results.append({**case._asdict(), "seconds": seconds, "ratios": ratios})
+        if device == "cuda" and (least := least_bytes(case)):
+            results[-1]["bandwidth_share"] = least / seconds[OURS] / bandwidth
         shown = ", ".join(f"{ratio:.2f}x {name}" for name, ratio in ratios.items())
+        if "bandwidth_share" in results[-1]:
+            shown += f", {results[-1]['bandwidth_share']:.0%} of copy bandwidth"
         tqdm.write(
             f"{case.op:17} {case.variant} {_where(results[-1]):16} {case.dtype}: {shown}"
             f" ({1e3 * seconds[OURS]:.2f} ms)"

@@ -77,7 +77,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = why_not(device, dtype)
-    if reason is None and device.type == "cuda" and dispatch.requested_backend() == "auto":
+    if reason is None and device.type == "cuda" and not dispatch.requested_backends():
         return "its plain CUDA kernel has not been measured yet, so it runs only when asked for"
     return reason
 

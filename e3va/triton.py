@@ -24,7 +24,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"there are no Triton kernels for {str(dtype).removeprefix('torch.')}"
     if dtype == torch.bfloat16 and _capability(device) < (8, 0):
         return "this GPU has no bfloat16 arithmetic, which begins with sm_80"
-    if dispatch.requested_backend() == "auto":
+    if not dispatch.requested_backends():
         return "its Triton kernel has not been measured yet, so it runs only when asked for"
     return None
 

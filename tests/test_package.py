@@ -74,6 +74,19 @@ def test_triton_says_what_it_needs():
         dispatch.explain("sublayer_epilogue", torch.device("cpu"), torch.float32)
 
 
+def test_the_first_backend_that_can_run_is_taken(monkeypatch):
+    cpu = torch.device("cpu")
+    with e3va.backend("triton, reference"):
+        choice = dispatch.explain("sublayer_epilogue", cpu, torch.float32)
+    assert choice == ("reference", "asked for by name")
+    monkeypatch.setenv("E3VA_BACKEND", "triton,reference")
+    assert dispatch.explain("window_attention", cpu, torch.float32).backend == "reference"
+    for wrong in ("cuda", "auto,native", ""):
+        monkeypatch.setenv("E3VA_BACKEND", wrong)
+        with pytest.raises(ValueError, match="E3VA_BACKEND must be auto, or one or more of"):
+            dispatch.requested_backends()
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])

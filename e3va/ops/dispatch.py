@@ -3,7 +3,8 @@
 ``reference`` is PyTorch, ``native`` the compiled C++/CUDA extension, ``triton`` the kernels in
 ``kernels/``. ``auto`` (the default) takes the first backend of an op's own preference order that
 can run here. The choice is made by ``with e3va.backend(name):`` or by the environment variable
-``E3VA_BACKEND``; a backend asked for by name that cannot run raises, ``auto`` never does.
+``E3VA_BACKEND``, each a name or several, most wanted first: ``triton,native``. Where none that was
+asked for can run an op, it raises; ``auto`` never does.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ BACKENDS = ("reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "E3VA_BACKEND"
 
 # A process-wide value, not a ContextVar: autograd runs backward in threads of its own.
-_requested: str | None = None
+_requested: tuple[str, ...] | None = None
 
 
 class _Backend(NamedTuple):
@@ -52,27 +53,28 @@ def register(
     return attach
 
 
-def requested_backend() -> str:
-    """The backend asked for here: a name of :data:`BACKENDS`, or "auto".
+def requested_backends() -> tuple[str, ...]:
+    """The backends asked for here, most wanted first; none: "auto".
 
     Raises:
         ValueError: ``E3VA_BACKEND`` names no backend.
     """
-    return _requested or _checked(
-        os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE
-    )
+    if _requested is not None:
+        return _requested
+    return _parse(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
 
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run the ops inside with one backend: "reference", "native", "triton" or "auto".
+    """Run the ops inside with one backend, "reference", "native", "triton" or "auto", or with the
+    first of several that can: "triton,native".
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: later, from the op, when the backend cannot run it.
+        RuntimeError: later, from the op, when no backend that was asked for can run it.
     """
     global _requested
-    previous, _requested = _requested, _checked(name, "backend")
+    previous, _requested = _requested, _parse(name, "backend")
     try:
         yield
     finally:
@@ -88,28 +90,25 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """Which backend ``op`` uses for tensors of ``device`` and ``dtype``, and why.
 
     Raises:
-        RuntimeError: a backend was asked for by name and cannot run; says why not.
+        RuntimeError: backends were asked for by name and none can run; says why not.
     """
     candidates = _ops[op]
-    wanted = requested_backend()
-    if wanted != "auto":
-        if wanted not in candidates:
-            raise RuntimeError(
-                f"backend {wanted!r} was asked for, but {op} has only {', '.join(candidates)}"
-            )
-        why_not = candidates[wanted].why_not(device, dtype)
-        if why_not is not None:
-            raise RuntimeError(
-                f"backend {wanted!r} was asked for, but cannot run {op} here: {why_not}"
-            )
-        return Choice(wanted, "asked for by name")
+    wanted = requested_backends()
     passed_over: list[str] = []
-    for name in reversed(candidates):
+    for name in wanted or tuple(reversed(candidates)):
+        if name not in candidates:
+            passed_over.append(f"not {name}: {op} has only {', '.join(candidates)}")
+            continue
         why_not = candidates[name].why_not(device, dtype)
         if why_not is None:
+            if wanted:
+                return Choice(name, "asked for by name")
             return Choice(name, "; ".join(passed_over) or "the fastest there is")
         passed_over.append(f"not {name}: {why_not}")
-    raise AssertionError(f"{op} has no reference backend")
+    raise RuntimeError(
+        f"backend {','.join(wanted)!r} was asked for, but cannot run {op} here: "
+        + "; ".join(passed_over)
+    )
 
 
 def run(op: str, like: torch.Tensor, *args: Any) -> Any:
@@ -117,7 +116,12 @@ def run(op: str, like: torch.Tensor, *args: Any) -> Any:
     return _ops[op][explain(op, like.device, like.dtype).backend].run(*args)
 
 
-def _checked(name: str, source: str) -> str:
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{source} must be one of auto, {', '.join(BACKENDS)}, got {name!r}")
-    return name
+def _parse(names: str, source: str) -> tuple[str, ...]:
+    if names == "auto":
+        return ()
+    wanted = tuple(name.strip() for name in names.split(","))
+    if not set(wanted) <= set(BACKENDS):
+        raise ValueError(
+            f"{source} must be auto, or one or more of {', '.join(BACKENDS)}, got {names!r}"
+        )
+    return wanted

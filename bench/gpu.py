@@ -1,0 +1,134 @@
+"""All that a GPU is to show, in one run: correctness of every kernel, then its speed.
+
+    python -m bench.gpu [--json FILE] [--plot FILE]
+
+Uses the Triton and CUDA kernels, also where "auto" does not choose them yet. Without a GPU it is a
+dry run of tiny shapes on the CPU, with the backends that run there. Every result is compared with
+float64 on the CPU; the run goes on after a wrong one and fails at its end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import e3va
+from bench import kernels
+from e3va.files import atomic_path
+from e3va.ops import dispatch, reference
+
+# Relative error (norm over norm) against float64: some 4 units of the dtype's rounding.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+# (B, H, W, C, heads): stages of Swin-T, -B and -L, and sizes that no tile divides.
+SHAPES = [(1, 50, 84, 96, 3), (2, 25, 42, 512, 16), (1, 13, 21, 1536, 48), (1, 1, 1, 192, 6)]
+TAPS = 3
+
+
+def checks(device: torch.device) -> Iterator[dict[str, Any]]:
+    """Relative errors of every op, in every dtype that has kernels here."""
+    for dtype in TOLERANCE:
+        for shape in SHAPES:
+            for op, found, expected in results(shape, dtype, device):
+                found, expected = found.double().cpu(), expected.double()
+                error = ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+                yield {
+                    "op": op,
+                    "backend": dispatch.explain(op, device, dtype).backend,
+                    "dtype": str(dtype).removeprefix("torch."),
+                    "shape": shape,
+                    "error": error,
+                    "right": error <= TOLERANCE[dtype],
+                }
+
+
+def results(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(op, what it gives here, what float64 gives) for each result of each op."""
+    B, H, W, C, heads = shape
+    rank, hidden, window = 16, C // 2, 7
+    torch.manual_seed(0)
+
+    def weight(*size: int) -> Tensor:
+        return torch.randn(*size) * size[-2] ** -0.5 if len(size) > 1 else torch.randn(size)
+
+    def both(op: str, exact: Any, arguments: tuple[Any, ...]) -> Iterator[tuple[str, Any, Any]]:
+        here = dispatch.run(op, like.to(device), *_map(arguments, lambda v: v.to(device)))
+        there = exact(*_map(arguments, lambda v: v.double() if v.is_floating_point() else v))
+        one = isinstance(here, Tensor)
+        for found, expected in zip(*(([here], [there]) if one else (here, there)), strict=True):
+            if found.numel():
+                yield op, found, expected
+
+    like = torch.empty(0, dtype=dtype)
+    x, y, G = (torch.randn(B, H, W, C).to(dtype) for _ in range(3))
+    P, Q, b, U, V = (
+        weight(TAPS, *size)
+        for size in ((C, rank), (rank, hidden), (hidden,), (hidden, rank), (rank, C))
+    )
+    adapter = (P[0], Q[0], b[0], U[0])
+    yield from both(
+        "sublayer_epilogue",
+        reference.sublayer_epilogue,
+        (x, y, weight(C), weight(C), 1e-5, *adapter),
+    )
+    maps = [torch.randn(B * H * W, C).to(dtype) for _ in range(TAPS)]
+    t = [(tap.float() @ P_k).to(dtype) for tap, P_k in zip(maps, P, strict=True)]
+    yield from both(
+        "highway_backward",
+        reference.highway_backward,
+        (G.flatten(0, 2), maps, [], "full", t, P, Q, b, U, V),
+    )
+    for shift in (0, window // 2):
+        qkv = torch.randn(B, H, W, 3 * C).to(dtype)
+        table = torch.randn((2 * window - 1) ** 2, heads)
+        yield from both(
+            "window_attention",
+            reference.window_attention,
+            (qkv, torch.randn(3 * C), table, window, shift),
+        )
+
+
+def _map(values: Any, change: Any) -> Any:
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, list | tuple):
+        return type(values)(_map(value, change) for value in values)
+    return values
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="draw the ratios: .png, .svg or .pdf")
+    options = parser.parse_args(arguments)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    speed = ["--seconds", "1", "--dtypes", "bf16"]
+    if options.plot:
+        speed += ["--plot", str(options.plot)]
+    if device.type == "cpu":
+        print("no GPU: a dry run of tiny shapes")
+        speed = [*speed, "--tiny", "--seconds", "0"]
+    with e3va.backend("triton,native,reference"):
+        checked = list(checks(device))
+        wrong = [c for c in checked if not c["right"]]
+        for c in wrong:
+            print(f"WRONG {c['op']} {c['backend']} {c['dtype']} {c['shape']}: {c['error']:.1e}")
+        print(f"{len(checked) - len(wrong)} of {len(checked)} results are right")
+        report = kernels.main(speed)
+    if options.json:
+        with atomic_path(options.json) as path:
+            path.write_text(json.dumps({**report, "checks": checked}, indent=1) + "\n")
+    if wrong:
+        sys.exit(f"{len(wrong)} results are wrong")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The benchmarks run on whatever there is and write what they promise."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("timm", reason="the trunk is timed against timm's: pip install 'e3va[test]'")
+
+from bench import gpu, kernels
+from e3va import ops
+
+RATIOS = {
+    "highway_fwd_bwd_vs_eager",
+    "highway_fwd_bwd_vs_compile",
+    "window_attention_vs_eager",
+    "window_attention_vs_sdpa",
+    "trunk_forward_vs_timm",
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs python -m bench.gpu itself")
+def test_the_gpu_suite_runs_dry(tmp_path, capsys):
+    gpu.main(["--json", str(tmp_path / "gpu.json"), "--plot", str(tmp_path / "gpu.png")])
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {"device", "torch", "commit"} <= set(report["environment"])
+    assert set(report["ratios"]) == RATIOS
+    assert all(ratio > 0 for ratio in report["ratios"].values())
+    assert len(report["cases"]) == 5
+    assert {c["op"] for c in report["checks"]} == {
+        "sublayer_epilogue",
+        "highway_backward",
+        "window_attention",
+    }
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    assert "dry run" in capsys.readouterr().out
+
+
+def test_a_wrong_kernel_fails_the_suite(monkeypatch):
+    def wrong(*arguments):
+        return ops.reference.window_attention(*arguments) * 1.1
+
+    monkeypatch.setattr(kernels, "main", lambda arguments: {})
+    backends = ops.dispatch._ops["window_attention"]
+    for name, backend in list(backends.items()):
+        monkeypatch.setitem(backends, name, backend._replace(run=wrong))
+    with pytest.raises(SystemExit, match="24 results are wrong"):
+        gpu.main([])
+
+
+@pytest.mark.parametrize("op", ["highway", "window_attention"])
+@pytest.mark.parametrize("stage", [0, 3])
+def test_competitors_compute_the_same(op, stage):
+    """A ratio means something only between equals."""
+    case = kernels.Case(op, "swin_t", stage, 2, "fp32", (160, 100))
+    competitors = kernels.OPS[op](case, "cpu")
+    competitors.pop("compile", None)
+    ours, *others = (run() for run in competitors.values())
+    for other in others:
+        torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-4)
