@@ -33,7 +33,6 @@ COMMON_SOURCES = (
     "csrc/library.cpp",
     "csrc/cpu/highway_backward.cpp",
     "csrc/cpu/sublayer_epilogue.cpp",
-    "csrc/cpu/taps.cpp",
     "csrc/cpu/window_attention.cpp",
 )
 EXTENSION, BUILD_INFO = "e3va._C", "_build_info.json"

@@ -12,7 +12,6 @@
 
 #include "cpu/highway_backward.h"
 #include "cpu/sublayer_epilogue.h"
-#include "cpu/taps.h"
 #include "cpu/window_attention.h"
 #ifdef E3VA_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -141,52 +140,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
   return {y_out, z, t, s};
 }
 
-void expand_tap_on_cpu(Tensor tap, Tensor scale, int64_t taps, Tensor x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && tap.is_contiguous() &&
-                      tap.size(0) == x.size(0) &&
-                      tap.size(1) == (taps_of(taps) == Taps::kInt4 ? (x.size(1) + 1) / 2 : x.size(1)),
-                  "expand_tap: x must be contiguous and fit the tap");
-  const ExpandTapParams params{static_cast<const uint8_t*>(tap.const_data_ptr()),
-                               weight(scale, {x.size(0)}),
-                               x.mutable_data_ptr(),
-                               dtype_of(x),
-                               taps_of(taps),
-                               x.size(0),
-                               x.size(1)};
-  torch::stable::parallel_for(0, params.tokens, 64, [&](int64_t begin, int64_t end) {
-    expand_tap_cpu(params, begin, end);
-  });
-}
-
-// Columns [tap * rank, (tap + 1) * rank) of dS, S and dT are this adapter's.
+// Columns [tap * rank, (tap + 1) * rank) of dS and S are this adapter's. Returns dP, dQ, dU and db,
+// one after the other.
 Tensor adapter_backward_on_cpu(
-    Tensor t, Tensor dS, int64_t tap, Tensor Q, Tensor b, Tensor U, Tensor S, Tensor dT) {
-  STD_TORCH_CHECK(t.dim() == 2 && dS.dim() == 2 && Q.dim() == 2 && t.is_contiguous(),
-                  "adapter_backward: t, dS and Q must be matrices, t a contiguous one");
+    Tensor x, std::optional<Tensor> scale, int64_t taps, Tensor t, Tensor dS, int64_t tap,
+    int64_t channels, Tensor Q, Tensor b, Tensor U, Tensor S) {
+  STD_TORCH_CHECK(t.dim() == 2 && dS.dim() == 2 && Q.dim() == 2 && x.dim() == 2 &&
+                      t.is_contiguous() && x.is_contiguous(),
+                  "adapter_backward: x, t, dS and Q must be matrices, x and t contiguous ones");
   const int64_t tokens = t.size(0), rank = t.size(1), hidden = Q.size(1), stride = dS.size(1);
-  for (const Tensor& tensor : {dS, S, dT})
+  const Taps kept = taps_of(taps);
+  STD_TORCH_CHECK(x.size(0) == tokens &&
+                      x.size(1) == (kept == Taps::kInt4 ? (channels + 1) / 2 : channels) &&
+                      (kept != Taps::kFull || x.scalar_type() == t.scalar_type()),
+                  "adapter_backward: x must fit t, taps and channels");
+  for (const Tensor& tensor : {dS, S})
     STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == t.scalar_type() &&
                         tensor.dim() == 2 && tensor.size(0) == tokens &&
                         tensor.size(1) == stride && 0 <= tap && (tap + 1) * rank <= stride,
-                    "adapter_backward: dS, S and dT must be contiguous [tokens, taps * rank]");
-  AdapterBackwardParams params{t.const_data_ptr(),
-                               nullptr,
+                    "adapter_backward: dS and S must be contiguous [tokens, taps * rank]");
+  const int64_t offset = tap * rank * (dtype_of(t) == Dtype::kFloat ? 4 : 2);
+  AdapterBackwardParams params{x.const_data_ptr(),
+                               kept == Taps::kFull ? nullptr : weight(scale.value(), {tokens}),
+                               t.const_data_ptr(),
+                               static_cast<const char*>(dS.const_data_ptr()) + offset,
                                weight(Q, {rank, hidden}),
                                weight(b, {hidden}),
                                weight(U, {hidden, rank}),
-                               nullptr,
-                               nullptr,
+                               static_cast<char*>(S.mutable_data_ptr()) + offset,
                                nullptr,
                                dtype_of(t),
+                               kept,
                                tokens,
+                               channels,
                                rank,
                                hidden,
                                stride};
-  const int64_t offset = tap * rank * (params.dtype == Dtype::kFloat ? 4 : 2);
-  params.dS = static_cast<const char*>(dS.const_data_ptr()) + offset;
-  params.S = static_cast<char*>(S.mutable_data_ptr()) + offset;
-  params.dT = static_cast<char*>(dT.mutable_data_ptr()) + offset;
-  const int64_t chunks = adapter_backward_chunks(params), size = (2 * rank + 1) * hidden;
+  const int64_t chunks = adapter_backward_chunks(params);
+  const int64_t size = (channels + 2 * hidden) * rank + hidden;
   Tensor partial_sums = torch::stable::new_empty(Q, {chunks, size});
   params.partial_sums = static_cast<float*>(partial_sums.mutable_data_ptr());
   torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
@@ -223,16 +214,14 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "sublayer_epilogue(Tensor x, Tensor y, Tensor? norm_weight, Tensor? norm_bias, float eps, "
       "Tensor? P, Tensor? Q, Tensor? b, Tensor? U, int taps, int seed, Tensor(a!) tap, "
       "Tensor(b!) tap_scale) -> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("expand_tap(Tensor tap, Tensor scale, int taps, Tensor(a!) x) -> ()");
   m.def(
-      "adapter_backward(Tensor t, Tensor dS, int tap, Tensor Q, Tensor b, Tensor U, "
-      "Tensor(a!) S, Tensor(b!) dT) -> Tensor");
+      "adapter_backward(Tensor x, Tensor? scale, int taps, Tensor t, Tensor dS, int tap, "
+      "int channels, Tensor Q, Tensor b, Tensor U, Tensor(a!) S) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(e3va_native, CPU, m) {
   m.impl("window_attention", TORCH_BOX(&window_attention_on_cpu));
   m.impl("sublayer_epilogue", TORCH_BOX(&sublayer_epilogue_on_cpu));
-  m.impl("expand_tap", TORCH_BOX(&expand_tap_on_cpu));
   m.impl("adapter_backward", TORCH_BOX(&adapter_backward_on_cpu));
 }
 

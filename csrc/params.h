@@ -38,24 +38,17 @@ struct SublayerEpilogueParams {
   float eps;
 };
 
-struct ExpandTapParams {
-  const uint8_t* tap;  // [tokens, channels], or [tokens, (channels + 1) / 2] of kInt4
-  const float* scale;  // [tokens]
-  void* x;             // [tokens, channels]
-  Dtype dtype;         // of x
-  Taps taps;
-  int64_t tokens, channels;
-};
-
 struct AdapterBackwardParams {
+  const void* x;        // the tap: [tokens, channels], or as SublayerEpilogueParams stores it
+  const float* scale;   // [tokens] of a stored tap
   const void* t;        // [tokens, rank]
   const void* dS;       // [tokens, rank], rows `stride` apart
   const float* Q;       // [rank, hidden]
   const float* b;       // [hidden]
   const float* U;       // [hidden, rank]
   void* S;              // [tokens, rank], rows `stride` apart
-  void* dT;             // [tokens, rank], rows `stride` apart
-  float* partial_sums;  // [chunks, (2 * rank + 1) * hidden]: dQ, db, dU
-  Dtype dtype;          // of t, dS, S and dT
-  int64_t tokens, rank, hidden, stride;
+  float* partial_sums;  // [chunks, (channels + 2 * hidden) * rank + hidden]: dP, dQ, dU, db
+  Dtype dtype;          // of t, dS and S, and of a full tap
+  Taps taps;
+  int64_t tokens, channels, rank, hidden, stride;
 };

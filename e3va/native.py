@@ -131,28 +131,22 @@ def highway_backward(
     U: Tensor,  # [K, m, r]
     V: Tensor,  # [K, r, C]
 ) -> tuple[Tensor, ...]:
-    rank, hidden = Q.shape[1:]
+    channels = P.shape[1]
     dS = G @ V.flatten(0, 1).to(G).t()  # [N, K·r]
-    S, dT = torch.empty_like(dS), torch.empty_like(dS)
+    S = torch.empty_like(dS)
     Qs, bs, Us = _weight(Q), _weight(b), _weight(U)
-    dP, sums = [], []
+    gradients = []
     for k, (x_k, t_k) in enumerate(zip(x, t, strict=True)):
-        sums.append(
-            torch.ops.e3va_native.adapter_backward(
-                t_k.contiguous(), dS, k, Qs[k], bs[k], Us[k], S, dT
-            )
-        )
-        if taps != "full":
-            tap, x_k = x_k, torch.empty_like(G)
-            torch.ops.e3va_native.expand_tap(tap, scale[k], TAPS.index(taps), x_k)
-        dP.append(x_k.t() @ dT[:, k * rank : (k + 1) * rank])
-    sizes = [rank * hidden, hidden, hidden * rank]
-    dQ, db, dU = (torch.stack(v) for v in zip(*(v.split(sizes) for v in sums), strict=True))
+        scale_k = scale[k] if scale else None
+        tap = x_k.contiguous(), scale_k, TAPS.index(taps), t_k.contiguous()
+        flat = torch.ops.e3va_native.adapter_backward(*tap, dS, k, channels, Qs[k], bs[k], Us[k], S)
+        gradients.append(flat.split([P[k].numel(), Q[k].numel(), U[k].numel(), b[k].numel()]))
+    dP, dQ, dU, db = (torch.stack(each) for each in zip(*gradients, strict=True))
     return (
-        torch.stack(dP).to(P.dtype),
-        dQ.reshape(Q.shape).to(Q.dtype),
+        dP.view(P.shape).to(P.dtype),
+        dQ.view(Q.shape).to(Q.dtype),
         db.to(b.dtype),
-        dU.reshape(U.shape).to(U.dtype),
+        dU.view(U.shape).to(U.dtype),
         (S.t() @ G).view(V.shape).to(V.dtype),
         G.sum(0, dtype=torch.float32).to(V.dtype),
     )

@@ -1,10 +1,11 @@
-// The part of the highway's backward that has the hidden width m, for one tap: z and a = GELU(z) are
-// computed again from t, a block of rows at a time, and never leave the cache. What is as wide as
-// the map (dS = G·Vᵀ, dV = Sᵀ·G, dP = xᵀ·dt) are plain GEMMs, left to the vendor's library.
+// The highway's backward for one tap: z and a = GELU(z) are computed again from t, a block of rows at
+// a time, and never leave the cache. What all taps share (dS = G·Vᵀ, dV = Sᵀ·G) are plain GEMMs,
+// left to the vendor's library.
 #include "highway_backward.h"
 
 #include <vector>
 
+#include "tap_codes.h"
 #include "vector.h"
 
 namespace {
@@ -13,11 +14,15 @@ constexpr int kTile = 12;  // rows of a GEMM tile
 constexpr int kBlock = 2 * kTile;
 constexpr int64_t kChunk = 1024;  // rows; 64 bits of a partial sum are worth more than its memory
 
-int64_t gradient_size(const AdapterBackwardParams& p) { return (2 * p.rank + 1) * p.hidden; }
+int64_t gradient_size(const AdapterBackwardParams& p) {
+  return (p.channels + 2 * p.hidden) * p.rank + p.hidden;
+}
 
 template <typename T>
 E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end) {
-  const int64_t R = p.rank, M = p.hidden;
+  const int64_t C = p.channels, R = p.rank, M = p.hidden;
+  const int64_t lc = round_up(C + 1, kLanes), channel_tiles = round_up(C, kTile);
+  const int64_t stored = p.taps == Taps::kInt4 ? (C + 1) / 2 : C;
   const int64_t lr = round_up(R, kLanes), lm = round_up(M, kLanes);
   const int64_t rank_tiles = round_up(R, kTile), hidden_tiles = round_up(M, kTile);
   // The weights as they are and transposed, their columns padded to whole vectors.
@@ -32,10 +37,12 @@ E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end)
   widen(p.b, M, b.data());
   // Tiles of the sums run over the edges: hence their padding, and that of what they read.
   std::vector<float> t(kBlock * lr + kTile), dS(kBlock * lr), a(kBlock * lm + kTile), dz(kBlock * lm);
-  std::vector<float> s(kBlock * lr), dt(kBlock * lr);
-  std::vector<float> dQ(rank_tiles * lm), db(lm), dU(hidden_tiles * lr);
+  std::vector<float> s(kBlock * lr), dt(kBlock * lr), x(kBlock * lc + kTile);
+  std::vector<uint8_t> codes(lc);
+  std::vector<float> dP(channel_tiles * lr), dQ(rank_tiles * lm), db(lm), dU(hidden_tiles * lr);
 
   for (int64_t chunk = begin; chunk < end; ++chunk) {
+    std::fill(dP.begin(), dP.end(), 0.0f);
     std::fill(dQ.begin(), dQ.end(), 0.0f);
     std::fill(db.begin(), db.end(), 0.0f);
     std::fill(dU.begin(), dU.end(), 0.0f);
@@ -45,6 +52,12 @@ E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end)
       for (int64_t i = 0; i < rows; ++i) {
         widen(static_cast<const T*>(p.t) + (first + i) * R, R, &t[i * lr]);
         widen(static_cast<const T*>(p.dS) + (first + i) * p.stride, R, &dS[i * lr]);
+        const int64_t token = first + i;
+        if (p.taps == Taps::kFull)
+          widen(static_cast<const T*>(p.x) + token * C, C, &x[i * lc]);
+        else
+          expand(static_cast<const uint8_t*>(p.x) + token * stored, p.scale[token], C, p.taps,
+                 codes.data(), &x[i * lc]);
       }
       for (int64_t i = rows; i < padded; ++i)  // adds nothing to the sums
         for (int64_t r = 0; r < lr; ++r) t[i * lr + r] = dS[i * lr + r] = 0.0f;
@@ -67,15 +80,16 @@ E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end)
       gemm<kTile, 1>(
           a.data(), 1, lm, dS.data(), lr, dU.data(), lr, hidden_tiles, lr, rows, true);
       gemm<kTile, 1>(t.data(), 1, lr, dz.data(), lm, dQ.data(), lm, rank_tiles, lm, rows, true);
-      for (int64_t i = 0; i < rows; ++i) {
+      gemm<kTile, 1>(
+          x.data(), 1, lc, dt.data(), lr, dP.data(), lr, channel_tiles, lr, rows, true);
+      for (int64_t i = 0; i < rows; ++i)
         narrow(&s[i * lr], R, static_cast<T*>(p.S) + (first + i) * p.stride);
-        narrow(&dt[i * lr], R, static_cast<T*>(p.dT) + (first + i) * p.stride);
-      }
     }
     float* sums = p.partial_sums + chunk * gradient_size(p);
-    for (int64_t r = 0; r < R; ++r) narrow(&dQ[r * lm], M, sums + r * M);
-    narrow(db.data(), M, sums + R * M);
-    for (int64_t j = 0; j < M; ++j) narrow(&dU[j * lr], R, sums + (R + 1) * M + j * R);
+    for (int64_t c = 0; c < C; ++c, sums += R) narrow(&dP[c * lr], R, sums);
+    for (int64_t r = 0; r < R; ++r, sums += M) narrow(&dQ[r * lm], M, sums);
+    for (int64_t j = 0; j < M; ++j, sums += R) narrow(&dU[j * lr], R, sums);
+    narrow(db.data(), M, sums);
   }
 }
 

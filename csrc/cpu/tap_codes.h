@@ -82,3 +82,28 @@ E3VA_INLINE void compress(
     std::memcpy(tap, codes, channels);
   }
 }
+
+// The inverse of compress: x [channels], with room up to the next multiple of kLanes past
+// channels + 1, as `codes` has.
+E3VA_INLINE void expand(
+    const uint8_t* __restrict__ tap, float scale, int64_t channels, Taps taps,
+    uint8_t* __restrict__ codes, float* __restrict__ x) {
+  if (taps == Taps::kInt4)
+    for (int64_t c = 0; c < (channels + 1) / 2; ++c) {
+      codes[2 * c] = tap[c] & 15;
+      codes[2 * c + 1] = tap[c] >> 4;
+    }
+  else
+    std::memcpy(codes, tap, channels);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const Words code = load_bytes(codes + c);
+    Floats value;
+    if (taps == Taps::kFp8)
+      value = from_fp8(code);
+    else if (taps == Taps::kInt8)
+      value = __builtin_convertvector((Ints)(code << 24) >> 24, Floats);
+    else
+      value = __builtin_convertvector((Ints)code, Floats) - 8.0f;
+    store(x + c, value * scale);
+  }
+}

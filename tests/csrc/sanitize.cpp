@@ -6,7 +6,6 @@
 
 #include "../../csrc/cpu/highway_backward.h"
 #include "../../csrc/cpu/sublayer_epilogue.h"
-#include "../../csrc/cpu/taps.h"
 #include "../../csrc/cpu/window_attention.h"
 
 namespace {
@@ -69,26 +68,19 @@ void highway(Dtype dtype, int64_t tokens, int64_t C, int64_t rank, int64_t hidde
       hidden,       1e-5f};
   sublayer_epilogue_cpu(p, 0, sublayer_epilogue_items(p));
   for (const auto& result : {y_out, z, t, s}) add(result);
-  if (taps != Taps::kFull) {
-    auto expanded = x;
-    const ExpandTapParams e{tap.data(), scale.data(), expanded.data(), dtype, taps, tokens, C};
-    expand_tap_cpu(e, 0, tokens);
-    add(expanded);
-  }
-
   const int64_t stride = 2 * rank;  // this adapter's are the last columns of two
-  auto dS = values(tokens * stride, dtype), S = dS, dT = dS;
+  auto dS = values(tokens * stride, dtype), S = dS;
   const int64_t offset = rank * (dtype == Dtype::kFloat ? 4 : 2);
-  AdapterBackwardParams q{t.data(),         dS.data() + offset, Q.data(), b.data(), U.data(),
-                          S.data() + offset, dT.data() + offset, nullptr, dtype,    tokens,
-                          rank,             hidden,             stride};
-  std::vector<float> partial(adapter_backward_chunks(q) * (2 * rank + 1) * hidden);
-  std::vector<float> sums((2 * rank + 1) * hidden);
+  const void* kept = taps == Taps::kFull ? static_cast<const void*>(x.data()) : tap.data();
+  AdapterBackwardParams q{kept,     scale.data(), t.data(), dS.data() + offset, Q.data(), b.data(),
+                          U.data(), S.data() + offset, nullptr, dtype, taps, tokens, C, rank,
+                          hidden,   stride};
+  const int64_t size = (C + 2 * hidden) * rank + hidden;
+  std::vector<float> partial(adapter_backward_chunks(q) * size), sums(size);
   q.partial_sums = partial.data();
   adapter_backward_cpu(q, 0, adapter_backward_chunks(q));
   adapter_backward_sum(q, sums.data());
   add(S);
-  add(dT);
   for (float value : sums) checksum += value;
 }
 
