@@ -9,22 +9,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
 from e3va.highway import Highway
+from e3va.ops.reference import norm_parameters
 from e3va.ops.taps import DEFAULT_TAPS
 from e3va.trunk import FrozenSwin, Swin
 
 
 class OutputNorm(nn.LayerNorm):
-    """LayerNorm of a stage's output: [B, H, W, C] → [B, C, H, W] (a channels-last view).
-
-    Computes in the dtype of its input, without copies of it in another one.
-    """
+    """LayerNorm of a stage's output [B, H, W, C], in the dtype of its input."""
 
     def forward(self, h: Tensor) -> Tensor:
+        weight, bias = norm_parameters(h, self.weight, self.bias)
         with torch.autocast(h.device.type, enabled=False):
-            h = F.layer_norm(h, self.normalized_shape, self.weight.to(h), self.bias.to(h), self.eps)
-        return h.permute(0, 3, 1, 2)
+            return F.layer_norm(h, self.normalized_shape, weight, bias, self.eps)
 
 
 class SwinBackbone(nn.Module):
@@ -44,19 +43,20 @@ class SwinBackbone(nn.Module):
         if isinstance(trunk, FrozenSwin):
             self.norms.requires_grad_(False)
 
-    def _features(self, maps: list[Tensor], image: Tensor) -> dict[str, Tensor]:
-        """Normalised maps, in the autocast dtype under autocast, else in that of the norms."""
+    def _features(self, maps: list[Any], image: Tensor) -> dict[str, Tensor]:
+        """Normalised maps as channels-last views [B, C, H, W], in the autocast dtype under
+        autocast, else in that of the norms."""
         features = {}
-        for s, (h, norm) in enumerate(zip(maps, self.norms, strict=True)):
-            p = norm(h)
+        for s, (p, norm) in enumerate(zip(maps, self.norms, strict=True)):
             if not torch.is_autocast_enabled(image.device.type):
                 p = p.to(norm.weight.dtype)
-            features[f"p{s}"] = p
+            features[f"p{s}"] = p.permute(0, 3, 1, 2)
         return features
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image [B, 3, H, W], normalised, any H and W ≥ 1 → one map per stage."""
-        return self._features(self.trunk(image), image)
+        outputs = zip(self.trunk(image), self.norms, strict=True)
+        return self._features([norm(h) for h, norm in outputs], image)
 
 
 class E3VABackbone(SwinBackbone):
@@ -91,13 +91,16 @@ class E3VABackbone(SwinBackbone):
         with torch.autocast(image.device.type, enabled=False):
             y = h = trunk.embed(x)
             stages: Iterable[Any] = self.highway.stages
-            for s, stage in enumerate(stages):
-                if s:
-                    y, h = trunk.merge(s - 1, y), trunk.merge(s - 1, h)
+            norms: Iterable[Any] = self.norms
+            for s, (stage, norm) in enumerate(zip(stages, norms, strict=True)):
                 ride = stage.ride()
                 y_in, y = y, trunk.stage(s, y, ride)
                 h = ride.arrive(h, y_in, y)
-                maps.append(h)
+                merging = trunk.merging(s)
+                p, h = ops.stage_exit(h, norm.weight, norm.bias, norm.eps, *(merging or ()))
+                if merging:
+                    y = trunk.merge(s, y)
+                maps.append(p)
         return self._features(maps, image)
 
 

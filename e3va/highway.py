@@ -9,9 +9,9 @@ from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
 from e3va.ops.taps import DEFAULT_TAPS, TAPS
 
-PARAMETERS = ("P", "g", "Q", "b", "U", "g_up", "V", "c")
 BIASES = ("b", "c")
-"""Names of a stage's parameters, and of those among them that are biases."""
+OUTPUTS = ("V", "c")
+"""Names of a stage's biases, and of what writes to the highway and is zero at first."""
 
 
 class Highway(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from e3va.highway import Highway
+from e3va.highway import OUTPUTS, HighwayStage
 
 # Biases and tables that have more than one dimension: those of the stacked adapters and of Swin.
 NO_DECAY_NAMES = frozenset({"b", "relative_position_bias_table"})
@@ -17,19 +17,25 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters as groups for a torch optimizer.
 
-    Weights decay; norms, biases and position-bias tables do not. The highway learns
-    ``highway_lr_factor`` times as fast as the rest: its adapters begin at zero.
+    Weights decay; norms, biases and position-bias tables do not. The highway's V and c, which begin
+    at zero, learn ``highway_lr_factor`` times as fast as the rest, for the reason that LoRA's B
+    should (LoRA+, arXiv 2402.12354).
 
     Raises:
         ValueError: the model has no trainable parameter.
     """
-    highway = {id(p) for m in model.modules() if isinstance(m, Highway) for p in m.parameters()}
+    fast = {
+        id(getattr(stage, name))
+        for stage in model.modules()
+        if isinstance(stage, HighwayStage)
+        for name in OUTPUTS
+    }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             keep = parameter.ndim <= 1 or name.rpartition(".")[2] in NO_DECAY_NAMES
             key = (
-                lr * (highway_lr_factor if id(parameter) in highway else 1.0),
+                lr * (highway_lr_factor if id(parameter) in fast else 1.0),
                 0.0 if keep else weight_decay,
             )
             groups.setdefault(key, []).append(parameter)

@@ -106,10 +106,21 @@ class Swin(nn.Module):
     def _layer(self, stage: int) -> Any:
         return self.layers[stage]
 
+    def merging(self, stage: int) -> tuple[Tensor, Tensor, float, Tensor] | None:
+        """What :meth:`merge` multiplies with: weight, bias and epsilon of its norm, its projection;
+        None after the last stage."""
+        downsample = self._layer(stage).downsample
+        if downsample is None:
+            return None
+        norm, reduction = downsample.norm, downsample.reduction
+        return norm.weight, norm.bias, norm.eps, reduction.weight
+
     def merge(self, stage: int, y: Tensor) -> Tensor:
         """Down-sampling from ``stage`` to the next: [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, 2C]."""
-        norm, reduction = self._layer(stage).downsample.parts()
-        return reference.patch_merging(y, norm.weight, norm.bias, norm.eps, reduction.weight)
+        merging = self.merging(stage)
+        if merging is None:
+            raise ValueError(f"no stage follows stage {stage}")
+        return reference.patch_merging(y, *merging)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Image [B, 3, H, W], normalised, any H and W ≥ 1 → each stage's output [B, H, W, C].
@@ -180,10 +191,9 @@ class FrozenSwin(Swin):
         y, z, *_ = ops.sublayer_epilogue(x, y, weight, bias, eps)
         return y, z
 
+    @torch.no_grad()
     def merge(self, stage: int, y: Tensor) -> Tensor:
-        """As :meth:`Swin.merge`; gradients flow to ``y`` (the highway's) but not to the weights."""
-        norm, reduction = self._layer(stage).downsample.parts()
-        return ops.patch_merging(y, norm.weight, norm.bias, norm.eps, reduction.weight)
+        return super().merge(stage, y)
 
     @torch.no_grad()
     def forward_taps(self, image: Tensor) -> list[StageOutput]:
@@ -285,9 +295,6 @@ class _PatchMerging(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
-
-    def parts(self) -> tuple[nn.LayerNorm, nn.Linear]:
-        return self.norm, self.reduction
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -37,7 +37,7 @@ def tiles(dtype: torch.dtype, architecture: int) -> Tiles:
     """
     if dtype == torch.float32:
         return Tiles(16, 64, 32, 4)
-    return Tiles(16, 128, 64, 4) if architecture >= 80 else Tiles(16, 64, 64, 8)
+    return Tiles(16, 128, 32, 4) if architecture >= 80 else Tiles(16, 64, 64, 8)
 
 
 def sublayer_epilogue(

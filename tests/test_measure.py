@@ -32,10 +32,12 @@ def test_live_bytes_include_the_backward():
 
 
 def test_live_bytes_look_into_our_own_ops():
-    """patch_merging concatenates and normalises inside: two maps of the input's size."""
+    """stage_exit concatenates and normalises inside: two maps of the input's size."""
     h = torch.randn(1, 64, 64, 16)
     with LiveBytes() as memory:
-        out = ops.patch_merging(h, torch.ones(64), torch.zeros(64), 1e-5, torch.randn(32, 64))
+        norm = torch.ones(16), torch.zeros(16), 1e-5
+        merging = torch.ones(64), torch.zeros(64), 1e-5, torch.randn(32, 64)
+        _, out = ops.stage_exit(h, *norm, *merging)
     assert memory.peak >= 2 * h.nbytes > out.nbytes
 
 

@@ -246,7 +246,8 @@ def test_the_highway_may_learn_faster():
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            assert rates[id(parameter)] == pytest.approx(1e-2 if ".highway." in name else 1e-3)
+            fast = ".highway." in name and name.endswith((".V", ".c"))
+            assert rates[id(parameter)] == pytest.approx(1e-2 if fast else 1e-3)
 
 
 # Data

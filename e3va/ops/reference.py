@@ -102,6 +102,52 @@ def highway_backward(
     )
 
 
+def output_norm(
+    h: Tensor,  # [..., C]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = norm_parameters(h, weight, bias)
+    p, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, eps)
+    return p, mean.flatten(), rstd.flatten()
+
+
+def undo_output_norm(
+    p: Tensor,  # [..., C]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+) -> Tensor:
+    rows = p.flatten(0, -2).to(mean.dtype)
+    inverse = torch.where(weight == 0, 0.0, 1 / weight).to(mean)
+    rows = (rows - bias.to(mean)) * inverse / rstd[:, None] + mean[:, None]
+    return rows.to(p.dtype).view_as(p)
+
+
+def output_norm_backward(
+    dp: Tensor,  # [..., C]
+    h: Tensor,  # [..., C]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistics = (v.view(*h.shape[:-1], 1) for v in (mean, rstd))
+    weight_h, bias_h = norm_parameters(h, weight, bias)
+    dh, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dp.to(h), h, h.shape[-1:], *statistics, weight_h, bias_h, [True, True, True]
+    )
+    return dh, dweight.to(weight.dtype), dbias.to(bias.dtype)
+
+
+def norm_parameters(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """On a CPU the parameters' dtype is that of the norm's statistics, too: float32 or wider."""
+    dtype = h.dtype if h.device.type == "cuda" else torch.promote_types(h.dtype, torch.float32)
+    return weight.to(dtype), bias.to(dtype)
+
+
 def patch_merging(
     h: Tensor,  # [B, H, W, C]
     norm_weight: Tensor,  # [4C]

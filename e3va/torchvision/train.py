@@ -73,7 +73,8 @@ def train(
         train_data: what to train on. val_data: what to evaluate on; of the same classes.
         output_dir: where to write.
         iterations: optimizer steps in all. batch_size: images of each.
-        lr: the highest learning rate; the highway's is ``highway_lr_factor`` times as high.
+        lr: the highest learning rate; that of the highway's V and c, which begin at zero, is
+            ``highway_lr_factor`` times as high (LoRA+, arXiv 2402.12354).
         weight_decay: AdamW's, for weights alone.
         warmup: iterations until the learning rate is reached.
         clip_norm: the most that the norm of all gradients together may be.
@@ -329,7 +330,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--batch-size", type=int, default=2)
     run.add_argument("--lr", type=float, default=1e-4)
     run.add_argument(
-        "--highway-lr-factor", type=float, default=1.0, help="the highway's, as a multiple of it"
+        "--highway-lr-factor", type=float, default=1.0, help="of the highway's V and c"
     )
     run.add_argument("--weight-decay", type=float, default=0.05)
     run.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
