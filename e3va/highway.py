@@ -9,9 +9,10 @@ from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
 from e3va.ops.taps import DEFAULT_TAPS, TAPS
 
+PARAMETERS = ("P", "g", "Q", "b", "U", "g_up", "V", "c")
 BIASES = ("b", "c")
 OUTPUTS = ("V", "c")
-"""Names of a stage's biases, and of what writes to the highway and is zero at first."""
+"""Names of a stage's parameters; of its biases; of what writes to the highway, zero at first."""
 
 
 class Highway(nn.Module):

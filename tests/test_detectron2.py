@@ -289,6 +289,7 @@ def test_add_config_leaves_detectron2_defaults_alone():
         ours.SOLVER["OPTIMIZER"],
         ours.SOLVER["BETAS"],
         ours.SOLVER["HIGHWAY_LR_FACTOR"],
+        ours.SOLVER["HIGHWAY_LR_RATIO"],
         ours.SOLVER.AMP["DTYPE"],
     )
     assert ours == theirs
@@ -412,6 +413,7 @@ def test_a_perfect_detector_scores_100(tmp_path, first):
 @pytest.mark.parametrize("kind", ["ADAMW", "SGD"])
 def test_optimizer_groups(tiny, method, kind):
     options = ["SOLVER.OPTIMIZER", kind, "SOLVER.HIGHWAY_LR_FACTOR", 1.0]
+    options += ["SOLVER.HIGHWAY_LR_RATIO", 1.0]
     cfg = tiny("MODEL.TUNING.METHOD", method, *options)
     model = build_model(cfg)
     optimizer = build_optimizer(cfg, model)
@@ -433,13 +435,13 @@ def test_optimizer_groups(tiny, method, kind):
 
 
 def test_the_highway_may_learn_faster(tiny):
-    cfg = tiny("SOLVER.HIGHWAY_LR_FACTOR", 3.0)
+    cfg = tiny("SOLVER.HIGHWAY_LR_FACTOR", 3.0, "SOLVER.HIGHWAY_LR_RATIO", 4.0)
     model = build_model(cfg)
     groups = build_optimizer(cfg, model).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            factor = 3 if ".highway." in name and name.endswith((".V", ".c")) else 1
+            factor = (12 if name.endswith((".V", ".c")) else 3) if ".highway." in name else 1
             assert rates[id(parameter)] == pytest.approx(factor * cfg.SOLVER.BASE_LR)
 
 

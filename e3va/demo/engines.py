@@ -19,7 +19,8 @@ from e3va import HighwayConfig, build_backbone, load_trunk, swin_config
 WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
 BATCH_SIZE = 4
 LEARNING_RATE = 1e-3
-HIGHWAY_LR_FACTOR = 10
+HIGHWAY_LR_FACTOR = 3
+HIGHWAY_LR_RATIO = 10
 HIGHWAY = HighwayConfig(kernel_dim=16, hidden_ratio=1.0)
 """Wider than the paper's, for a trunk much narrower."""
 
@@ -71,6 +72,7 @@ def train_detectron2(method: str, coco: Path, output: Path, iterations: int, see
     overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.IMS_PER_BATCH", BATCH_SIZE]
     overrides += ["SOLVER.BASE_LR", LEARNING_RATE, "SEED", seed]
     overrides += ["SOLVER.HIGHWAY_LR_FACTOR", float(HIGHWAY_LR_FACTOR)]
+    overrides += ["SOLVER.HIGHWAY_LR_RATIO", float(HIGHWAY_LR_RATIO)]
     overrides += ["SOLVER.CHECKPOINT_PERIOD", 10 * iterations]
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
         key = f"DATASETS.COCO_JSON.{split}"
@@ -159,6 +161,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
         highway_lr_factor=HIGHWAY_LR_FACTOR,
+        highway_lr_ratio=HIGHWAY_LR_RATIO,
         warmup=min(30, iterations // 2),
         horizontal_flip=False,
         seed=seed,

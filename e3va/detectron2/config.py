@@ -58,9 +58,10 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS; relative-position tables are never decayed.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BETAS = (0.9, 0.999)
-    # The learning rate of the highway's V and c, which begin at zero, as a multiple of BASE_LR
-    # (LoRA+, arXiv 2402.12354).
+    # The highway's learning rate as a multiple of BASE_LR, and that of its V and c, which begin at
+    # zero, as a multiple of that (LoRA+, arXiv 2402.12354).
     cfg.SOLVER.HIGHWAY_LR_FACTOR = 1.0
+    cfg.SOLVER.HIGHWAY_LR_RATIO = 1.0
     # CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": one norm over all parameters. Detectron2's
     # own "norm" clips each parameter for itself.
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from e3va.detectron2.checkpoint import SafeCheckpointer
 from e3va.detectron2.config import dtype_of
-from e3va.highway import BIASES, OUTPUTS
+from e3va.highway import BIASES, OUTPUTS, PARAMETERS
 from e3va.measure import trainable_parameters
 
 logger = logging.getLogger(__name__)
@@ -93,11 +93,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
     solver = cfg.SOLVER
     overrides: dict[str, dict[str, float]] = {"relative_position_bias_table": {"weight_decay": 0.0}}
-    for name in OUTPUTS:
-        overrides[name] = {"lr": solver.BASE_LR * solver.HIGHWAY_LR_FACTOR}
-    if solver.WEIGHT_DECAY_BIAS is not None:
-        for name in BIASES:
-            overrides.setdefault(name, {})["weight_decay"] = solver.WEIGHT_DECAY_BIAS
+    for name in PARAMETERS:
+        ratio = solver.HIGHWAY_LR_RATIO if name in OUTPUTS else 1.0
+        overrides[name] = {"lr": solver.BASE_LR * solver.HIGHWAY_LR_FACTOR * ratio}
+        if name in BIASES and solver.WEIGHT_DECAY_BIAS is not None:
+            overrides[name]["weight_decay"] = solver.WEIGHT_DECAY_BIAS
     groups = get_default_optimizer_params(
         model,
         base_lr=solver.BASE_LR,

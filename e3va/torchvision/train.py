@@ -49,6 +49,7 @@ def train(
     batch_size: int,
     lr: float,
     highway_lr_factor: float = 1.0,
+    highway_lr_ratio: float = 1.0,
     weight_decay: float = 0.05,
     warmup: int = 0,
     clip_norm: float = 1.0,
@@ -73,8 +74,8 @@ def train(
         train_data: what to train on. val_data: what to evaluate on; of the same classes.
         output_dir: where to write.
         iterations: optimizer steps in all. batch_size: images of each.
-        lr: the highest learning rate; that of the highway's V and c, which begin at zero, is
-            ``highway_lr_factor`` times as high (LoRA+, arXiv 2402.12354).
+        lr: the highest learning rate; the highway's is ``highway_lr_factor`` times as high, and
+            that of its V and c ``highway_lr_ratio`` times that (e3va.optim.parameter_groups).
         weight_decay: AdamW's, for weights alone.
         warmup: iterations until the learning rate is reached.
         clip_norm: the most that the norm of all gradients together may be.
@@ -104,6 +105,7 @@ def train(
         "batch_size": batch_size,
         "lr": lr,
         "highway_lr_factor": highway_lr_factor,
+        "highway_lr_ratio": highway_lr_ratio,
         "weight_decay": weight_decay,
         "warmup": warmup,
         "clip_norm": clip_norm,
@@ -114,7 +116,7 @@ def train(
 
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = parameter_groups(model, lr, weight_decay, highway_lr_factor)
+    groups = parameter_groups(model, lr, weight_decay, highway_lr_factor, highway_lr_ratio)
     optimizer = torch.optim.AdamW(groups, lr=lr)
     highest = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -329,9 +331,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--iterations", type=int, required=True)
     run.add_argument("--batch-size", type=int, default=2)
     run.add_argument("--lr", type=float, default=1e-4)
-    run.add_argument(
-        "--highway-lr-factor", type=float, default=1.0, help="of the highway's V and c"
-    )
+    run.add_argument("--highway-lr-factor", type=float, default=1.0, help="of the highway's rate")
+    run.add_argument("--highway-lr-ratio", type=float, default=1.0, help="of its V's and c's to it")
     run.add_argument("--weight-decay", type=float, default=0.05)
     run.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
     run.add_argument("--eval-period", type=int, help="default: only at the end")
@@ -377,6 +378,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         batch_size=args.batch_size,
         lr=args.lr,
         highway_lr_factor=args.highway_lr_factor,
+        highway_lr_ratio=args.highway_lr_ratio,
         weight_decay=args.weight_decay,
         warmup=args.warmup,
         horizontal_flip=not args.no_flip,
