@@ -37,7 +37,9 @@ class Tiles(NamedTuple):
 
 def tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     """The largest tiles that do not spill, see ``python -m bench.registers``."""
-    if dtype == torch.float32 or architecture < 80:
+    if dtype == torch.float32:
+        return Tiles(16, 32, 8 if architecture >= 100 else 4)
+    if architecture < 80:
         return Tiles(16, 32, 8)
     return Tiles(32, 32, 8 if rank > 32 else 4)
 

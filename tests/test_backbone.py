@@ -91,8 +91,11 @@ def test_every_trainable_parameter_gets_a_gradient(backbone):
             assert parameter.grad is None, name
 
 
-def test_gradients_equal_autograd_through_the_unfused_network(backbone):
+def test_gradients_equal_autograd_through_the_unfused_network():
     """The oracle runs a trainable Swin, adapters one at a time and plain layers, in float64."""
+    backbone = E3VABackbone(
+        randomised(FrozenSwin(TINY)), HighwayConfig(branches=1, kernel_dim=4), taps="full"
+    )
     backbone = wake(backbone).double()
     trunk = Swin(TINY).double()
     trunk.load_state_dict(backbone.trunk.state_dict(), strict=False)

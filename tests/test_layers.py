@@ -14,7 +14,7 @@ MAY_IMPORT = {
     "ops": {"native", "kernels"},
     "trunk": {"config", "ops"},
     "highway": {"config", "ops"},
-    "backbone": {"config", "trunk", "highway"},
+    "backbone": {"config", "ops", "trunk", "highway"},
 }
 """Modules of e3va that each core module may import, beside itself."""
 
