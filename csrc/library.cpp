@@ -110,7 +110,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
   Tensor y_out = torch::stable::empty_like(y);
   Tensor z = norm ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
-  Tensor t = adapter ? torch::stable::new_empty(x, {tokens, rank}) : torch::stable::new_empty(x, {0});
+  Tensor t = adapter ? torch::stable::new_empty(x, {tokens, rank})
+                     : torch::stable::new_empty(x, {0});
   Tensor s = torch::stable::empty_like(t);
   const SublayerEpilogueParams params{x.const_data_ptr(),
                                       y.const_data_ptr(),

@@ -109,7 +109,7 @@ class StageRide:
         # Without a backward to come nothing needs to be made smaller.
         self._taps = stage.taps if torch.is_grad_enabled() else "full"
         # From PyTorch's own generator, so that torch.manual_seed makes a run repeatable.
-        self._seed = torch.randint(2**31, ()) if self._taps == "int4" else None
+        self._seed = torch.randint(2**31, (), device="cpu") if self._taps == "int4" else None
         self._x: list[Tensor] = []
         self._scale: list[Tensor] = []
         self._t: list[Tensor] = []

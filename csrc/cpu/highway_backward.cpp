@@ -1,5 +1,5 @@
-// The highway's backward for one tap: z and a = GELU(z) are computed again from t, a block of rows at
-// a time, and never leave the cache. What all taps share (dS = G·Vᵀ, dV = Sᵀ·G) are plain GEMMs,
+// The highway's backward for one tap: z and a = GELU(z) are computed again from t, a block of rows
+// at a time, and never leave the cache. What all taps share (dS = G·Vᵀ, dV = Sᵀ·G) are plain GEMMs,
 // left to the vendor's library.
 #include "highway_backward.h"
 
@@ -36,7 +36,8 @@ E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end)
   }
   widen(p.b, M, b.data());
   // Tiles of the sums run over the edges: hence their padding, and that of what they read.
-  std::vector<float> t(kBlock * lr + kTile), dS(kBlock * lr), a(kBlock * lm + kTile), dz(kBlock * lm);
+  std::vector<float> t(kBlock * lr + kTile), dS(kBlock * lr), a(kBlock * lm + kTile);
+  std::vector<float> dz(kBlock * lm);
   std::vector<float> s(kBlock * lr), dt(kBlock * lr), x(kBlock * lc + kTile);
   std::vector<uint8_t> codes(lc);
   std::vector<float> dP(channel_tiles * lr), dQ(rank_tiles * lm), db(lm), dU(hidden_tiles * lr);

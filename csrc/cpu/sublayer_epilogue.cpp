@@ -48,8 +48,10 @@ E3VA_INLINE void add_and_normalise(
   for (int64_t c = whole; c < C; ++c) variance += (y_row[c] - mean) * (y_row[c] - mean);
   const float scale = 1.0f / std::sqrt(variance / float(C) + p.eps);
   T* z = static_cast<T*>(p.z) + at;
-  for (int64_t c = 0; c < whole; c += kLanes)
-    store(z + c, (load(y_row + c) - mean) * scale * load(p.norm_weight + c) + load(p.norm_bias + c));
+  for (int64_t c = 0; c < whole; c += kLanes) {
+    const Floats normal = (load(y_row + c) - mean) * scale;
+    store(z + c, normal * load(p.norm_weight + c) + load(p.norm_bias + c));
+  }
   if (whole < C) {
     const int64_t n = C - whole;
     const Floats weight = load_some(p.norm_weight + whole, n);

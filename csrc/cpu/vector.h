@@ -115,7 +115,7 @@ E3VA_INLINE void narrow(const float* __restrict__ from, int64_t n, T* __restrict
 E3VA_INLINE Floats exp_negative(Floats x) {
   const Ints tiny = x < -80.0f;
   x = select(tiny, broadcast(-80.0f), x);
-  const Floats round = broadcast(12582912.0f);  // 1.5 · 2^23: what is added to it loses its fraction
+  const Floats round = broadcast(12582912.0f);  // 1.5 · 2^23: added to it, a fraction is lost
   const Floats n = (x * 1.44269504f + round) - round;
   const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
   Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -149,8 +149,9 @@ E3VA_INLINE void gelu(Floats z, Floats& value, Floats& slope) {
 // kVectors vectors; m must be a multiple of the one, n of the other.
 template <int kRows, int kVectors>
 E3VA_INLINE void gemm(
-    const float* __restrict__ A, int64_t row, int64_t step, const float* __restrict__ B, int64_t ldb,
-    float* __restrict__ C, int64_t ldc, int64_t m, int64_t n, int64_t k, bool accumulate) {
+    const float* __restrict__ A, int64_t row, int64_t step, const float* __restrict__ B,
+    int64_t ldb, float* __restrict__ C, int64_t ldc, int64_t m, int64_t n, int64_t k,
+    bool accumulate) {
   for (int64_t i = 0; i < m; i += kRows) {
     for (int64_t j = 0; j < n; j += kVectors * kLanes) {
       Floats total[kRows][kVectors] = {};
