@@ -21,6 +21,9 @@ def window_attention(
     shift, windows wrap around and tokens that only the wrap made neighbours do not see each
     other; the shift stays on a map no larger than a window.
 
+    A fused kernel moves 4·N·C values (q, k and v read, the result written): nothing is rolled,
+    padded or partitioned.
+
     Args:
         qkv: projected queries, keys and values, each ``heads × C/heads``, [B, H, W, 3C].
         qkv_bias: bias of that projection, [3C].
