@@ -42,7 +42,7 @@ def highway(
     parameters.
 
     A fused backward reads the taps and t once and G twice, and writes gradients of parameters
-    alone, the same bits on every run: fixed chunks of rows are summed each by itself, then in order.
+    alone, the same bits on every run: fixed chunks of rows are summed by themselves, then in order.
 
     Args:
         h_in: the highway before the stage, [..., C].
