@@ -41,7 +41,7 @@ def tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
         return Tiles(16, 32, 8 if architecture >= 100 else 4)
     if architecture < 80:
         return Tiles(16, 32, 8)
-    return Tiles(32, 32, 8 if rank > 32 else 4)
+    return Tiles(32, 32 if rank > 32 or architecture == 100 else 64, 4)
 
 
 def highway_backward(
