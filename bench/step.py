@@ -1,11 +1,12 @@
 """One real training step of Mask R-CNN through Detectron2: live activation bytes, time.
 
-    python -m bench.step [--config-file YAML] [--methods full frozen e3va] [--json FILE]
+    python -m bench.step [--config-file YAML] [--methods stock full frozen e3va] [--json FILE]
 
 One 800×1344 image with eight polygon-mask instances, random weights, bf16 autocast, on the CPU or
 on a GPU. The peak counts every tensor storage made by the step and still alive (e3va.measure);
 gradients of parameters exist before the step, as from the second step on, and are not activations.
-Times are medians of interleaved steps, as a ratio to ``frozen``.
+``stock`` is Detectron2's own Swin, frozen, its weights in fp32. Times are medians of interleaved
+steps, as a ratio to the first method.
 """
 
 from __future__ import annotations
@@ -33,10 +34,31 @@ def build(config_file: str, method: str, overrides: list[str]) -> Any:
 
     from e3va.detectron2.config import load_config
 
-    cfg = load_config(config_file, ["MODEL.TUNING.METHOD", method, *overrides])
+    ours = "frozen" if method == "stock" else method
+    cfg = load_config(config_file, ["MODEL.TUNING.METHOD", ours, *overrides])
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    return build_model(cfg).train()
+    model = build_model(cfg).train()
+    if method == "stock":
+        model.backbone.bottom_up = stock_swin(model.backbone.bottom_up).to(cfg.MODEL.DEVICE)
+    return model
+
+
+def stock_swin(ours: Any) -> Any:
+    """Detectron2's Swin of the same architecture, frozen."""
+    from detectron2.modeling.backbone.swin import SwinTransformer
+
+    config = ours.swin.trunk.config
+    theirs = SwinTransformer(
+        embed_dim=config.embed_dim,
+        depths=list(config.depths),
+        num_heads=list(config.num_heads),
+        window_size=config.window_size,
+        mlp_ratio=config.mlp_ratio,
+        drop_path_rate=0.0,
+        out_indices=tuple(range(config.num_stages)),
+    )
+    return theirs.requires_grad_(False).eval()
 
 
 def polygon_batch(height: int, width: int, instances: int = 8) -> list[dict[str, object]]:
@@ -101,7 +123,7 @@ def timed_step(model: Any, batch: list[dict[str, object]], device: str) -> float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default=DEFAULT_CONFIG)
-    parser.add_argument("--methods", nargs="+", default=["full", "frozen", "e3va"])
+    parser.add_argument("--methods", nargs="+", default=["stock", "full", "frozen", "e3va"])
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (default 3)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -126,9 +148,10 @@ def main() -> None:
             times[method].append(timed_step(model, batch, device))
     for method in models:
         results[method]["seconds_per_step"] = statistics.median(times[method])
-    fastest = results.get("frozen", results[arguments.methods[0]])["seconds_per_step"]
+    first = arguments.methods[0]
     for method, result in results.items():
-        print(f"{method:8} time {result['seconds_per_step'] / fastest:.2f} × frozen")
+        ratio = result["seconds_per_step"] / results[first]["seconds_per_step"]
+        print(f"{method:8} time {ratio:.2f} × {first}")
     if arguments.json:
         report = {
             "environment": environment(),
