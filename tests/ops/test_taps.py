@@ -41,6 +41,26 @@ def test_every_backend_stores_the_same_bits(shape, channels, dtype, taps):
 
 
 @pytest.mark.parametrize("taps", COMPRESSED)
+def test_large_taps_are_stored_piece_by_piece(taps, monkeypatch):
+    x = torch.randn(61, 37)
+    whole = tap_storage.compress(x, taps, 5)
+    expanded = tap_storage.expand(*whole, taps, 37, torch.float32)
+    monkeypatch.setattr(tap_storage, "CHUNK", 300)
+    for ours, theirs in zip(tap_storage.compress(x, taps, 5), whole, strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+    assert torch.equal(tap_storage.expand(*whole, taps, 37, torch.float32), expanded)
+
+
+def test_random_numbers_are_uniform_beyond_32_bits():
+    for place in (0, 2**31 - 5, 2**32 - 5, 2**33 + 7):
+        noise = tap_storage.uniform(100_000, 2**31 - 1, place, torch.device("cpu"))
+        assert noise.min() >= 0 and noise.max() < 1
+        assert abs(noise.mean() - 0.5) < 4 * (1 / 12) ** 0.5 / 100_000**0.5
+    wrapped = tap_storage.uniform(10, 3, 2**32 - 5, torch.device("cpu"))
+    assert torch.equal(wrapped[5:], tap_storage.uniform(5, 3, 0, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("taps", COMPRESSED)
 def test_expanded_taps_are_close(taps):
     x = torch.randn(3, 5, 7, 33)
     expanded = tap_storage.expand(*store(x, taps), taps, 33, torch.float32)
