@@ -38,7 +38,7 @@ E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end)
   // Tiles of the sums run over the edges: hence their padding, and that of what they read.
   std::vector<float> t(kBlock * lr + kTile), dS(kBlock * lr), a(kBlock * lm + kTile);
   std::vector<float> dz(kBlock * lm);
-  std::vector<float> s(kBlock * lr), dt(kBlock * lr), x(kBlock * lc + kTile);
+  std::vector<float> s(kBlock * lr), dt(kBlock * lr), x(kBlock * lc + 2 * kLanes);
   std::vector<uint8_t> codes(lc);
   std::vector<float> dP(channel_tiles * lr), dQ(rank_tiles * lm), db(lm), dU(hidden_tiles * lr);
 

@@ -72,7 +72,7 @@ E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end
     for (int64_t j = 0; j < p.hidden; ++j) widen(p.U + j * p.rank, p.rank, &U[j * lr]);
     widen(p.b, p.hidden, b.data());
   }
-  std::vector<float> x(kBlock * lc), y_row(lc), t(kBlock * lr), a(kBlock * lm), s(kBlock * lr);
+  std::vector<float> x(kBlock * lc + kLanes), y_row(lc), t(kBlock * lr), a(kBlock * lm), s(kBlock * lr);
   const int64_t stored = p.taps == Taps::kInt4 ? (C + 1) / 2 : C;
   std::vector<uint8_t> codes(lc + kLanes);
   T* t_out = static_cast<T*>(p.t);

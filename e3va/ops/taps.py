@@ -19,6 +19,9 @@ DEFAULT_TAPS = "int4"
 
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 
+TINY = 1e-30
+"""The largest value of a token that is stored as zero."""
+
 CHUNK = 2**22
 """Values that are compressed or expanded at a time: bounds what is made in between."""
 
@@ -42,32 +45,38 @@ def compress(x: Tensor, taps: str, seed: int) -> tuple[Tensor, Tensor]:
         seed: of int4's stochastic rounding.
 
     Returns:
-        codes [N, C], or [N, ⌈C/2⌉] of int4, the even channel in the low four bits, offset by 8;
-        scale [N] float32: x ≈ codes·scale.
+        codes [N, C], or [N, ⌈C/2⌉] of int4: channel j in the low four bits of byte j, channel
+        j + ⌈C/2⌉ in the high ones, both offset by 8; scale [N] float32: x ≈ codes·scale.
     """
     rows = x.flatten(0, -2)
     tokens, channels = rows.shape
     codes = rows.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
     scale = rows.new_empty(tokens, dtype=torch.float32)
     for part in _parts(tokens, channels):
-        place = part.start * channels
+        place = part.start * codes.shape[1]
         codes[part], scale[part] = _compress(rows[part].float(), taps, seed, place)
     return codes, scale
 
 
 def _compress(rows: Tensor, taps: str, seed: int, place: int) -> tuple[Tensor, Tensor]:
-    largest = rows.abs().amax(1) if rows.shape[1] else rows.new_zeros(len(rows))
+    tokens, channels = rows.shape
+    largest = rows.abs().amax(1) if channels else rows.new_zeros(tokens)
     limit = torch.full_like(largest, LARGEST[taps])  # a number would be multiplied by 1/largest
-    scaled = rows * torch.where(largest > 0, limit / largest, 0.0)[:, None]
+    # What is smaller than TINY is zero: its inverse would overflow.
+    inverse = torch.where(largest > TINY, limit / largest, 0.0)[:, None]
     if taps == "fp8":
-        return scaled.clamp(-448, 448).to(torch.float8_e4m3fn), largest / limit
+        return (rows * inverse).clamp(-448, 448).to(torch.float8_e4m3fn), largest / limit
     if taps == "int8":
-        return scaled.round().to(torch.int8), largest / limit
-    noise = uniform(rows.numel(), seed, place, rows.device).view_as(rows)
-    codes = ((scaled + noise).floor().clamp(-7, 7) + 8).to(torch.uint8)
-    if codes.shape[1] % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=8)
-    return codes[:, 0::2] | codes[:, 1::2] << 4, largest / limit
+        return (rows * inverse).round().to(torch.int8), largest / limit
+    # In fixed point of 16 bits after the point; no sum leaves [1, 16).
+    bytes_ = stored_channels(channels, taps)
+    fixed = torch.full((tokens, 2 * bytes_), 8 << 16, dtype=torch.int32, device=rows.device)
+    fixed[:, :channels] += (rows * (inverse * 2.0**16)).to(torch.int32)
+    random = random_words(tokens * bytes_, seed, place, rows.device).view(tokens, bytes_)
+    fixed[:, :bytes_] += random & 0xFFFF
+    fixed[:, bytes_:] += (random >> 16) & 0xFFFF
+    codes = ((fixed >> 16) & 15).to(torch.uint8)
+    return codes[:, :bytes_] | codes[:, bytes_:] << 4, largest / limit
 
 
 def expand(codes: Tensor, scale: Tensor, taps: str, channels: int, dtype: torch.dtype) -> Tensor:
@@ -76,7 +85,7 @@ def expand(codes: Tensor, scale: Tensor, taps: str, channels: int, dtype: torch.
     for part in _parts(len(codes), channels):
         values = codes[part]
         if taps == "int4":
-            values = torch.stack([values & 15, values >> 4], dim=2).flatten(1)[:, :channels]
+            values = torch.cat([values & 15, values >> 4], dim=1)[:, :channels]
         offset = 8 if taps == "int4" else 0
         x[part] = (values.float() - offset) * scale[part, None]
     return x
@@ -87,14 +96,14 @@ def _parts(tokens: int, channels: int) -> Iterator[slice]:
     return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
 
 
-def uniform(count: int, seed: int, place: int, device: torch.device) -> Tensor:
-    """``count`` float32 in [0, 1): hashes of the positions from ``place`` on, the same on every
+def random_words(count: int, seed: int, place: int, device: torch.device) -> Tensor:
+    """``count`` int32 of random bits: hashes of the positions from ``place`` on, the same on every
     backend."""
     key = _hash(torch.tensor(_int32(seed), dtype=torch.int32)).item()
     x = torch.arange(count, dtype=torch.int32, device=device)
     x += _int32(place)
     x ^= key
-    return ((_hash(x) >> 8) & 0xFFFFFF).float() * 2.0**-24
+    return _hash(x)
 
 
 def _int32(number: int) -> int:
