@@ -32,6 +32,7 @@ GPU_ARCHITECTURES = (75, 80, 90, 100, 120)  # 80 runs on 86 and 89 too
 COMMON_SOURCES = (
     "csrc/library.cpp",
     "csrc/cpu/highway_backward.cpp",
+    "csrc/cpu/instruction_set.cpp",
     "csrc/cpu/sublayer_epilogue.cpp",
     "csrc/cpu/window_attention.cpp",
 )

@@ -141,8 +141,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
   return {y_out, z, t, s};
 }
 
-// Columns [tap * rank, (tap + 1) * rank) of dS and S are this adapter's. Returns dP, dQ, dU and db,
-// one after the other.
+// Columns [tap * rank, (tap + 1) * rank) of dS and S are this adapter's. Returns dPᵀ, dQ, dUᵀ
+// and db, one after the other.
 Tensor adapter_backward_on_cpu(
     Tensor x, std::optional<Tensor> scale, int64_t taps, Tensor t, Tensor dS, int64_t tap,
     int64_t channels, Tensor Q, Tensor b, Tensor U, Tensor S) {

@@ -47,7 +47,7 @@ struct AdapterBackwardParams {
   const float* b;       // [hidden]
   const float* U;       // [hidden, rank]
   void* S;              // [tokens, rank], rows `stride` apart
-  float* partial_sums;  // [chunks, (channels + 2 * hidden) * rank + hidden]: dP, dQ, dU, db
+  float* partial_sums;  // [chunks, (channels + 2 * hidden) * rank + hidden]: dPᵀ, dQ, dUᵀ, db
   Dtype dtype;          // of t, dS and S, and of a full tap
   Taps taps;
   int64_t tokens, channels, rank, hidden, stride;

@@ -143,10 +143,10 @@ def highway_backward(
         gradients.append(flat.split([P[k].numel(), Q[k].numel(), U[k].numel(), b[k].numel()]))
     dP, dQ, dU, db = (torch.stack(each) for each in zip(*gradients, strict=True))
     return (
-        dP.view(P.shape).to(P.dtype),
+        dP.view(P.mT.shape).mT.contiguous().to(P.dtype),
         dQ.view(Q.shape).to(Q.dtype),
         db.to(b.dtype),
-        dU.view(U.shape).to(U.dtype),
+        dU.view(U.mT.shape).mT.contiguous().to(U.dtype),
         (S.t() @ G).view(V.shape).to(V.dtype),
         G.sum(0, dtype=torch.float32).to(V.dtype),
     )

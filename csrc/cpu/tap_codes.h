@@ -1,5 +1,7 @@
 // Taps in fewer bits: what e3va/ops/taps.py defines, to the last bit.
 #pragma once
+#include <bit>
+
 #include "vector.h"
 
 constexpr float kTiny = 1e-30f;  // the largest value of a token that is stored as zero
@@ -27,26 +29,31 @@ E3VA_INLINE Floats from_fp8(Words code) {
   return (Floats)((Words)magnitude | (code & 0x80) << 24);
 }
 
+E3VA_INLINE Bytes bytes_at(const uint8_t* at) { return *reinterpret_cast<const Bytes*>(at); }
+
 E3VA_INLINE Words load_bytes(const uint8_t* at) {
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(at), Words);
+  // In two steps: for one GCC takes the bytes apart one by one.
+  return __builtin_convertvector(__builtin_convertvector(bytes_at(at), Halves), Words);
 }
 
 E3VA_INLINE void store_bytes(uint8_t* at, Words codes) {
   *reinterpret_cast<Bytes*>(at) = __builtin_convertvector(codes, Bytes);
 }
 
-// One token's tap x [channels], zero up to the next multiple of kLanes and readable for kLanes more.
+// One token's tap x [channels], zero up to the next multiple of kLanes, readable for kLanes more.
 // `codes` has room for `channels` rounded up to a multiple of kLanes.
+template <typename T>
 E3VA_INLINE void compress(
-    const float* __restrict__ x, int64_t token, int64_t channels, Taps taps, uint32_t seed,
+    const T* __restrict__ x, int64_t token, int64_t channels, Taps taps, uint32_t seed,
     uint8_t* __restrict__ codes, uint8_t* __restrict__ tap, float* __restrict__ scale) {
-  Floats top = {};
+  Ints top = {};  // the bits of a positive float are in its order
   for (int64_t c = 0; c < channels; c += kLanes) {
-    const Floats magnitude = (Floats)((Words)load(x + c) & 0x7fffffff);
-    top = select(magnitude > top, magnitude, top);
+    const Ints magnitude = (Ints)load(x + c) & 0x7fffffff;
+    top = magnitude > top ? magnitude : top;
   }
-  float largest = 0.0f;
-  for (int i = 0; i < kLanes; ++i) largest = std::max(largest, top[i]);
+  int32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits = std::max(bits, top[i]);
+  const float largest = std::bit_cast<float>(bits);
   const float limit = kLargest[int(taps)], inverse = largest > kTiny ? limit / largest : 0.0f;
   *scale = largest / limit;
   if (taps == Taps::kInt4) {
@@ -90,16 +97,20 @@ E3VA_INLINE void expand(
   if (taps == Taps::kInt4) {
     const int64_t bytes = (channels + 1) / 2;
     std::memcpy(codes, tap, bytes);
-    for (int64_t c = 0; c < bytes; c += kLanes)
-      store(x + c, (__builtin_convertvector((Ints)(load_bytes(codes + c) & 15), Floats) - 8.0f) * scale);
-    for (int64_t c = 0; c < bytes; c += kLanes)
-      store(x + bytes + c, (__builtin_convertvector((Ints)(load_bytes(codes + c) >> 4), Floats) - 8.0f) * scale);
+    for (int shift : {0, 4}) {
+      float* half = shift ? x + bytes : x;
+      for (int64_t c = 0; c < bytes; c += kLanes) {
+        const Ints code = (Ints)(load_bytes(codes + c) >> shift & 15);
+        store(half + c, (__builtin_convertvector(code, Floats) - 8.0f) * scale);
+      }
+    }
     return;
   }
   std::memcpy(codes, tap, channels);
   for (int64_t c = 0; c < channels; c += kLanes) {
     const Words code = load_bytes(codes + c);
+    const Ints whole = (Ints)(code << 24) >> 24;
     store(x + c, scale * (taps == Taps::kFp8 ? from_fp8(code)
-                                             : __builtin_convertvector((Ints)(code << 24) >> 24, Floats)));
+                                             : __builtin_convertvector(whole, Floats)));
   }
 }

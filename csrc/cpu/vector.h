@@ -9,6 +9,7 @@
 #include <cstring>
 
 #include "../params.h"
+#include "instruction_set.h"
 
 #define E3VA_INLINE inline __attribute__((always_inline))
 
@@ -128,10 +129,17 @@ E3VA_INLINE Floats exp_negative(Floats x) {
   return select(tiny, Floats{}, p * (Floats)bits);
 }
 
+// 1/x of x ≥ 1 to 1e-7, in half the time of a division: Newton's iteration from a guess within 12 %.
+E3VA_INLINE Floats reciprocal(Floats x) {
+  Floats y = (Floats)(0x7ef311c7 - (Ints)x);
+  for (int i = 0; i < 3; ++i) y *= 2.0f - x * y;
+  return y;
+}
+
 // GELU(z) = z·Φ(z) and its derivative Φ(z) + z·φ(z), Φ to 1e-7 (Abramowitz and Stegun, 7.1.26).
 E3VA_INLINE void gelu(Floats z, Floats& value, Floats& slope) {
   const Floats magnitude = select(z < 0.0f, -z, z);
-  const Floats u = 1.0f / (magnitude * (0.3275911f * 0.70710678f) + 1.0f);
+  const Floats u = reciprocal(magnitude * (0.3275911f * 0.70710678f) + 1.0f);
   Floats p = u * 1.061405429f - 1.453152027f;
   p = p * u + 1.421413741f;
   p = p * u - 0.284496736f;
@@ -177,7 +185,7 @@ E3VA_INLINE void gemm(
 }
 
 // One entry point over the items [begin, end), compiled per instruction set. `run` is a function
-// template on the storage type, inlined.
+// template on the storage type, `run_in_tiles` a function for bfloat16, both inlined.
 #define E3VA_RUN_AS_STORED(run, params, begin, end)     \
   switch ((params).dtype) {                             \
     case Dtype::kFloat:                                 \
@@ -188,30 +196,46 @@ E3VA_INLINE void gemm(
       return run<BFloat16>(params, begin, end);         \
   }
 
+#define E3VA_TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define E3VA_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+
 #ifdef __x86_64__
-#define E3VA_KERNEL(name, run, Params)                                                        \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))) static void          \
-  name##_avx512(const Params& params, int64_t begin, int64_t end) {                           \
-    E3VA_RUN_AS_STORED(run, params, begin, end)                                               \
-  }                                                                                           \
-  __attribute__((target("avx2,fma"))) static void name##_avx2(                                \
-      const Params& params, int64_t begin, int64_t end) {                                     \
-    E3VA_RUN_AS_STORED(run, params, begin, end)                                               \
-  }                                                                                           \
-  static void name##_default(const Params& params, int64_t begin, int64_t end) {              \
-    E3VA_RUN_AS_STORED(run, params, begin, end)                                               \
-  }                                                                                           \
-  void name(const Params& params, int64_t begin, int64_t end) {                               \
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&            \
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))             \
-      return name##_avx512(params, begin, end);                                               \
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))                      \
-      return name##_avx2(params, begin, end);                                                 \
-    name##_default(params, begin, end);                                                       \
+#define E3VA_KERNEL(name, run, Params)                                                      \
+  E3VA_TARGET_AVX512 static void name##_avx512(const Params& p, int64_t begin, int64_t end) { \
+    E3VA_RUN_AS_STORED(run, p, begin, end)                                                  \
+  }                                                                                         \
+  E3VA_TARGET_AVX2 static void name##_avx2(const Params& p, int64_t begin, int64_t end) {   \
+    E3VA_RUN_AS_STORED(run, p, begin, end)                                                  \
+  }                                                                                         \
+  static void name##_default(const Params& p, int64_t begin, int64_t end) {                 \
+    E3VA_RUN_AS_STORED(run, p, begin, end)                                                  \
+  }                                                                                         \
+  void name(const Params& p, int64_t begin, int64_t end) {                                  \
+    if (instruction_set() >= InstructionSet::kAvx512) return name##_avx512(p, begin, end);  \
+    if (instruction_set() >= InstructionSet::kAvx2) return name##_avx2(p, begin, end);      \
+    name##_default(p, begin, end);                                                          \
   }
 #else
-#define E3VA_KERNEL(name, run, Params)                                     \
-  void name(const Params& params, int64_t begin, int64_t end) {            \
-    E3VA_RUN_AS_STORED(run, params, begin, end)                            \
+#define E3VA_KERNEL(name, run, Params)                             \
+  void name(const Params& p, int64_t begin, int64_t end) {         \
+    E3VA_RUN_AS_STORED(run, p, begin, end)                         \
   }
+#endif
+
+#if defined(__x86_64__) && __has_include(<amxtileintrin.h>)  // the assembler knows tiles, too
+#define E3VA_TILED_KERNEL(name, run, run_in_tiles, Params)                                     \
+  namespace {                                                                                  \
+  E3VA_KERNEL(name##_in_vectors, run, Params)                                                  \
+  E3VA_TARGET_AVX512 void name##_in_tiles(const Params& p, int64_t begin, int64_t end) {       \
+    run_in_tiles(p, begin, end);                                                               \
+  }                                                                                            \
+  }                                                                                            \
+  void name(const Params& p, int64_t begin, int64_t end) {                                     \
+    if (p.dtype == Dtype::kBFloat16 && instruction_set() == InstructionSet::kTiles)            \
+      return name##_in_tiles(p, begin, end);                                                   \
+    name##_in_vectors(p, begin, end);                                                          \
+  }
+#else
+#define E3VA_TILED_KERNEL(name, run, run_in_tiles, Params) E3VA_KERNEL(name, run, Params)
 #endif

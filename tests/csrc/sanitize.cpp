@@ -97,6 +97,7 @@ int main() {
       highway(dtype, 11, 24, 5, 12, taps);
       highway(dtype, 61, 37, 16, 33, taps);
       highway(dtype, 1031, 96, 20, 48, taps);
+      highway(dtype, 65, 64, 16, 32, taps);
     }
   }
   std::printf("%.6e\n", checksum);

@@ -4,13 +4,14 @@ import torch.nn.functional as F
 
 import e3va
 from e3va import ops
+from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
 
-@pytest.fixture(autouse=True, params=["reference", "auto"])
+@pytest.fixture(autouse=True, params=["reference", "native"])
 def backend(request):
-    """The definition itself, and what runs here where it was built: the compiled kernel."""
-    with e3va.backend(request.param):
+    """The definition itself, and the compiled kernel, which leaves float64 to the definition."""
+    with e3va.backend(backend_of(request.param)):
         yield
 
 

@@ -1,0 +1,27 @@
+"""The CPU kernels are compiled for several instruction sets; all but the best are asked for here."""
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from e3va.native import build_info
+
+HERE = Path(__file__).parent
+KERNELS = ("sublayer_epilogue", "highway_backward", "taps", "window_attention_native")
+
+
+@pytest.mark.skipif("C++" not in build_info().built, reason="the CPU kernels were not built")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+def test_each_passes_the_tests(capability):
+    files = [str(HERE / f"test_{name}.py") for name in KERNELS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "not reference", *files]
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=environment, cwd=HERE.parents[1]
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
