@@ -15,12 +15,14 @@ import logging
 from typing import Any
 
 import torch
+
+# First, as it says how to get Detectron2 where it is missing.
+from e3va.detectron2 import SafeCheckpointer, Trainer, load_config, register_coco_json  # isort: split
+
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-
-from e3va.detectron2 import SafeCheckpointer, Trainer, load_config, register_coco_json
 
 logger = logging.getLogger("e3va.train_net")
 
@@ -42,6 +44,8 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, or evaluate alone; returns the metrics by task ("bbox", "segm")."""
     cfg = setup(args)
     if args.eval_only:
+        if not (args.resume or cfg.MODEL.WEIGHTS):
+            raise ValueError("--eval-only needs MODEL.WEIGHTS, or --resume: the heads are random")
         model = Trainer.build_model(cfg)
         SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume

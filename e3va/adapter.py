@@ -31,7 +31,12 @@ def save_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> N
     Args:
         backbone: the trained backbone.
         directory: made if missing. Each of its two files is replaced as a whole or not at all.
+
+    Raises:
+        TypeError: ``backbone`` has no highway.
     """
+    if not isinstance(backbone, E3VABackbone):
+        raise TypeError(f"an adapter is of an E3VABackbone, got a {type(backbone).__name__}")
     directory = Path(directory)
     state = {name: value.cpu().contiguous() for name, value in _state(backbone).items()}
     with atomic_path(directory / WEIGHTS_NAME) as temporary:

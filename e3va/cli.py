@@ -55,7 +55,7 @@ def describe() -> str:
 def _choice(op: str, device: str, dtype: torch.dtype) -> str:
     try:
         choice = dispatch.explain(op, torch.device(device), dtype)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return f"error: {error}"
     return f"{choice.backend} ({choice.reason})"
 

@@ -107,7 +107,7 @@ class HighwayConfig:
         hidden_ratio: m / C, in (0, 1]. Default 0.5 (the paper's).
 
     Raises:
-        TypeError: ``branches`` or ``kernel_dim`` is not an integer.
+        TypeError: ``branches`` or ``kernel_dim`` is not an integer, or ``hidden_ratio`` no number.
         ValueError: a value is out of range.
     """
 
@@ -118,6 +118,8 @@ class HighwayConfig:
     def __post_init__(self) -> None:
         _check_positive_int("branches", self.branches)
         _check_positive_int("kernel_dim", self.kernel_dim)
+        if not isinstance(self.hidden_ratio, int | float):
+            raise TypeError(f"hidden_ratio must be a number, got {self.hidden_ratio!r}")
         if not 0 < self.hidden_ratio <= 1:
             raise ValueError(f"hidden_ratio must be in (0, 1], got {self.hidden_ratio}")
 
@@ -133,7 +135,7 @@ class HighwayConfig:
             ValueError: ``hidden_ratio * channels`` is no whole number, or the rank exceeds C.
         """
         hidden = self.hidden_ratio * channels
-        if hidden != int(hidden) or hidden < 1:
+        if abs(hidden - round(hidden)) > 1e-6 * channels or hidden < 1:
             raise ValueError(
                 f"hidden_ratio {self.hidden_ratio} of {channels} channels is {hidden}, "
                 "not a whole number: choose a ratio that divides every stage's channels"
@@ -143,4 +145,4 @@ class HighwayConfig:
                 f"rank branches * kernel_dim = {self.branches} * {self.kernel_dim} = {self.rank} "
                 f"exceeds the stage's {channels} channels: it would not be low-rank"
             )
-        return int(hidden)
+        return round(hidden)

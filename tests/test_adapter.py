@@ -12,6 +12,7 @@ from e3va import (
     FrozenSwin,
     HighwayConfig,
     SwinConfig,
+    build_backbone,
     load_adapter,
     load_trunk,
     save_adapter,
@@ -92,6 +93,13 @@ def test_the_config_says_what_the_adapter_belongs_to(saved):
         },
         "highway": {"branches": 1, "kernel_dim": 4, "hidden_ratio": 0.5},
     }
+
+
+def test_a_backbone_without_a_highway_is_refused(tmp_path):
+    backbone = build_backbone("frozen", swin_config("swin_digits"))
+    with pytest.raises(TypeError, match="an adapter is of an E3VABackbone, got a SwinBackbone"):
+        save_adapter(backbone, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_swin_b_takes_a_few_megabytes(tmp_path):

@@ -87,6 +87,12 @@ def test_the_first_backend_that_can_run_is_taken(monkeypatch):
             dispatch.requested_backends()
 
 
+def test_info_names_a_wrong_backend(monkeypatch, capsys):
+    monkeypatch.setenv("E3VA_BACKEND", "bogus")
+    assert cli.main(["info"]) == 0
+    assert "error: E3VA_BACKEND must be auto" in capsys.readouterr().out
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--version"])

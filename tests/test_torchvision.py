@@ -318,6 +318,13 @@ def test_bad_files_are_named(tmp_path):
             lambda c: c["annotations"][0].update(segmentation={"counts": "PP1"}),
             "annotation 0 .* run-length encoding",
         ),
+        (
+            lambda c: c["annotations"][0].update(segmentation=[1, 1, 9, 1, 9, 9]),
+            "annotation 0 .* no list of polygons",
+        ),
+        (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "no list of numbers"),
+        (lambda c: c["images"][0].pop("height"), r"images\[0\] has no 'height'"),
+        (lambda c: c["categories"][0].pop("id"), r"categories\[0\] has no 'id'"),
     ],
 )
 def test_broken_annotations_are_named(tmp_path, change, message):
@@ -330,6 +337,19 @@ def test_broken_annotations_are_named(tmp_path, change, message):
     path.write_text("{")
     with pytest.raises(ValueError, match="not valid JSON"):
         CocoInstances(path, tmp_path)
+
+
+def test_masks_without_a_pixel_are_no_targets(tmp_path):
+    path = coco_tree(tmp_path)
+    content = json.loads(path.read_text())
+    before = [len(target["labels"]) for _, target in CocoInstances(path, tmp_path)]
+    outside = [[500.0, 500.0, 510.0, 500.0, 510.0, 510.0]]
+    first = content["annotations"][0]
+    content["annotations"].append({**first, "id": 99, "segmentation": outside})
+    path.write_text(json.dumps(content))
+    data = CocoInstances(path, tmp_path)
+    assert [len(target["labels"]) for _, target in data] == before
+    assert all(target["masks"].any((1, 2)).all() for _, target in data)
 
 
 def test_mask_of_another_size_is_named(tmp_path):
@@ -494,12 +514,53 @@ def test_full_checkpoint_holds_the_trunk(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_a_failed_evaluation_loses_nothing_trained(tmp_path):
+    data = coco(tmp_path / "data")
+
+    class Unreadable(CocoInstances):
+        def image(self, index):
+            raise OSError("no such image")
+
+    settings = {**SETTINGS, "eval_period": None, "device": "cpu"}
+    with pytest.raises(OSError, match="no such image"):
+        train(detector(), data, Unreadable(data.path, data.folder), tmp_path / "run", **settings)
+    with (tmp_path / "run" / "history.jsonl").open("a") as file:
+        file.write('{"iteration": 5, "lo')  # a line whose writing was interrupted
+    result = train(detector(seed=1), data, data, tmp_path / "run", **settings, resume=True)
+    assert result["mask_ap"] >= 0
+    assert [e["iteration"] for e in history(tmp_path / "run")] == [1, 2, 3, 4, 5, 5]
+    assert "mask_ap" in history(tmp_path / "run")[-1]
+
+
+def test_a_new_run_does_not_go_on_from_an_old_ones_checkpoint(tmp_path):
+    data = coco(tmp_path / "data")
+    settings = {"batch_size": 2, "lr": 1e-3, "device": "cpu"}
+    train(detector(), data, data, tmp_path, iterations=2, **settings)
+    broken = detector()
+    torch.nn.init.constant_(broken.rpn.head.cls_logits.bias, float("nan"))
+    with pytest.raises(FloatingPointError):
+        train(broken, data, data, tmp_path, iterations=2, **settings)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    assert load_checkpoint(tmp_path / "checkpoint.previous.pt", detector())["iteration"] == 2
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "foreign"])
+def test_foreign_checkpoints_are_named(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or no checkpoint"):
+        load_checkpoint(path, detector())
+
+
 def test_bad_runs_are_refused(tmp_path):
     data = coco(tmp_path / "data")
 
-    def run(train_data=data, model=None, **changes):
+    def run(train_data=data, model=None, val_data=data, **changes):
         settings = {"iterations": 2, "batch_size": 1, "lr": 1e-3, **changes}
-        train(model or detector(), train_data, data, tmp_path / "out", device="cpu", **settings)
+        train(model or detector(), train_data, val_data, tmp_path / "out", device="cpu", **settings)
 
     for changes, message in [
         ({"iterations": 0}, "iterations"),
@@ -516,6 +577,10 @@ def test_bad_runs_are_refused(tmp_path):
     path.write_text(path.read_text().replace("wide", "broad"))
     with pytest.raises(ValueError, match=r"different classes.*broad.*wide"):
         run(CocoInstances(path, tmp_path / "empty"))
+    with pytest.raises(ValueError, match="no instance to find"):
+        bare = json.loads(data.path.read_text()) | {"annotations": []}
+        (data.folder / "bare.json").write_text(json.dumps(bare))
+        run(val_data=CocoInstances(data.folder / "bare.json", data.folder))
     broken = detector()
     torch.nn.init.constant_(broken.rpn.head.cls_logits.bias, float("nan"))
     with pytest.raises(FloatingPointError, match="iteration 1"):

@@ -39,8 +39,9 @@ class CocoInstances:
     ``image`` is [3, H, W] float32 in [0, 1]. ``target`` is what torchvision's detectors train on:
     ``boxes`` [n, 4] float32 (x1, y1, x2, y2, clipped to the image), ``labels`` [n] int64 (1 is the
     first category by id, 0 is the background), ``masks`` [n, H, W] uint8. Crowds are no targets;
-    evaluation ignores what is found in them. Annotations with an empty mask, or with a box that is
-    outside its image or thinner than 0.1 pixels, are dropped; one warning says how many.
+    evaluation ignores what is found in them. Annotations without a mask, or with a box that is
+    outside its image or thinner than 0.1 pixels, are dropped; one warning says how many. Those whose
+    mask covers no pixel are no targets either.
 
     Args:
         annotations: the JSON file; masks as polygons or as run-length encodings.
@@ -49,6 +50,7 @@ class CocoInstances:
 
     Attributes:
         classes: names of the categories, ordered by id; the class of label i is ``classes[i - 1]``.
+        instances: how many there are, crowds not counted.
 
     Raises:
         FileNotFoundError: the JSON file or an image is missing.
@@ -69,6 +71,7 @@ class CocoInstances:
         self.classes = [category["name"] for category in self._categories]
         self._sizes = {i["id"]: (i["height"], i["width"]) for i in content["images"]}
         self._instances = self._parse(content)
+        self.instances = sum(not i.crowd for group in self._instances.values() for i in group)
         self._images = [
             image
             for image in content["images"]
@@ -96,7 +99,7 @@ class CocoInstances:
                 raise ValueError(
                     f"{where} names the unknown category {annotation['category_id']!r}"
                 )
-            box = clip_box(annotation["bbox"] or (), *self._sizes[annotation["image_id"]])
+            box = clip_box(annotation["bbox"], *self._sizes[annotation["image_id"]])
             segmentation = _usable(annotation["segmentation"], where)
             if box is None or segmentation is None:
                 dropped += 1
@@ -130,7 +133,8 @@ class CocoInstances:
             "labels": torch.tensor([i.label for i in targets], dtype=torch.int64),
             "masks": torch.from_numpy(masks),
         }
-        return self.image(index), target
+        visible = torch.from_numpy(masks.any((1, 2)))
+        return self.image(index), {name: values[visible] for name, values in target.items()}
 
     def image(self, index: int) -> Tensor:
         """The image alone: [3, H, W] float32 in [0, 1].
@@ -273,17 +277,42 @@ def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key in ("images", "annotations", "categories"):
         if not isinstance(content, dict) or not isinstance(content.get(key), list):
             raise ValueError(f"{path} is not in COCO's format: it has no list {key!r}")
+    for kind, keys in _REQUIRED.items():
+        for i, entry in enumerate(content[kind]):
+            for key, types in keys.items():
+                if not isinstance(entry, dict) or not isinstance(entry.get(key), types):
+                    raise ValueError(f"{path} is not in COCO's format: {kind}[{i}] has no {key!r}")
+    for annotation in content["annotations"]:
+        where = f"annotation {annotation.get('id')} of {path}"
+        box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
+        if box is not None and not _is_numbers(box):
+            raise ValueError(f"{where} has a bbox that is no list of numbers: {box!r}")
+        if isinstance(segmentation, list) and not all(map(_is_numbers, segmentation)):
+            raise ValueError(
+                f"{where} has a segmentation that is no list of polygons [[x, y, …], …]"
+            )
     return content
 
 
+_REQUIRED: dict[str, dict[str, Any]] = {
+    "images": {"id": object, "file_name": str, "height": int, "width": int},
+    "categories": {"id": int, "name": str},
+    "annotations": {},
+}
+
+
+def _is_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(v, int | float) for v in values)
+
+
 def clip_box(
-    bbox: Sequence[float], height: int, width: int
+    bbox: Sequence[float] | None, height: int, width: int
 ) -> tuple[float, float, float, float] | None:
     """COCO's [x, y, width, height] as corners within the image.
 
-    None if a side of what is left is shorter than :data:`MIN_SIDE`.
+    None if there is none, or a side of what is left is shorter than :data:`MIN_SIDE`.
     """
-    if len(bbox) != 4 or not all(math.isfinite(value) for value in bbox):
+    if bbox is None or len(bbox) != 4 or not all(math.isfinite(value) for value in bbox):
         return None
     x, y, w, h = bbox
     x1, x2 = (min(max(value, 0.0), float(width)) for value in (x, x + w))

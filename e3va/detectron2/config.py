@@ -34,7 +34,8 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # Face or Detectron2, as a path, a URL, or e3va://swin_digits.safetensors, which ships with the
     # package. Empty: random weights, or those that MODEL.WEIGHTS brings.
     cfg.MODEL.E3VA.WEIGHTS = ""
-    # What a frozen trunk stores its weights in: "float32", "bfloat16" or "float16".
+    # What a frozen trunk stores its weights in, and, without SOLVER.AMP, computes in, as does the
+    # highway beside it: "float32", "bfloat16" or "float16" (to train, with SOLVER.AMP alone).
     cfg.MODEL.E3VA.TRUNK_DTYPE = "float32"
     # Shape of the highway's adapters: rank BRANCHES * KERNEL_DIM, hidden width HIDDEN_RATIO * C.
     cfg.MODEL.E3VA.BRANCHES = 2

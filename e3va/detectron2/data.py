@@ -21,7 +21,8 @@ _KEYS = "DATASETS.COCO_JSON"
 def register_coco_json(cfg: CfgNode) -> None:
     """Register the data sets that cfg.DATASETS.COCO_JSON names, and make ``cfg`` use them.
 
-    Sets DATASETS.TRAIN or DATASETS.TEST, or both, and the number of classes. Annotations that
+    Sets DATASETS.TRAIN or DATASETS.TEST, or both, and the number of classes; without a TEST_JSON,
+    nothing is evaluated. Annotations that
     cannot be trained on are dropped when the data are loaded: boxes that lie outside of their
     image or are thinner than 0.1 pixels, and, where masks are trained, instances without a mask.
 
@@ -49,6 +50,9 @@ def register_coco_json(cfg: CfgNode) -> None:
         setattr(cfg.DATASETS, split, (name,))
     if not categories:
         return
+    if not cfg.DATASETS.COCO_JSON.TEST_JSON:
+        logger.warning("no %s.TEST_JSON: nothing is evaluated", _KEYS)
+        cfg.DATASETS.TEST = ()
     (first, names), *others = categories.items()
     for other, other_names in others:
         if other_names != names:

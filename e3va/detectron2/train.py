@@ -35,9 +35,17 @@ class Trainer(DefaultTrainer):
 
     Args:
         cfg: the config.
+
+    Raises:
+        ValueError: a float16 trunk is to be trained beside without mixed precision.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
+        if cfg.MODEL.E3VA.TRUNK_DTYPE == "float16" and not cfg.SOLVER.AMP.ENABLED:
+            raise ValueError(
+                "MODEL.E3VA.TRUNK_DTYPE float16 without SOLVER.AMP.ENABLED computes the highway's "
+                "gradients in float16 and scales no loss: enable it, or store bfloat16"
+            )
         TrainerBase.__init__(self)  # DefaultTrainer's own would build Detectron2's AMP trainer
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         model = self.build_model(cfg)
@@ -77,6 +85,9 @@ class Trainer(DefaultTrainer):
             dataset_name, tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
         )
         truth = evaluator._coco_api
+        for annotation in truth.dataset["annotations"]:  # which pycocotools must have
+            annotation.setdefault("iscrowd", 0)
+            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
         if 0 in truth.anns:
             # To pycocotools a match with annotation 0 is no match.
             for i, annotation in enumerate(truth.dataset["annotations"]):

@@ -68,6 +68,8 @@ def highway(
     check_same_dtype(y_out=y_out, h_in=h_in, y_in=y_in, **full)
     check_floating(**{f"t[{k}]": v for k, v in enumerate(t)})
     check_same_dtype(P=P, Q=Q, b=b, U=U, V=V, c=c)
+    check_shape("P", P, -1, -1, -1)
+    check_shape("Q", Q, len(P), -1, -1)
     adapters, channels, rank = P.shape
     hidden = Q.shape[-1]
     if not len(x) == len(t) == len(s) == adapters:

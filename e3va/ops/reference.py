@@ -120,9 +120,12 @@ def undo_output_norm(
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
 ) -> Tensor:
-    rows = p.flatten(0, -2).to(mean.dtype)
-    inverse = torch.where(weight == 0, 0.0, 1 / weight).to(mean)
-    rows = (rows - bias.to(mean)) * inverse / rstd[:, None] + mean[:, None]
+    rows, weight, bias = p.flatten(0, -2).to(mean.dtype), weight.to(mean), bias.to(mean)
+    # A weight so small beside its bias that p, as rounded, tells nothing of the channel.
+    lost = weight.abs() <= torch.finfo(p.dtype).eps * bias.abs() + torch.finfo(p.dtype).tiny
+    normal = (rows - bias) * torch.where(lost, 0.0, 1 / weight)
+    limit = p.shape[-1] ** 0.5  # of a normalised value
+    rows = normal.clamp(-limit, limit) / rstd[:, None] + mean[:, None]
     return rows.to(p.dtype).view_as(p)
 
 

@@ -50,10 +50,11 @@ def sublayer_epilogue(
 
     Raises:
         TypeError: a dtype is not floating, or those of ``x`` and ``y`` differ.
-        ValueError: a shape does not fit, an adapter is incomplete, or ``taps`` is unknown.
+        ValueError: a shape does not fit, an adapter or a norm is incomplete, ``taps`` is unknown.
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
-    check_frozen("sublayer_epilogue", x=x, y=y, norm_weight=norm_weight, P=P, Q=Q, b=b, U=U)
+    norms = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    check_frozen("sublayer_epilogue", x=x, y=y, **norms, P=P, Q=Q, b=b, U=U)
     check_same_dtype(x=x, y=y)
     if x.dim() < 2:
         raise ValueError(f"x must have at least two dimensions, got {list(x.shape)}")
@@ -61,7 +62,9 @@ def sublayer_epilogue(
     if taps not in TAPS:
         raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
     channels = x.shape[-1]
-    for name, norm in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("a norm is norm_weight and norm_bias together: one of them is None")
+    for name, norm in norms.items():
         if norm is not None:
             check_shape(name, norm, channels)
     if P is not None and Q is not None and b is not None and U is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file belongs to another model or another trunk.
+        ValueError: the file is no such checkpoint, or of another model or another trunk.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    saved, saved_hash, here = content.pop("model"), content.pop("trunk"), _hash(model)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        saved, saved_hash = content.pop("model"), content.pop("trunk")
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or no checkpoint of save_checkpoint") from error
+    here = _hash(model)
     if saved_hash != here:
         raise ValueError(
             f"{path} was trained over the frozen trunk {saved_hash}, but the model's is {here}: "

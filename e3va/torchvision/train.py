@@ -25,6 +25,7 @@ from e3va.backbone import METHODS, build_backbone
 from e3va.config import HighwayConfig, swin_config
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
+from e3va.highway import HighwayStage
 from e3va.measure import trainable_parameters
 from e3va.ops.taps import DEFAULT_TAPS, TAPS
 from e3va.optim import parameter_groups
@@ -36,6 +37,7 @@ from e3va.weights import load_trunk
 logger = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint.pt"
+PREVIOUS = "checkpoint.previous.pt"
 HISTORY = "history.jsonl"
 
 
@@ -56,6 +58,7 @@ def train(
     horizontal_flip: bool = True,
     amp_dtype: torch.dtype | None = None,
     eval_period: int | None = None,
+    checkpoint_period: int = 500,
     resume: bool = False,
     seed: int = 0,
     workers: int = 0,
@@ -63,9 +66,10 @@ def train(
 ) -> dict[str, float]:
     """Train with AdamW: linear warm-up, cosine decay to zero, clipped gradients.
 
-    Every ``eval_period`` iterations and at the end, evaluates and writes ``checkpoint.pt`` to
-    ``output_dir``; ``history.jsonl`` there gets a line for each iteration (``iteration``,
-    ``loss``, ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``, …). Everything
+    Every ``checkpoint_period`` iterations, and before and after each evaluation, ``checkpoint.pt``
+    is written to ``output_dir``; ``history.jsonl`` there gets a line for each iteration
+    (``iteration``, ``loss``, ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``,
+    …). A checkpoint of an earlier run is kept as ``checkpoint.previous.pt``. Everything
     random in an iteration follows from the seed and its number, so that a resumed run repeats the
     uninterrupted one, to the last bit on a CPU.
 
@@ -81,7 +85,8 @@ def train(
         clip_norm: the most that the norm of all gradients together may be.
         horizontal_flip: mirror half of the training images.
         amp_dtype: autocast to float16 (with loss scaling) or bfloat16; default: no autocast.
-        eval_period: default: evaluate only at the end.
+        eval_period: evaluate every so many iterations, and at the end; default: only there.
+        checkpoint_period: iterations between checkpoints.
         resume: go on from ``output_dir``'s checkpoint if it has one; the settings must be alike.
         seed: of sampling, augmentation and the model's own randomness.
         workers: processes that load images; 0: load in this one.
@@ -92,11 +97,12 @@ def train(
         ``peak_bytes`` (GPU memory allocated in training; on a CPU, of the process, resident).
 
     Raises:
-        ValueError: a setting is out of range, the data sets differ in their classes or are empty,
+        ValueError: a setting is out of range, the data sets differ in their classes or are empty
+            (that to evaluate on: without an instance to find),
             or the checkpoint is of another run.
         FloatingPointError: the loss is no longer finite.
     """
-    _check_settings(iterations, batch_size, lr, warmup, eval_period)
+    _check_settings(iterations, batch_size, lr, warmup, eval_period, checkpoint_period)
     _check_data(train_data, val_data)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     output = Path(output_dir)
@@ -112,6 +118,12 @@ def train(
         "horizontal_flip": horizontal_flip,
         "amp_dtype": str(amp_dtype),
         "seed": seed,
+        "images": len(train_data),
+        "classes": train_data.classes,
+        "taps": [m.taps for m in model.modules() if isinstance(m, HighwayStage)],
+        "min_size": list(model.transform.min_size),
+        "max_size": model.transform.max_size,
+        "rois": model.roi_heads.fg_bg_sampler.batch_size_per_image,
     }
 
     model.to(device).train()
@@ -120,14 +132,17 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=lr)
     highest = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
-    start, metrics = 0, {}
+    start, metrics, evaluated = 0, {}, 0
     if resume and (output / CHECKPOINT).is_file():
         state = load_checkpoint(output / CHECKPOINT, model)
         _check_same(settings, state["settings"], output / CHECKPOINT)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
-        start, metrics = state["iteration"], state["metrics"]
+        start, metrics, evaluated = state["iteration"], state["metrics"], state["evaluated"]
         logger.info("resuming from iteration %d of %s", start, output / CHECKPOINT)
+    elif (output / CHECKPOINT).is_file():
+        (output / CHECKPOINT).replace(output / PREVIOUS)
+        logger.warning("an earlier run's checkpoint is now %s", output / PREVIOUS)
     history = _History(output / HISTORY, start)
 
     batches = DataLoader(
@@ -137,6 +152,27 @@ def train(
         num_workers=workers,
         generator=torch.Generator(),
     )
+
+    def save(iteration: int) -> None:
+        save_checkpoint(
+            output / CHECKPOINT,
+            model,
+            iteration=iteration,
+            metrics=metrics,
+            evaluated=evaluated,
+            settings=settings,
+            optimizer=optimizer.state_dict(),
+            scaler=scaler.state_dict(),
+        )
+
+    def score(iteration: int) -> None:
+        nonlocal metrics, evaluated
+        save(iteration)  # what was trained outlives a failed evaluation
+        metrics = evaluate(model, val_data, device, amp_dtype=amp_dtype)
+        evaluated = iteration
+        history.add(iteration=iteration, **metrics)
+        save(iteration)
+
     peak = 0
     _reset_peak_bytes(device)
     with tqdm(batches, initial=start, total=iterations, unit="it") as progress:
@@ -169,28 +205,22 @@ def train(
                 lr=lr * factor,
                 seconds=time.perf_counter() - began,
             )
-            if done == iterations or (eval_period and done % eval_period == 0):
-                metrics = evaluate(model, val_data, device, amp_dtype=amp_dtype)
-                history.add(iteration=done, **metrics)
-                save_checkpoint(
-                    output / CHECKPOINT,
-                    model,
-                    iteration=done,
-                    metrics=metrics,
-                    settings=settings,
-                    optimizer=optimizer.state_dict(),
-                    scaler=scaler.state_dict(),
-                )
+            if eval_period and done % eval_period == 0:
+                score(done)
                 _reset_peak_bytes(device)
+            elif done % checkpoint_period == 0:
+                save(done)
             progress.set_postfix(
                 loss=f"{loss.item():.3f}",
                 mask_ap=f"{metrics['mask_ap']:.1f}" if metrics else "–",
                 memory=f"{peak / 2**20:.0f} MiB",
             )
+    if evaluated < iterations:
+        score(iterations)
     return {
         **metrics,
         "trainable_params": trainable_parameters(model),
-        "seconds_per_iter": statistics.median(history.seconds),
+        "seconds_per_iter": statistics.median(history.seconds or [math.nan]),
         "peak_bytes": peak,
     }
 
@@ -248,7 +278,7 @@ class _History:
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else []
-        kept = [entry for entry in map(json.loads, lines) if entry["iteration"] <= start]
+        kept = [entry for entry in map(_entry, lines) if entry and entry["iteration"] <= start]
         self.seconds = [entry["seconds"] for entry in kept if "seconds" in entry]
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
@@ -260,13 +290,26 @@ class _History:
             file.write(json.dumps(entry) + "\n")
 
 
+def _entry(line: str) -> dict[str, float] | None:
+    """A line of the history; None if its writing was interrupted."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
 def _seed(seed: int, number: int) -> int:
     """One of 2³² seeds for each iteration or epoch of each run."""
     return (seed * 1_000_003 + number) % 2**32
 
 
 def _check_settings(
-    iterations: int, batch_size: int, lr: float, warmup: int, eval_period: int | None
+    iterations: int,
+    batch_size: int,
+    lr: float,
+    warmup: int,
+    eval_period: int | None,
+    checkpoint_period: int,
 ) -> None:
     if iterations < 1 or batch_size < 1:
         raise ValueError(
@@ -278,6 +321,8 @@ def _check_settings(
         raise ValueError(f"warmup must be in [0, iterations = {iterations}), got {warmup}")
     if eval_period is not None and eval_period < 1:
         raise ValueError(f"eval_period must be at least 1, or None, got {eval_period}")
+    if checkpoint_period < 1:
+        raise ValueError(f"checkpoint_period must be at least 1, got {checkpoint_period}")
 
 
 def _check_data(train_data: CocoInstances, val_data: CocoInstances) -> None:
@@ -288,14 +333,16 @@ def _check_data(train_data: CocoInstances, val_data: CocoInstances) -> None:
             f"{train_data.path} and {val_data.path} have different classes: "
             f"{train_data.classes} and {val_data.classes}"
         )
+    if not val_data.instances:
+        raise ValueError(f"{val_data.path} has no instance to find: nothing can be evaluated on it")
 
 
 def _check_same(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
     for name, value in settings.items():
-        if saved[name] != value:
+        if saved.get(name) != value:
             raise ValueError(
-                f"{path} is of a run with {name} {saved[name]}, not {value}: resume with the same "
-                "settings, or start anew in another folder"
+                f"{path} is of a run with {name} {saved.get(name)}, not {value}: resume with the "
+                "same settings, or start anew in another folder"
             )
 
 
@@ -336,6 +383,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     run.add_argument("--weight-decay", type=float, default=0.05)
     run.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
     run.add_argument("--eval-period", type=int, help="default: only at the end")
+    run.add_argument("--checkpoint-period", type=int, default=500)
     run.add_argument("--no-flip", action="store_true", help="do not mirror training images")
     run.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype")
     run.add_argument("--device", help="default: cuda where there is one, else cpu")
@@ -384,6 +432,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         horizontal_flip=not args.no_flip,
         amp_dtype=getattr(torch, args.amp) if args.amp else None,
         eval_period=args.eval_period,
+        checkpoint_period=args.checkpoint_period,
         resume=args.resume,
         seed=args.seed,
         workers=args.workers,

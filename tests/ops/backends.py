@@ -6,7 +6,7 @@ from e3va import native
 
 
 def backend_of(name: str) -> str:
-    """What to hand to ``e3va.backend``; skips what could not be built, as what was built must run."""
+    """What to hand to ``e3va.backend``; skips only what could not be built."""
     if name == "reference":
         return name
     left_out = native.build_info().left_out.get("C++")

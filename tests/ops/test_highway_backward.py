@@ -170,6 +170,7 @@ def test_opcheck():
         (dict(y_in=lambda v: v.double()), TypeError, "y_in must have the dtype of y_out"),
         (dict(c=lambda v: v[:-1]), ValueError, "c must have shape"),
         (dict(Q=lambda v: v.half()), TypeError, "Q must have the dtype of P"),
+        (dict(P=lambda v: v[0]), ValueError, r"P must have shape \[any, any, any\]"),
         (dict(t=lambda v: [v[0], v[1][:-1]]), ValueError, r"t\[1\] must have shape"),
         (dict(V=lambda v: v.long()), TypeError, "V must be of a floating dtype"),
         (dict(taps=lambda _: "int2"), ValueError, "taps must be one of full, fp8, int8, int4"),

@@ -1,4 +1,4 @@
-"""The CPU kernels are compiled for several instruction sets; all but the best are asked for here."""
+"""The CPU kernels are compiled for several instruction sets: the lesser ones, asked for by name."""
 
 import os
 import platform

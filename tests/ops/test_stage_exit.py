@@ -125,3 +125,21 @@ def test_bad_input():
         ops.stage_exit(h, weight, bias, eps, *merging)
     with pytest.raises(TypeError, match="weight must be of a floating dtype"):
         ops.stage_exit(h, weight.long(), bias, eps)
+
+
+@pytest.mark.parametrize("tiny", [1e-4, 1e-39, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_channel_that_its_norm_hides_spoils_no_other(dtype, tiny):
+    """Its values cannot be had back from p, but weigh next to nothing in the gradients."""
+    h, weight, bias, *rest = make_arguments((2, 5, 7, 64), dtype)
+    weight[3], bias[3] = tiny, 0.5
+    exact = wide([h, weight, bias, *rest])
+    trained = [value.requires_grad_() for value in exact[:3]]
+    G = [torch.randn(out.shape).to(dtype) for out in oracle(*exact)]
+    wanted = torch.autograd.grad(oracle(*exact), trained, [g.double() for g in G])
+    ours = [value.detach().clone().requires_grad_() for value in (h, weight, bias)]
+    found = torch.autograd.grad(ops.stage_exit(*ours, *rest), ours, G)
+    others = torch.arange(64) != 3
+    assert relative_error(found[0], wanted[0]) <= 3 * TOLERANCE[dtype] + 2e-2 * (tiny < 1e-30)
+    assert relative_error(found[1][others], wanted[1][others]) <= 3 * TOLERANCE[dtype]
+    assert all(value.isfinite().all() for value in found)

@@ -78,6 +78,7 @@ def test_has_no_backward_and_says_so():
         (1, lambda y: y.half(), TypeError, "y must have the dtype of x"),
         (1, lambda y: y[..., :-1], ValueError, "y must have shape"),
         (2, lambda w: w[:-1], ValueError, "norm_weight must have shape"),
+        (3, lambda w: None, ValueError, "norm_weight and norm_bias together"),
         (5, lambda P: P[:-1], ValueError, "P must have shape"),
         (7, lambda b: b[:-1], ValueError, "b must have shape"),
         (7, lambda b: None, ValueError, "P, Q, b and U together"),
