@@ -53,7 +53,7 @@ def results(
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(op, what it gives here, what float64 gives) for each result of each op."""
     B, H, W, C, heads = shape
-    rank, hidden, window = 16, C // 2, 7
+    rank, hidden = 16, C // 2
     torch.manual_seed(0)
 
     def weight(*size: int) -> Tensor:
@@ -86,7 +86,7 @@ def results(
         reference.highway_backward,
         (G.flatten(0, 2), maps, [], "full", t, P, Q, b, U, V),
     )
-    for shift in (0, window // 2):
+    for window, shift in ((7, 0), (7, 3), (12, 0), (12, 6)):
         qkv = torch.randn(B, H, W, 3 * C).to(dtype)
         table = torch.randn((2 * window - 1) ** 2, heads)
         yield from both(

@@ -10,12 +10,14 @@
 
 // One axis of the map, padded to whole windows and cyclically shifted.
 struct WindowAxis {
-  int64_t size, window, shift, padded;
+  int64_t size, window, shift, windows, padded;
 
   E3VA_HOST_DEVICE WindowAxis(int64_t size, int64_t window, int64_t shift)
-      : size(size), window(window), shift(shift), padded((size + window - 1) / window * window) {}
-
-  E3VA_HOST_DEVICE int64_t windows() const { return padded / window; }
+      : size(size),
+        window(window),
+        shift(shift),
+        windows((size + window - 1) / window),
+        padded(windows * window) {}
 
   // Position on the map of place `i` in window `w`; at or beyond `size` it is padding.
   E3VA_HOST_DEVICE int64_t position(int64_t w, int64_t i) const {

@@ -78,7 +78,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = why_not(device, dtype)
     if reason is None and device.type == "cuda" and not dispatch.requested_backends():
-        return "its plain CUDA kernel has not been measured yet, so it runs only when asked for"
+        return "its CUDA kernel has not been measured yet, so it runs only when asked for"
     return reason
 
 

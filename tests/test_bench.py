@@ -44,7 +44,7 @@ def test_a_wrong_kernel_fails_the_suite(monkeypatch):
     backends = ops.dispatch._ops["window_attention"]
     for name, backend in list(backends.items()):
         monkeypatch.setitem(backends, name, backend._replace(run=wrong))
-    with pytest.raises(SystemExit, match="24 results are wrong"):
+    with pytest.raises(SystemExit, match="48 results are wrong"):
         gpu.main([])
 
 

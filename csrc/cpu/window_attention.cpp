@@ -46,7 +46,7 @@ E3VA_INLINE void softmax(
 template <typename T>
 E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end) {
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
-  const int64_t tokens = p.window * p.window, windows = rows.windows() * columns.windows();
+  const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
   const int64_t d = p.head_dim, C = p.heads * d;
   const int64_t m = round_up(tokens, kTile), ld = round_up(tokens, kVectors * kLanes);
   const int64_t dl = round_up(d, kVectors * kLanes);
@@ -63,7 +63,7 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
     // Heads vary fastest: a window's rows of qkv stay in the cache until all are done.
     const int64_t head = item % p.heads, window = item / p.heads % windows;
     const int64_t image = item / p.heads / windows;
-    const int64_t wi = window / columns.windows(), wj = window % columns.windows();
+    const int64_t wi = window / columns.windows, wj = window % columns.windows;
     bool mixed = false;
     for (int64_t t = 0; t < tokens; ++t) {
       const int64_t i = rows.position(wi, t / p.window), j = columns.position(wj, t % p.window);
@@ -109,7 +109,7 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
 
 int64_t window_attention_items(const WindowAttentionParams& p) {
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
-  return p.batch * p.heads * rows.windows() * columns.windows();
+  return p.batch * p.heads * rows.windows * columns.windows;
 }
 
 E3VA_KERNEL(window_attention_cpu, run, WindowAttentionParams)
