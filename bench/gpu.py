@@ -23,12 +23,13 @@ import e3va
 from bench import kernels
 from e3va.files import atomic_path
 from e3va.ops import dispatch, reference
+from e3va.ops.taps import TAPS, compress
 
 # Relative error (norm over norm) against float64: some 4 units of the dtype's rounding.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # (B, H, W, C, heads): stages of Swin-T, -B and -L, and sizes that no tile divides.
 SHAPES = [(1, 50, 84, 96, 3), (2, 25, 42, 512, 16), (1, 13, 21, 1536, 48), (1, 1, 1, 192, 6)]
-TAPS = 3
+ADAPTERS = 3
 
 
 def checks(device: torch.device) -> Iterator[dict[str, Any]]:
@@ -70,22 +71,27 @@ def results(
     like = torch.empty(0, dtype=dtype)
     x, y, G = (torch.randn(B, H, W, C).to(dtype) for _ in range(3))
     P, Q, b, U, V = (
-        weight(TAPS, *size)
+        weight(ADAPTERS, *size)
         for size in ((C, rank), (rank, hidden), (hidden,), (hidden, rank), (rank, C))
     )
     adapter = (P[0], Q[0], b[0], U[0])
-    yield from both(
-        "sublayer_epilogue",
-        reference.sublayer_epilogue,
-        (x, y, weight(C), weight(C), 1e-5, *adapter),
-    )
-    maps = [torch.randn(B * H * W, C).to(dtype) for _ in range(TAPS)]
+    for taps in TAPS:
+        yield from both(
+            "sublayer_epilogue",
+            reference.sublayer_epilogue,
+            (x, y, weight(C), weight(C), 1e-5, *adapter, taps, 5),
+        )
+    maps = [torch.randn(B * H * W, C).to(dtype) for _ in range(ADAPTERS)]
     t = [(tap.float() @ P_k).to(dtype) for tap, P_k in zip(maps, P, strict=True)]
-    yield from both(
-        "highway_backward",
-        reference.highway_backward,
-        (G.flatten(0, 2), maps, [], "full", t, P, Q, b, U, V),
-    )
+    for taps in TAPS:
+        kept, scale = maps, []
+        if taps != "full":
+            kept, scale = map(list, zip(*(compress(tap, taps, 5) for tap in maps), strict=True))
+        yield from both(
+            "highway_backward",
+            reference.highway_backward,
+            (G.flatten(0, 2), kept, scale, taps, t, P, Q, b, U, V),
+        )
     for window, shift in ((7, 0), (7, 3), (12, 0), (12, 6)):
         qkv = torch.randn(B, H, W, 3 * C).to(dtype)
         table = torch.randn((2 * window - 1) ** 2, heads)

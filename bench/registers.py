@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ from e3va.config import SWIN_VARIANTS, HighwayConfig
 from e3va.files import atomic_path
 from e3va.kernels import highway_backward, sublayer_epilogue
 from e3va.kernels.common import padded_rank
+from e3va.ops.taps import DEFAULT_TAPS, LARGEST
 
 
 class Limits(NamedTuple):
@@ -56,34 +57,40 @@ def runs_on(architecture: int, dtype: torch.dtype) -> bool:
 
 
 def compile_kernels(
-    architecture: int, dtype: torch.dtype, channels: int, rank: int, hidden: int
+    architecture: int,
+    dtype: torch.dtype,
+    channels: int,
+    rank: int,
+    hidden: int,
+    formats: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Every kernel for one shape: registers and spilled bytes a thread, bytes of shared memory a
-    block, occupancy."""
+    """Every kernel for one shape, and for taps compressed to ``formats``: registers and spilled
+    bytes a thread, bytes of shared memory a block, occupancy."""
     shape = {"RANK": rank, "HIDDEN": hidden, "RANK_TILE": padded_rank(rank)}
-    epilogue = sublayer_epilogue.tiles(dtype, architecture)
     backward = highway_backward.tiles(dtype, architecture, rank)
-    launches = [
-        (
-            f"sublayer_epilogue{note}",
-            sublayer_epilogue.sublayer_epilogue_kernel,
-            {
-                **shape,
-                "CHANNELS": channels,
-                "NORM": norm,
-                "ADAPTER": adapter,
-                "ROWS": epilogue.rows,
-                "CHANNEL_TILE": epilogue.channels,
-                "HIDDEN_TILE": epilogue.hidden,
-            },
-            epilogue.num_warps,
-        )
-        for note, norm, adapter in (
-            ("", True, True),
-            (" (no norm)", False, True),
-            (" (no adapter)", True, False),
-        )
-    ] + [
+    gradient = highway_backward.tap_tiles(dtype, architecture)
+    launches = []
+    for note, norm, adapter, taps in (
+        ("", True, True, "full"),
+        (" (no norm)", False, True, "full"),
+        (" (no adapter)", True, False, "full"),
+        *((f" {taps}", True, True, taps) for taps in formats),
+        *((f" {taps} (no norm)", False, True, taps) for taps in formats if taps == DEFAULT_TAPS),
+    ):
+        tile = sublayer_epilogue.tiles(dtype, architecture, taps)
+        constants = {
+            **shape,
+            "CHANNELS": channels,
+            "NORM": norm,
+            "ADAPTER": adapter,
+            "FORMAT": taps,
+            "ROWS": tile.rows,
+            "CHANNEL_TILE": tile.channels,
+            "HIDDEN_TILE": tile.hidden,
+        }
+        kernel = sublayer_epilogue.sublayer_epilogue_kernel
+        launches.append((f"sublayer_epilogue{note}", kernel, constants, tile.num_warps))
+    launches += [
         (
             f"highway_backward {name}",
             kernel,
@@ -94,6 +101,22 @@ def compile_kernels(
             ("rows", highway_backward.rows_kernel),
             ("weights", highway_backward.weights_kernel),
         )
+    ]
+    launches += [
+        (
+            f"highway_backward {taps}",
+            highway_backward.tap_gradient_kernel,
+            {
+                "RANK": rank,
+                "RANK_TILE": padded_rank(rank),
+                "CHANNELS": channels,
+                "FORMAT": taps,
+                "ROWS": gradient.rows,
+                "CHANNEL_TILE": gradient.channels,
+            },
+            gradient.num_warps,
+        )
+        for taps in formats
     ]
     for name, kernel, constants, num_warps in launches:
         yield {
@@ -115,15 +138,17 @@ def compile_kernel(
     dtype: torch.dtype,
 ) -> dict[str, Any]:
     # The trunk stores its norms in fp32; gradients of parameters are summed in it.
-    wide = ("norm_weight_ptr", "norm_bias_ptr", "dQ_ptr", "db_ptr", "dU_ptr")
+    wide = ("norm_weight", "norm_bias", "scale", "dP", "dQ", "db", "dU")
+    types = {f"{name}_ptr": "fp32" for name in wide} | {"codes_ptr": "u8"}
+    integers = dict.fromkeys(("tokens", "split_rows", "seed"), "i32")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = "*fp32" if name in wide else f"*{TYPES[dtype]}"
+            signature[name] = f"*{types.get(name, TYPES[dtype])}"
         else:
-            signature[name] = {"tokens": "i32", "split_rows": "i32", "eps": "fp32"}[name]
+            signature[name] = {"eps": "fp32", **integers}[name]
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
     source = ASTSource(
         kernel,
@@ -168,12 +193,16 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in found}
 
 
-def shapes() -> list[tuple[int, int, int]]:
-    """(C, α, m): each width of a Swin in the paper's shape, the widest with the extreme ranks."""
+def shapes(formats: Sequence[str]) -> list[tuple[int, int, int, Sequence[str]]]:
+    """(C, α, m, compressed taps): each width of a Swin in the paper's shape, the widest with the
+    extreme ranks, and with taps in ``formats``."""
     config = HighwayConfig()
     widths = sorted({dim for swin in SWIN_VARIANTS.values() for dim in swin.dims})
-    return [(width, config.rank, config.hidden(width)) for width in widths] + [
-        (widths[-1], rank, widths[-1]) for rank in (4, 64)
+    *narrow, widest = [(width, config.rank, config.hidden(width)) for width in widths]
+    return [
+        *((*shape, ()) for shape in narrow),
+        (*widest, formats),
+        *((widths[-1], rank, widths[-1], formats) for rank in (4, 64)),
     ]
 
 
@@ -181,19 +210,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
     parser.add_argument("--channels", nargs="+", type=int, help="these only (default: all)")
+    formats = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
+    parser.add_argument("--taps", **formats, help="of compressed taps these only (default: all)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
-    print(f"{'kernel':28} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
+    print(f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
     results = []
     for architecture in options.architectures:
         for dtype in TYPES:
-            for shape in shapes() if runs_on(architecture, dtype) else ():
+            for shape in shapes(options.taps) if runs_on(architecture, dtype) else ():
                 if options.channels and shape[0] not in options.channels:
                     continue
                 for r in compile_kernels(architecture, dtype, *shape):
                     results.append(r)
                     print(
-                        f"{r['kernel']:28}{architecture:3}  {r['dtype']}{r['channels']:5}"
+                        f"{r['kernel']:33}{architecture:3}  {r['dtype']}{r['channels']:5}"
                         f"{r['rank']:4}{r['hidden']:5}{r['registers']:11}{r['spilled']:8}"
                         f"{r['shared']:8}{r['occupancy']:10.0%}",
                         flush=True,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from e3va.ops import dispatch
-from e3va.ops.taps import compress, expand
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -35,25 +33,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @dispatch.register("sublayer_epilogue", "triton", why_not=why_not)
-def sublayer_epilogue(x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
-    *norm_and_adapter, taps, seed = arguments
-    with torch.cuda.device(x.device):
-        results = sublayer_epilogue(x, y, *norm_and_adapter)
-    if taps == "full" or norm_and_adapter[-1] is None:
-        return *results, x.new_empty(0), x.new_empty(0)
-    return *results, *compress(x, taps, seed)
+    with torch.cuda.device_of(x):
+        return sublayer_epilogue(x, *arguments)
 
 
 @dispatch.register("highway_backward", "triton", why_not=why_not)
-def highway_backward(
-    G: Tensor, x: Sequence[Tensor], scale: Sequence[Tensor], taps: str, *arguments: Any
-) -> tuple[Tensor, ...]:
+def highway_backward(G: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.highway_backward import highway_backward
 
-    if taps != "full":
-        kept = zip(x, scale, strict=True)
-        x = [expand(x_k, scale_k, taps, G.shape[1], G.dtype) for x_k, scale_k in kept]
-    with torch.cuda.device(G.device):
-        return highway_backward(G, x, *arguments)
+    with torch.cuda.device_of(G):
+        return highway_backward(G, *arguments)

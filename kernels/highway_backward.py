@@ -1,15 +1,16 @@
 """``highway_backward`` in Triton: the backward of a stage's K adapters from one gradient.
 
-Four products with the stage's gradient and taps are the vendor's GEMMs (dS = G·Vᵀ, dV = Sᵀ·G,
-dP_k = x_kᵀ·dt_k, dc). What lies between them happens on chip, in two kernels that both recompute
-z = t·Q + b and a = GELU(z), so that nothing of the hidden width m is ever written but gradients of
-parameters: ``rows_kernel`` sums over m (S and dt), ``weights_kernel`` over tokens (dQ, db, dU).
+Products with the stage's gradient are the vendor's GEMMs (dS = G·Vᵀ, dV = Sᵀ·G, dc), and so is
+dP_k = x_kᵀ·dt_k of taps kept in full; ``tap_gradient_kernel`` makes it from codes. What lies
+between happens on chip, in two kernels that both recompute z = t·Q + b and a = GELU(z), so that
+nothing of the hidden width m is ever written but gradients of parameters: ``rows_kernel`` sums over
+m (S and dt), ``weights_kernel`` over tokens (dQ, db, dU).
 
-Deterministic: the tokens are cut into SPLITS parts, whatever the GPU; each part is summed in order
-by one program, and the parts are added by one reduction. No atomics.
+Deterministic: the tokens are cut into parts, SPLITS at most, whatever the GPU; each part is summed
+in order by one program, and the parts are added by one reduction. No atomics.
 
 Bytes moved beside the GEMMs: t, dS read and S, dt written (8KNα in 16 bits); t and dS again per
-slice of m.
+slice of m; codes and scales read (KNC/2 + 4KN in int4) and dt again per slice of C.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ import triton.language as tl
 from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, gelu, gelu_slope, padded_rank
+from e3va.kernels.taps import decode, limit, parts
 
 SPLITS = 64
+LEAST_ROWS = 128  # of a tap's part: fewer are not worth a sum [C, r] of their own
 
 
 class Tiles(NamedTuple):
@@ -44,9 +47,26 @@ def tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     return Tiles(32, 32 if rank > 32 or architecture == 100 else 64, 4)
 
 
+class TapTiles(NamedTuple):
+    """Those of ``tap_gradient_kernel``."""
+
+    rows: int
+    channels: int
+    num_warps: int
+
+
+def tap_tiles(dtype: torch.dtype, architecture: int) -> TapTiles:
+    """The largest tiles that do not spill, see ``python -m bench.registers``."""
+    if architecture < 80:
+        return TapTiles(16, 32, 4)
+    return TapTiles(32, 32 if dtype == torch.float32 else 64, 4)
+
+
 def highway_backward(
     G: Tensor,  # [N, C]
-    x: Sequence[Tensor],  # K × [N, C]
+    x: Sequence[Tensor],  # K × [N, C], or as stored
+    scale: Sequence[Tensor],  # K × [N], or none
+    taps: str,
     t: Sequence[Tensor],  # K × [N, r]
     P: Tensor,  # [K, C, r]
     Q: Tensor,  # [K, r, m]
@@ -54,7 +74,7 @@ def highway_backward(
     U: Tensor,  # [K, m, r]
     V: Tensor,  # [K, r, C]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    taps, rank, hidden = Q.shape
+    adapters, rank, hidden = Q.shape
     tokens, channels = G.shape
     narrow = [weight.to(G.dtype).contiguous() for weight in (Q, b, U)]
     t_all = torch.stack(list(t))  # [K, N, r]
@@ -62,12 +82,13 @@ def highway_backward(
     S, dt = torch.empty_like(dS), torch.empty_like(t_all)
     shapes = ((rank, hidden), (hidden,), (hidden, rank))
     dQ, db, dU = (
-        torch.zeros(SPLITS, taps, *shape, dtype=torch.float32, device=G.device) for shape in shapes
+        torch.zeros(SPLITS, adapters, *shape, dtype=torch.float32, device=G.device)
+        for shape in shapes
     )
     if tokens:
         tile = tiles(G.dtype, architecture_of(G.device), rank)
         sizes = {
-            "TAPS": taps,
+            "TAPS": adapters,
             "RANK": rank,
             "HIDDEN": hidden,
             "RANK_TILE": padded_rank(rank),
@@ -75,10 +96,10 @@ def highway_backward(
             "HIDDEN_TILE": tile.hidden,
             "num_warps": tile.num_warps,
         }
-        rows_kernel[(triton.cdiv(tokens, tile.rows), taps)](
+        rows_kernel[(triton.cdiv(tokens, tile.rows), adapters)](
             t_all, dS, *narrow, S, dt, tokens, **sizes
         )
-        weights_kernel[(SPLITS, triton.cdiv(hidden, tile.hidden), taps)](
+        weights_kernel[(SPLITS, triton.cdiv(hidden, tile.hidden), adapters)](
             t_all,
             dS,
             *narrow,
@@ -89,17 +110,53 @@ def highway_backward(
             triton.cdiv(triton.cdiv(tokens, SPLITS), tile.rows) * tile.rows,
             **sizes,
         )
-    dP = torch.stack([(x_k.t() @ dt_k).to(P.dtype) for x_k, dt_k in zip(x, dt, strict=True)])
-    dV = (S.t() @ G).view(taps, rank, channels)
+    if taps == "full":
+        dP = [x_k.t() @ dt_k for x_k, dt_k in zip(x, dt, strict=True)]
+    else:
+        kept = zip(x, scale, dt, strict=True)
+        dP = [tap_gradient(*kept_k, taps, channels) for kept_k in kept]
+    dV = (S.t() @ G).view(adapters, rank, channels)
     dc = G.sum(0, dtype=torch.float32)
     return (
-        dP,
+        torch.stack([dP_k.to(P.dtype) for dP_k in dP]),
         dQ.sum(0).to(Q.dtype),
         db.sum(0).to(b.dtype),
         dU.sum(0).to(U.dtype),
         dV.to(V.dtype),
         dc.to(V.dtype),
     )
+
+
+def tap_gradient(
+    codes: Tensor,  # [N, C], or as many bytes as hold C channels
+    scale: Tensor,  # [N]
+    dt: Tensor,  # [N, r]
+    taps: str,
+    channels: int,
+) -> Tensor:
+    """xᵀ·dt of a compressed tap, [C, r] in float32."""
+    tokens, rank = dt.shape
+    splits = min(SPLITS, triton.cdiv(tokens, LEAST_ROWS))
+    dP = dt.new_empty(splits, channels, rank, dtype=torch.float32)
+    if tokens:
+        tile = tap_tiles(dt.dtype, architecture_of(dt.device))
+        byte_tile = tile.channels // parts(taps)
+        tap_gradient_kernel[(splits, triton.cdiv(codes.shape[1], byte_tile))](
+            codes.contiguous().view(torch.uint8),
+            scale.contiguous(),
+            dt,
+            dP,
+            tokens,
+            triton.cdiv(triton.cdiv(tokens, splits), tile.rows) * tile.rows,
+            CHANNELS=channels,
+            RANK=rank,
+            FORMAT=taps,
+            RANK_TILE=padded_rank(rank),
+            ROWS=tile.rows,
+            CHANNEL_TILE=tile.channels,
+            num_warps=tile.num_warps,
+        )
+    return dP.sum(0)
 
 
 @triton.jit
@@ -219,3 +276,58 @@ def weights_kernel(
         dU_ptr + part * RANK * HIDDEN + hidden[None, :] * RANK + ranks[:, None], dU, mask=inside
     )
     tl.store(db_ptr + part * HIDDEN + hidden, db, mask=hidden_in)
+
+
+@triton.jit
+def tap_gradient_kernel(
+    codes_ptr,  # [N, bytes]
+    scale_ptr,  # [N]
+    dt_ptr,  # [N, r]
+    dP_ptr,  # [splits, C, r]
+    tokens,
+    split_rows,
+    CHANNELS: tl.constexpr,
+    RANK: tl.constexpr,
+    FORMAT: tl.constexpr,
+    RANK_TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNEL_TILE: tl.constexpr,
+):
+    dtype: tl.constexpr = dt_ptr.dtype.element_ty
+    PARTS: tl.constexpr = parts(FORMAT)
+    BYTES: tl.constexpr = (CHANNELS + PARTS - 1) // PARTS
+    BYTE_TILE: tl.constexpr = CHANNEL_TILE // PARTS
+    # dt·scale, of fewer columns than x, would be lost in float16: all grids get int4's steps.
+    GAIN: tl.constexpr = limit(FORMAT) / limit("int4")
+    first = tl.program_id(0).to(tl.int64) * split_rows
+    start = tl.program_id(1) * BYTE_TILE
+    bytes_ = start + tl.arange(0, BYTE_TILE)
+    ranks = tl.arange(0, RANK_TILE)
+    rank_in = ranks < RANK
+    dP = tl.zeros((CHANNEL_TILE, RANK_TILE), tl.float32)
+    for step in range(0, split_rows, ROWS):
+        rows = first + step + tl.arange(0, ROWS)
+        row_in = rows < tokens
+        codes = tl.load(
+            codes_ptr + rows[:, None] * BYTES + bytes_[None, :],
+            mask=row_in[:, None] & (bytes_ < BYTES)[None, :],
+            other=0,
+        )
+        if PARTS == 2:
+            codes = tl.interleave(codes & 15, codes >> 4)
+        scale = tl.load(scale_ptr + rows, mask=row_in, other=0.0)
+        # Rows past the end have dt = 0: they add nothing.
+        dt = tl.load(
+            dt_ptr + rows[:, None] * RANK + ranks[None, :],
+            mask=row_in[:, None] & rank_in[None, :],
+            other=0.0,
+        )
+        dt = (dt.to(tl.float32) * (scale * GAIN)[:, None]).to(dtype)
+        dP = dot(tl.trans(decode(codes, FORMAT).to(dtype)), dt, dP)
+    # The channels of a byte lie side by side in the tile, and BYTES apart in x.
+    column = tl.arange(0, CHANNEL_TILE)
+    byte = start + column // PARTS
+    channels = column % PARTS * BYTES + byte
+    inside = ((byte < BYTES) & (channels < CHANNELS))[:, None] & rank_in[None, :]
+    at = tl.program_id(0) * (CHANNELS * RANK) + channels[:, None] * RANK + ranks[None, :]
+    tl.store(dP_ptr + at, dP / GAIN, mask=inside)

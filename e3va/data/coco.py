@@ -40,8 +40,8 @@ class CocoInstances:
     ``boxes`` [n, 4] float32 (x1, y1, x2, y2, clipped to the image), ``labels`` [n] int64 (1 is the
     first category by id, 0 is the background), ``masks`` [n, H, W] uint8. Crowds are no targets;
     evaluation ignores what is found in them. Annotations without a mask, or with a box that is
-    outside its image or thinner than 0.1 pixels, are dropped; one warning says how many. Those whose
-    mask covers no pixel are no targets either.
+    outside its image or thinner than 0.1 pixels, are dropped; one warning says how many. Those
+    whose mask covers no pixel are no targets either.
 
     Args:
         annotations: the JSON file; masks as polygons or as run-length encodings.

@@ -99,14 +99,14 @@ def _parts(tokens: int, channels: int) -> Iterator[slice]:
 def random_words(count: int, seed: int, place: int, device: torch.device) -> Tensor:
     """``count`` int32 of random bits: hashes of the positions from ``place`` on, the same on every
     backend."""
-    key = _hash(torch.tensor(_int32(seed), dtype=torch.int32)).item()
+    key = _hash(torch.tensor(int32(seed), dtype=torch.int32)).item()
     x = torch.arange(count, dtype=torch.int32, device=device)
-    x += _int32(place)
+    x += int32(place)
     x ^= key
     return _hash(x)
 
 
-def _int32(number: int) -> int:
+def int32(number: int) -> int:
     """The int32 of the same lowest 32 bits."""
     return (number + 2**31) % 2**32 - 2**31
 
@@ -116,6 +116,6 @@ def _hash(x: Tensor) -> Tensor:
     x ^= (x >> 16) & 0xFFFF
     x *= 0x7FEB352D
     x ^= (x >> 15) & 0x1FFFF
-    x *= _int32(0x846CA68B)
+    x *= int32(0x846CA68B)
     x ^= (x >> 16) & 0xFFFF
     return x

@@ -15,8 +15,11 @@ KERNELS = (
     r"sublayer_epilogue",
     r"sublayer_epilogue \(no norm\)",
     r"sublayer_epilogue \(no adapter\)",
+    r"sublayer_epilogue int4",
+    r"sublayer_epilogue int4 \(no norm\)",
     r"highway_backward rows",
     r"highway_backward weights",
+    r"highway_backward int4",
 )
 
 
@@ -26,7 +29,7 @@ def test_compiles_ahead_of_time_without_spills(architecture):
     command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--channels", "1536"],
+        [*command, "--channels", "1536", "--taps", "int4"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from e3va.ops.taps import LARGEST, compress, expand
 from tests import oracles
 from tests.ops.test_highway_backward import NAMES, make_parameters
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
@@ -33,7 +34,7 @@ def check(shape, taps, channels, rank, hidden, dtype):
     P, Q, b, U, V, _ = (exact[name].detach().float().to(DEVICE) for name in NAMES)
     x = [x_k.flatten(0, -2).to(DEVICE) for x_k in x]
     t = [x_k @ P_k.to(dtype) for x_k, P_k in zip(x, P, strict=True)]
-    arguments = (G.flatten(0, -2).to(DEVICE), x, t, P, Q, b, U, V)
+    arguments = (G.flatten(0, -2).to(DEVICE), x, [], "full", t, P, Q, b, U, V)
     grads = highway_backward(*arguments)
     for name, ours, theirs in zip(NAMES, grads, expected, strict=True):
         assert ours.dtype == torch.float32 and ours.shape == theirs.shape, name
@@ -54,3 +55,21 @@ def test_any_map(shape, dtype):
 )
 def test_any_adapter(taps, channels, rank, hidden, dtype):
     check((1, 5, 9), taps, channels, rank, hidden, dtype)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300, 1000])
+@pytest.mark.parametrize("channels, rank", [(1, 4), (37, 5), (96, 16), (192, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps", LARGEST)
+def test_gradient_of_compressed_taps(tokens, channels, rank, dtype, taps):
+    """Parts of several tiles, the last ones short or empty; dt as small as float16 just holds."""
+    from e3va.kernels.highway_backward import tap_gradient
+
+    codes, scale = compress(torch.randn(tokens, channels).to(dtype), taps, seed=5)
+    dt = (torch.randn(tokens, rank) * 1e-3).to(dtype)
+    expected = expand(codes, scale, taps, channels, torch.float64).t() @ dt.double()
+    arguments = codes.to(DEVICE), scale.to(DEVICE), dt.to(DEVICE), taps, channels
+    dP = tap_gradient(*arguments)
+    assert dP.dtype == torch.float32 and dP.shape == (channels, rank)
+    assert relative_error(dP.cpu(), expected) <= TOLERANCE[dtype]
+    assert torch.equal(dP, tap_gradient(*arguments))

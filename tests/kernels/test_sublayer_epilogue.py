@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from e3va.ops.taps import LARGEST
 from tests.ops.test_sublayer_epilogue import make_arguments, oracle
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
@@ -12,7 +13,17 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def check(shape, channels, rank, hidden, dtype, norm, spoil=lambda tensor: tensor, tolerance=None):
+def check(
+    shape,
+    channels,
+    rank,
+    hidden,
+    dtype,
+    norm,
+    spoil=lambda tensor: tensor,
+    tolerance=None,
+    taps="full",
+):
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
     arguments = [
@@ -20,7 +31,7 @@ def check(shape, channels, rank, hidden, dtype, norm, spoil=lambda tensor: tenso
         for a in make_arguments(shape, channels, rank, hidden, dtype, norm)
     ]
     arguments[0], arguments[1] = spoil(arguments[0]), spoil(arguments[1])
-    results = sublayer_epilogue(*arguments)
+    *results, _, _ = sublayer_epilogue(*arguments, taps)
     for name, ours, theirs in zip(("y", "z", "t", "s"), results, oracle(*arguments), strict=True):
         assert ours.dtype == dtype and ours.shape == theirs.shape, name
         assert relative_error(ours, theirs) <= (tolerance or TOLERANCE[dtype]), name
@@ -42,6 +53,13 @@ def test_any_width(channels, rank, hidden, norm, dtype):
     check((1, 3, 7), channels, rank, hidden, dtype, norm)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels", [37, 192])
+@pytest.mark.parametrize("taps", LARGEST)
+def test_compressed_taps_leave_the_rest_alone(channels, dtype, taps):
+    check((1, 3, 7), channels, 16, 48, dtype, norm=True, taps=taps)
+
+
 def test_without_an_adapter():
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
@@ -49,10 +67,10 @@ def test_without_an_adapter():
         a.to(DEVICE) if isinstance(a, torch.Tensor) else a
         for a in make_arguments((2, 3, 7), 24, 5, 12, torch.float32)
     ]
-    y, z, t, s = sublayer_epilogue(*arguments[:5])
+    y, z, t, s, codes, scale = sublayer_epilogue(*arguments[:5], taps="int4")
     for ours, theirs in zip((y, z), oracle(*arguments)[:2], strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]
-    assert t.numel() == s.numel() == 0
+    assert t.numel() == s.numel() == codes.numel() == scale.numel() == 0
 
 
 def test_strided_input():

@@ -1,10 +1,14 @@
-"""Taps in fewer bits: both backends agree to the last bit, and the gradient stays unbiased."""
+"""Taps in fewer bits: all backends agree to the last bit, and the gradient stays unbiased."""
+
+from itertools import product
 
 import pytest
 import torch
 
 import e3va
 from e3va import ops
+from e3va.config import SWIN_VARIANTS
+from e3va.ops import dispatch
 from e3va.ops import taps as tap_storage
 from tests.ops.backends import backend_of
 from tests.ops.test_highway_backward import NAMES, make_parameters
@@ -16,31 +20,89 @@ COMPRESSED = ("fp8", "int8", "int4")
 WORST = {"fp8": 2**-4, "int8": 0.5 / 127, "int4": 1 / 7}
 
 
-def store(x, taps, seed=0):
-    arguments = list(make_arguments((1, 1, 1), x.shape[-1], 4, 6, x.dtype))
-    arguments[:2] = x, torch.zeros_like(x)
-    *_, tap, scale = ops.sublayer_epilogue(*arguments, taps, torch.tensor(seed))
-    return tap, scale
+@pytest.fixture(params=["reference", "native", "triton"])
+def device(request, monkeypatch):
+    """Where the tensors of a test go, which runs on one backend; Triton's has an interpreter."""
+    device = "cpu"
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")
+        from e3va.kernels import highway_backward
+
+        monkeypatch.setattr(highway_backward, "SPLITS", 5)
+        if torch.cuda.is_available():
+            device = "cuda"
+        else:
+            for backends in (dispatch._ops[op] for op in ("sublayer_epilogue", "highway_backward")):
+                anywhere = backends["triton"]._replace(why_not=lambda device, dtype: None)
+                monkeypatch.setitem(backends, "triton", anywhere)
+    with e3va.backend(backend_of(request.param)):
+        yield device
 
 
-@pytest.mark.parametrize("shape", UGLY_MAPS, ids=str)
-@pytest.mark.parametrize("channels", [1, 24, 37])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_every_backend_stores_the_same_bits(shape, channels, dtype, taps):
-    x = (torch.randn(*shape, channels) * torch.logspace(-6, 3, channels)).to(dtype)
-    if x.numel():
-        x[0, 0, 0] = 0  # a token of nothing
-        x[-1, -1, -1] = 1e-38  # whose inverse would overflow
-    with e3va.backend("reference"):
-        expected = store(x, taps, 5)
-    with e3va.backend(backend_of("native")):
-        actual = store(x, taps, 5)
-    tokens = x.shape[:-1].numel()
+def store(x, taps, seed=0, norm=True):
+    arguments = make_arguments((1, 1, 1), x.shape[-1], 4, 6, x.dtype, norm)[2:]
+    arguments = [a.to(x.device) if isinstance(a, torch.Tensor) else a for a in arguments]
+    *_, tap, scale = ops.sublayer_epilogue(
+        x, torch.zeros_like(x), *arguments, taps, torch.tensor(seed)
+    )
+    return tap.cpu(), scale.cpu()
+
+
+def check_bits(x, taps, device, seed=5, norm=True):
+    """The op stores what the reference does."""
+    expected = tap_storage.compress(x, taps, seed)
+    actual = store(x.to(device), taps, seed, norm)
+    tokens, channels = x.shape[:-1].numel(), x.shape[-1]
     assert actual[0].dtype == tap_storage.stored_dtype(taps)
     assert actual[0].shape == (tokens, tap_storage.stored_channels(channels, taps))
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.parametrize(
+    "shape, channels", [*product(UGLY_MAPS, [37]), *product(UGLY_MAPS[:2], [1, 24])], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("taps", COMPRESSED)
+def test_every_backend_stores_the_same_bits(shape, channels, dtype, taps, device):
+    x = (torch.randn(*shape, channels) * torch.logspace(-6, 3, channels)).to(dtype)
+    if x.numel():
+        x[0, 0, 0] = 0  # a token of nothing
+        # Its inverse would overflow; smaller ones Triton's interpreter reads wrongly from bfloat16.
+        x[-1, -1, -1] = 1.2e-38
+    check_bits(x, taps, device)
+
+
+@pytest.mark.parametrize("channels", sorted({d for s in SWIN_VARIANTS.values() for d in s.dims}))
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
+@pytest.mark.parametrize("taps", COMPRESSED)
+def test_widths_of_swin(channels, norm, taps, device):
+    check_bits(torch.randn(1, 3, 7, channels).half(), taps, device, norm=norm)
+
+
+@pytest.mark.parametrize("taps", COMPRESSED)
+def test_non_contiguous_input(taps, device):
+    x = torch.randn(2, 37, 5, 3).permute(0, 2, 3, 1)
+    assert not x.is_contiguous()
+    check_bits(x, taps, device)
+
+
+@pytest.mark.parametrize("taps", ["fp8", "int8"])
+def test_ties_are_rounded_to_even(taps, device):
+    """Every multiple of half a step that the grid has, around numbers with a code of their own."""
+    top = tap_storage.LARGEST[taps]
+    grid = torch.arange(-2 * 127, 2 * 127 + 1) / 2
+    if taps == "fp8":
+        codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+        grid = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
+        grid = torch.cat([grid, -grid, torch.nextafter(grid, torch.tensor(0.0))])
+    x = torch.cat([grid, torch.tensor([top])])  # of scale 1
+    check_bits(x.view(1, 1, 1, -1), taps, device)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31 + 7, 2**32 + 5, -3])
+def test_any_seed(seed, device):
+    check_bits(torch.randn(1, 2, 3, 37), "int4", device, seed)
 
 
 @pytest.mark.parametrize("taps", COMPRESSED)
@@ -66,9 +128,9 @@ def test_random_words_are_uniform_beyond_32_bits():
 
 
 @pytest.mark.parametrize("taps", COMPRESSED)
-def test_expanded_taps_are_close(taps):
+def test_expanded_taps_are_close(taps, device):
     x = torch.randn(3, 5, 7, 33)
-    expanded = tap_storage.expand(*store(x, taps), taps, 33, torch.float32)
+    expanded = tap_storage.expand(*store(x.to(device), taps), taps, 33, torch.float32)
     rows = x.flatten(0, 2)
     step = rows.abs() if taps == "fp8" else rows.abs().amax(1, keepdim=True)
     slack = rows.abs().amax(1, keepdim=True) * 2**-18  # subnormals of fp8
@@ -104,22 +166,24 @@ def gradients(taps, x, G, parameters, seeds):
     return dict(zip(NAMES, torch.autograd.grad(out, list(parameters.values()), G), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
 @pytest.mark.parametrize("channels", [24, 37, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "taps, tolerance", [("full", 0.0), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
 )
-def test_gradients(backend, channels, dtype, taps, tolerance):
+def test_gradients(device, channels, dtype, taps, tolerance):
     """Only P's gradient sees the stored taps; all others are exact."""
     parameters = make_parameters(3, channels, 5, 12, torch.float32)
     x = [torch.randn(2, 9, 11, channels).to(dtype) for _ in range(3)]
     G = torch.randn(2, 9, 11, channels).to(dtype)
-    with e3va.backend(backend_of(backend)):
-        ours = gradients(taps, x, G, parameters, torch.arange(3))
+    there = {name: p.detach().to(device).requires_grad_() for name, p in parameters.items()}
+    ours = gradients(taps, [x_k.to(device) for x_k in x], G.to(device), there, torch.arange(3))
     with e3va.backend("reference"):
         exact = gradients("full", x, G, parameters, torch.arange(3))
+        same = gradients(taps, x, G, parameters, torch.arange(3))
     for name in NAMES:
+        ours[name] = ours[name].cpu()
+        assert relative_error(ours[name], same[name]) < TOLERANCE[dtype], name
         allowed = TOLERANCE[dtype] + (tolerance if name == "P" else 0)
         assert relative_error(ours[name], exact[name]) < allowed, name
     if taps != "full":
