@@ -7,6 +7,7 @@ from e3va.backbone import E3VABackbone, SwinBackbone, build_backbone
 from e3va.config import HighwayConfig, SwinConfig, swin_config
 from e3va.highway import Highway
 from e3va.ops.dispatch import backend
+from e3va.precision import quantize_trunk
 from e3va.trunk import FrozenSwin, Swin
 from e3va.weights import load_trunk, save_trunk
 
@@ -24,6 +25,7 @@ __all__ = [
     "build_backbone",
     "load_adapter",
     "load_trunk",
+    "quantize_trunk",
     "save_adapter",
     "save_trunk",
     "swin_config",

@@ -152,6 +152,8 @@ class FrozenSwin(Swin):
     """
 
     weight_hash: Tensor
+    precision: str | None = None
+    """What :func:`e3va.precision.quantize_trunk` made of its weights; None: nothing."""
 
     _window_attention = staticmethod(ops.window_attention)
 
@@ -171,6 +173,10 @@ class FrozenSwin(Swin):
         if any(
             name.startswith((f"{prefix}patch_embed.", f"{prefix}layers.")) for name in state_dict
         ):
+            if self.precision is not None:
+                raise RuntimeError(
+                    f"the trunk's weights are quantised to {self.precision}: load them before"
+                )
             state_dict.setdefault(prefix + WEIGHT_HASH, torch.zeros_like(self.weight_hash))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,21 @@ def default_engine() -> str:
     return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
 
 
-def train_detectron2(method: str, coco: Path, output: Path, iterations: int, seed: int) -> Trained:
+def train_detectron2(
+    method: str,
+    coco: Path,
+    output: Path,
+    iterations: int,
+    seed: int,
+    overrides: Sequence[Any] = (),
+) -> Trained:
     """Mask R-CNN by Detectron2, from detectron2_configs/digits/mask_rcnn_e3va.yaml.
 
     Args:
         method: "full", "frozen" or "e3va".
         coco: COCO tree of the digits.
         output: folder for logs, checkpoints and detections.
+        overrides: of the config, KEY, VALUE, ….
     """
     from detectron2.engine import HookBase
     from detectron2.utils.env import seed_all_rng
@@ -68,7 +76,7 @@ def train_detectron2(method: str, coco: Path, output: Path, iterations: int, see
     from e3va.detectron2 import Trainer, load_config, register_coco_json
 
     config = Path(e3va.__file__).parents[1] / "detectron2_configs/digits/mask_rcnn_e3va.yaml"
-    overrides: list[Any] = ["MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output)]
+    overrides = [*overrides, "MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output)]
     overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.IMS_PER_BATCH", BATCH_SIZE]
     overrides += ["SOLVER.BASE_LR", LEARNING_RATE, "SEED", seed]
     overrides += ["SOLVER.HIGHWAY_LR_FACTOR", float(HIGHWAY_LR_FACTOR)]

@@ -16,6 +16,7 @@ from torch import Tensor
 from e3va.backbone import SwinBackbone, build_backbone
 from e3va.config import HighwayConfig, swin_config
 from e3va.detectron2.config import dtype_of
+from e3va.precision import quantize_trunk
 from e3va.trunk import PATCH_SIZE
 from e3va.weights import load_trunk
 
@@ -66,6 +67,10 @@ class E3VASwinBackbone(Backbone):
                 "MODEL.E3VA.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
                 "brings them"
             )
+        if e3va.TRUNK_PRECISION:
+            if cfg.MODEL.DEVICE.startswith("cuda"):
+                swin.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
+            quantize_trunk(swin.trunk, e3va.TRUNK_PRECISION)
         return {"swin": swin}
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

@@ -37,6 +37,9 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # What a frozen trunk stores its weights in, and, without SOLVER.AMP, computes in, as does the
     # highway beside it: "float32", "bfloat16" or "float16" (to train, with SOLVER.AMP alone).
     cfg.MODEL.E3VA.TRUNK_DTYPE = "float32"
+    # "int8" or "fp8": quantise the linear layers of a frozen trunk, through torchao. Empty: do not.
+    # WEIGHTS must then bring the trunk's weights.
+    cfg.MODEL.E3VA.TRUNK_PRECISION = ""
     # Shape of the highway's adapters: rank BRANCHES * KERNEL_DIM, hidden width HIDDEN_RATIO * C.
     cfg.MODEL.E3VA.BRANCHES = 2
     cfg.MODEL.E3VA.KERNEL_DIM = 8

@@ -29,6 +29,7 @@ from e3va.highway import HighwayStage
 from e3va.measure import trainable_parameters
 from e3va.ops.taps import DEFAULT_TAPS, TAPS
 from e3va.optim import parameter_groups
+from e3va.precision import PRECISIONS, quantize_trunk
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.evaluation import evaluate
 from e3va.torchvision.model import mask_rcnn
@@ -366,6 +367,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     net.add_argument("--taps", choices=TAPS, default=DEFAULT_TAPS, help="as kept for backward")
     net.add_argument("--hidden-ratio", type=float, default=0.5, help="of their hidden width to C")
     net.add_argument("--weights", type=Path, required=True, help="the trunk's pretrained weights")
+    net.add_argument("--trunk-precision", choices=PRECISIONS, help="quantise the frozen trunk")
     net.add_argument("--min-size", type=int, nargs="+", default=[800], help="shorter image side")
     net.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
     net.add_argument("--anchor-sizes", type=int, nargs="+", default=[32, 64, 128, 256, 512])
@@ -406,6 +408,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         taps=args.taps,
     )
     load_trunk(backbone.trunk, args.weights)
+    if args.trunk_precision:
+        backbone.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        quantize_trunk(backbone.trunk, args.trunk_precision)
     model = mask_rcnn(
         backbone,
         len(train_data.classes) + 1,

@@ -1,0 +1,75 @@
+import sys
+
+import pytest
+import torch
+
+from bench import precision as bench
+from e3va import (
+    FrozenSwin,
+    Swin,
+    build_backbone,
+    load_adapter,
+    quantize_trunk,
+    save_adapter,
+    swin_config,
+)
+from e3va.precision import PRECISIONS
+from tests.oracles import relative_error
+
+pytest.importorskip("torchao", reason="torchao is missing: quantised trunks are left untested")
+
+CONFIG = swin_config("swin_digits")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("precision, error", [("int8", 0.05), ("fp8", 0.08)])
+def test_features_stay_near(precision, error, dtype):
+    trunk, image = FrozenSwin(CONFIG, dtype), torch.randn(2, 3, 53, 70)
+    exact = trunk(image)
+    quantize_trunk(trunk, precision)
+    for ours, theirs in zip(trunk(image), exact, strict=True):
+        assert ours.dtype == dtype
+        assert 1e-4 < relative_error(ours, theirs) < error
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_trains_beside_it_and_keeps_its_name(precision, tmp_path):
+    torch.manual_seed(0)
+    plain = build_backbone("e3va", CONFIG)
+    torch.manual_seed(0)
+    backbone = build_backbone("e3va", CONFIG)
+    quantize_trunk(backbone.trunk, precision)
+    torch.nn.init.normal_(backbone.highway.stages[0].V)
+    maps = backbone(torch.randn(1, 3, 40, 64))
+    sum(p.square().mean() for p in maps.values()).backward()
+    for name, parameter in backbone.named_parameters():
+        assert (parameter.grad is not None) == (not name.startswith("trunk.")), name
+    # An adapter goes between the two: they are of the same weights.
+    save_adapter(backbone, tmp_path)
+    load_adapter(plain, tmp_path)
+
+
+def test_weights_come_before(tmp_path):
+    trunk = FrozenSwin(CONFIG)
+    weights = trunk.state_dict()
+    quantize_trunk(trunk, "int8")
+    with pytest.raises(RuntimeError, match="quantised to int8: load them before"):
+        trunk.load_state_dict(weights)
+    with pytest.raises(ValueError, match="quantised already, to int8"):
+        quantize_trunk(trunk, "fp8")
+
+
+def test_bad_input(monkeypatch):
+    with pytest.raises(ValueError, match="precision must be one of int8, fp8, got 'int2'"):
+        quantize_trunk(FrozenSwin(CONFIG), "int2")
+    with pytest.raises(TypeError, match="only a FrozenSwin can be quantised, got a Swin"):
+        quantize_trunk(Swin(CONFIG), "int8")
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(ImportError, match="pip install torchao"):
+        quantize_trunk(FrozenSwin(CONFIG), "int8")
+
+
+def test_bench_on_real_images(real_data):
+    report = bench.main(["--images", str(real_data / "nuclei/images"), "--limit", "2"])
+    for name, errors in report["feature_error"].items():
+        assert all(0 < error < 0.2 for error in errors), name
