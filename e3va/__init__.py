@@ -9,7 +9,7 @@ from e3va.highway import Highway
 from e3va.ops.dispatch import backend
 from e3va.precision import quantize_trunk
 from e3va.trunk import FrozenSwin, Swin
-from e3va.weights import load_trunk, save_trunk
+from e3va.weights import load_trunk, open_trunk, save_trunk
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ __all__ = [
     "build_backbone",
     "load_adapter",
     "load_trunk",
+    "open_trunk",
     "quantize_trunk",
     "save_adapter",
     "save_trunk",

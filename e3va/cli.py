@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import platform
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,9 +29,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "info", help="what was built, and which backend each op uses here and why"
     )
     info.set_defaults(run=lambda options: print(describe()))
+    convert = commands.add_parser(
+        "convert", help="a trunk's weights, of any format that is known, as one of ours"
+    )
+    convert.add_argument("source", type=Path, help="a file of Microsoft's, MMDetection, timm, …")
+    convert.add_argument("target", type=Path, help="the .safetensors file to write")
+    convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
+    convert.set_defaults(run=_convert)
+    predict = commands.add_parser("predict", help="pictures and JSON of what a model finds")
+    predict.add_argument("images", type=Path, nargs="+")
+    predict.add_argument("--output", type=Path, default=Path("output/predictions"))
+    predict.add_argument("--min-score", type=float, default=0.5, help="(default 0.5)")
+    predict.set_defaults(run=_predict)
+    export = commands.add_parser("export", help="a model and its frozen trunk as one file")
+    export.add_argument("target", type=Path, help="a .safetensors or .pth file to write")
+    export.set_defaults(run=_export)
+    for command in (predict, export):
+        command.add_argument("--config", required=True, help="config.yaml of its training's output")
+        command.add_argument("--weights", required=True, help="the trained model's file")
+        command.add_argument(
+            "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE")
+        )
     options = parser.parse_args(arguments)
     options.run(options)
     return 0
+
+
+def _convert(options: argparse.Namespace) -> None:
+    trunk = e3va.open_trunk(options.source)
+    e3va.save_trunk(trunk, options.target, getattr(torch, options.dtype or "", None))
+    print(f"{options.target}: {trunk.config}")
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from e3va.detectron2.inference import PREDICTIONS, predict
+
+    entries = predict(_config(options), options.images, options.output, options.min_score)
+    print(f"{len(entries)} pictures and {PREDICTIONS} are in {options.output}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from e3va.detectron2.inference import export
+
+    export(_config(options), options.target)
+    print(f"{options.target}: {options.target.stat().st_size / 2**20:.1f} MiB")
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """The Detectron2 config that the options speak of. Data need not be there, but name classes."""
+    from e3va.detectron2 import load_config, register_coco_json
+
+    overrides = [word for pair in options.set for word in pair]
+    cfg = load_config(options.config, [*overrides, "MODEL.WEIGHTS", options.weights])
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    with contextlib.suppress(FileNotFoundError):
+        register_coco_json(cfg)
+    return cfg
 
 
 def describe() -> str:

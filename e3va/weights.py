@@ -27,7 +27,7 @@ from torch import Tensor
 
 from e3va.config import SWIN_VARIANTS, SwinConfig
 from e3va.files import atomic_path
-from e3va.trunk import WEIGHT_HASH, Swin
+from e3va.trunk import WEIGHT_HASH, FrozenSwin, Swin
 
 State = dict[str, Tensor]
 
@@ -375,6 +375,25 @@ def load_trunk(trunk: Swin, path: str | os.PathLike[str]) -> None:
     trunk.load_state_dict(weights)
 
 
+def open_trunk(path: str | os.PathLike[str]) -> FrozenSwin:
+    """The frozen trunk that a file of pretrained weights holds, whichever variant it is.
+
+    Args:
+        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or holds no Swin.
+    """
+    try:
+        config = swin_config_of(convert_weights(read_weights(path)))
+    except ValueError as error:
+        raise error if str(path) in str(error) else ValueError(f"{path} {error}") from None
+    trunk = FrozenSwin(config)
+    load_trunk(trunk, path)
+    return trunk
+
+
 def save_trunk(
     trunk: Swin,
     path: str | os.PathLike[str],
@@ -447,8 +466,12 @@ def _compare(state: State, own: State) -> list[str]:
     ]
 
 
-def _describe(state: State) -> str:
-    """The variant and window that the shapes of ``state`` speak of."""
+def swin_config_of(state: Mapping[str, Tensor]) -> SwinConfig:
+    """The architecture that the shapes of a trunk's weights, under our names, speak of.
+
+    Raises:
+        ValueError: they are of no Swin.
+    """
     depths: dict[int, int] = {}
     heads: dict[int, int] = {}
     window = 0
@@ -459,21 +482,27 @@ def _describe(state: State) -> str:
             if name.endswith("relative_position_bias_table") and value.dim() == 2:
                 heads[stage] = value.shape[1]
                 window = (math.isqrt(value.shape[0]) + 1) // 2
-    embed_dim = state["patch_embed.proj.weight"].shape[0]
+    return SwinConfig(
+        state["patch_embed.proj.weight"].shape[0],
+        tuple(depths[s] for s in sorted(depths)),
+        tuple(heads[s] for s in sorted(heads)),
+        window,
+    )
+
+
+def _describe(state: State) -> str:
+    """The variant and window that the shapes of ``state`` speak of."""
     try:
-        shapes = SwinConfig(
-            embed_dim,
-            tuple(depths[s] for s in sorted(depths)),
-            tuple(heads[s] for s in sorted(heads)),
-            window,
-        )
+        shapes = swin_config_of(state)
     except ValueError:
-        return f"no Swin that we know ({embed_dim} channels, {len(depths)} stages)"
+        channels = state["patch_embed.proj.weight"].shape[0]
+        return f"no Swin that we know ({channels} channels)"
+    window = shapes.window_size
     for variant, config in SWIN_VARIANTS.items():
         architecture = (config.embed_dim, config.depths, config.num_heads)
         if architecture == (shapes.embed_dim, shapes.depths, shapes.num_heads):
             return f"{variant} with windows of {window}"
     return (
-        f"a Swin of {embed_dim} channels, depths {shapes.depths}, heads {shapes.num_heads} "
+        f"a Swin of {shapes.embed_dim} channels, depths {shapes.depths}, heads {shapes.num_heads} "
         f"and windows of {window}"
     )

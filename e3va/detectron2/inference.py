@@ -1,0 +1,161 @@
+"""Predictions on pictures, and models as one file."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import convert_image_to_rgb, read_image
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.modeling import build_model
+from detectron2.utils.visualizer import ColorMode, Visualizer
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from e3va.data.coco import read_coco
+from e3va.detectron2.checkpoint import SafeCheckpointer
+from e3va.files import atomic_path
+
+logger = logging.getLogger(__name__)
+
+PREDICTIONS = "predictions.json"
+
+
+def load_model(cfg: CfgNode) -> nn.Module:
+    """The model of a config with the weights of MODEL.WEIGHTS, ready to predict.
+
+    Raises:
+        ValueError: MODEL.WEIGHTS is empty, or of a model of other shapes.
+    """
+    if not cfg.MODEL.WEIGHTS:
+        raise ValueError("MODEL.WEIGHTS is empty: name the trained model's file")
+    model = build_model(cfg).eval()
+    _Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    return model
+
+
+class _Checkpointer(SafeCheckpointer):
+    """Refuses what others skip with a warning: a head left random would predict nonsense."""
+
+    def _load_model(self, checkpoint: Any) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        if wrong := incompatible.incorrect_shapes:
+            raise ValueError(
+                f"the weights are of another model: {len(wrong)} tensors have other shapes, such "
+                f"as {wrong[0][0]}, {wrong[0][1]} instead of {wrong[0][2]}. Give the config.yaml "
+                "that training wrote beside them: it knows the number of classes"
+            )
+        return incompatible
+
+
+def predict(
+    cfg: CfgNode, images: Sequence[Path], output: Path, min_score: float = 0.5
+) -> list[dict[str, Any]]:
+    """Predict on images, and write a picture of each with what was found, and predictions.json.
+
+    Args:
+        cfg: the config; its test data set, if it is registered, names the classes.
+        images: files of any format that Pillow reads.
+        output: folder to write ``NAME.png`` and ``predictions.json`` to. Semantic maps go to
+            ``NAME_classes.png``, an index of 8 bits for each pixel.
+        min_score: of what is drawn and written.
+
+    Returns:
+        An entry for each image, as in the JSON: ``file_name``, ``height``, ``width`` and
+        ``instances`` (``category``, ``bbox`` [x, y, width, height], ``score``, ``segmentation``
+        as run-length encoding).
+
+    Raises:
+        FileNotFoundError: an image is missing; nothing has been predicted then.
+        ValueError: MODEL.WEIGHTS is empty, or two images have one name.
+    """
+    for path in images:
+        if not path.is_file():
+            raise FileNotFoundError(f"no image at {path}")
+    if len({path.stem for path in images}) < len(images):
+        raise ValueError("two images have the same name: their pictures would overwrite each other")
+    model = load_model(cfg)
+    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__none__")
+    classes = metadata.get("thing_classes")
+    if classes is None and metadata.get("json_file") and os.path.isfile(metadata.json_file):
+        categories = read_coco(metadata.json_file)["categories"]
+        classes = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
+        metadata.set(thing_classes=classes)
+    resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
+    output.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for path in tqdm(images, unit="image"):
+        pixels = read_image(path, format=cfg.INPUT.FORMAT)
+        height, width = pixels.shape[:2]
+        resized = resize.get_transform(pixels).apply_image(pixels)
+        image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
+        with torch.no_grad():
+            (found,) = model([{"image": image, "height": height, "width": width}])
+        rgb = convert_image_to_rgb(pixels, cfg.INPUT.FORMAT)
+        drawing = Visualizer(rgb, metadata, instance_mode=ColorMode.IMAGE)
+        entry: dict[str, Any] = {"file_name": str(path), "height": height, "width": width}
+        if "instances" in found:
+            instances = found["instances"].to("cpu")
+            instances = instances[instances.scores >= min_score]
+            drawing.draw_instance_predictions(instances)
+            entry["instances"] = [
+                {"category": _name(classes, r["category_id"]), **_without_ids(r)}
+                for r in instances_to_coco_json(instances, 0)
+            ]
+        if "sem_seg" in found:
+            labels = found["sem_seg"].argmax(0).to("cpu", torch.uint8)
+            drawing.draw_sem_seg(labels)
+            _save(output / f"{path.stem}_classes.png", labels.numpy())
+        _save(output / f"{path.stem}.png", drawing.output.get_image())
+        entries.append(entry)
+    with atomic_path(output / PREDICTIONS) as temporary:
+        temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    return entries
+
+
+def export(cfg: CfgNode, target: Path) -> None:
+    """Write the whole model, trunk included, as one file that needs no other weights: load it as
+    MODEL.WEIGHTS, with MODEL.E3VA.WEIGHTS empty.
+
+    Args:
+        cfg: the config, MODEL.WEIGHTS the trained model's file.
+        target: a ``.safetensors`` or ``.pth`` file; replaced as a whole or not at all.
+
+    Raises:
+        ValueError: another suffix, or MODEL.WEIGHTS is empty.
+    """
+    if target.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"a model is exported as .safetensors or .pth, not as {target}")
+    state: dict[str, Tensor] = {
+        name: value.cpu().contiguous() for name, value in load_model(cfg).state_dict().items()
+    }
+    with atomic_path(target) as temporary:
+        if target.suffix == ".pth":
+            torch.save({"model": state}, temporary)
+        else:
+            safetensors.torch.save_file(state, temporary, {"format": "pt"})
+    logger.info("wrote %d tensors, %.1f MiB", len(state), target.stat().st_size / 2**20)
+
+
+def _name(classes: Sequence[str] | None, index: int) -> str | int:
+    return classes[index] if classes else index
+
+
+def _without_ids(result: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in result.items() if k not in ("image_id", "category_id")}
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")

@@ -1,0 +1,145 @@
+"""The commands of ``e3va`` that work on files."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from e3va import FrozenSwin, open_trunk, save_trunk, swin_config
+from e3va.cli import main
+from e3va.weights import trunk_hash
+
+CONFIG = Path(__file__).parents[1] / "detectron2_configs/digits/mask_rcnn_e3va.yaml"
+
+
+def test_convert_finds_the_variant_and_keeps_the_hash(tmp_path, capsys):
+    trunk = FrozenSwin(swin_config("swin_digits"))
+    source, target = tmp_path / "microsoft.pth", tmp_path / "ours.safetensors"
+    # With "model" around it and a head, as the official files have them.
+    head = {"head.weight": torch.zeros(10, 256)}
+    torch.save({"model": dict(trunk.named_parameters()) | head}, source)
+    assert main(["convert", str(source), str(target), "--dtype", "bfloat16"]) == 0
+    assert "embed_dim=32" in capsys.readouterr().out
+    converted = open_trunk(target)
+    assert trunk_hash(converted) == trunk_hash(open_trunk(source)) == trunk_hash(trunk)
+    for name, value in trunk.named_parameters():
+        assert torch.equal(converted.get_parameter(name), value.bfloat16().float()), name
+
+
+def test_convert_names_what_is_wrong(tmp_path):
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match=r"other\.safetensors"):
+        main(["convert", str(tmp_path / "other.safetensors"), str(tmp_path / "x.safetensors")])
+    trunk = FrozenSwin(swin_config("swin_digits"))
+    save_trunk(trunk, tmp_path / "ours.safetensors")
+    with pytest.raises(ValueError, match=r"saved as \.safetensors"):
+        main(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "ours.pth")])
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model of the digits config as training leaves it, but with random weights."""
+    pytest.importorskip("detectron2", reason="Detectron2 is missing: predict is left untested")
+    from detectron2.modeling import build_model
+
+    from e3va.detectron2 import SafeCheckpointer, load_config
+
+    cfg = load_config(str(CONFIG), ["MODEL.DEVICE", "cpu", "DATASETS.TEST", ()])
+    cfg.MODEL.ROI_HEADS.NUM_CLASSES = 3
+    cfg.DATASETS.COCO_JSON.TRAIN_JSON = cfg.DATASETS.COCO_JSON.TEST_JSON = "gone.json"
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    folder = tmp_path_factory.mktemp("trained")
+    SafeCheckpointer(model, str(folder)).save("model_final")
+    (folder / "config.yaml").write_text(cfg.dump())
+    return model.eval(), folder / "model_final.pth"
+
+
+def options(weights, *more):
+    scores = ["--set", "MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0"]
+    config = str(weights.parent / "config.yaml")
+    return ["--config", config, "--weights", str(weights), *scores, *map(str, more)]
+
+
+def write_images(folder):
+    sizes = {"wide.jpg": (53, 90), "tall.png": (71, 40)}
+    for name, size in sizes.items():
+        pixels = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return sizes
+
+
+def test_predict_writes_pictures_and_json(trained, tmp_path):
+    _, weights = trained
+    sizes = write_images(tmp_path)
+    out, files = tmp_path / "out", [str(tmp_path / name) for name in sizes]
+    arguments = options(weights, "--output", out, "--min-score", "0.0")
+    assert main(["predict", *files, *arguments]) == 0
+    entries = json.loads((out / "predictions.json").read_text())
+    assert [Path(e["file_name"]).name for e in entries] == list(sizes)
+    for entry, (name, size) in zip(entries, sizes.items(), strict=True):
+        assert (entry["height"], entry["width"]) == size
+        with Image.open(out / f"{Path(name).stem}.png") as picture:
+            assert picture.size == size[::-1]
+        assert entry["instances"]
+        for found in entry["instances"]:
+            assert found["segmentation"]["size"] == list(size)
+            x, y, w, h = found["bbox"]
+            assert x >= 0 and y >= 0 and x + w <= size[1] + 1e-3 and y + h <= size[0] + 1e-3
+    assert main(["predict", files[0], *options(weights, "--output", out, "--min-score", "1")]) == 0
+    (none,) = json.loads((out / "predictions.json").read_text())
+    assert none["instances"] == []
+
+
+def test_predict_names_the_classes_where_the_data_are(trained, tmp_path):
+    _, weights = trained
+    write_images(tmp_path)
+    names = {7: "cat", 2: "ant", 5: "bee"}
+    categories = [{"id": i, "name": name} for i, name in names.items()]
+    coco = tmp_path / "coco.json"
+    coco.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    data = []
+    for key, value in (("TRAIN_JSON", ""), ("TEST_JSON", coco)):
+        data += ["--set", f"DATASETS.COCO_JSON.{key}", str(value)]
+    arguments = options(weights, "--output", tmp_path / "out", "--min-score", "0.0", *data)
+    assert main(["predict", str(tmp_path / "wide.jpg"), *arguments]) == 0
+    (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())
+    assert {found["category"] for found in entry["instances"]} <= set(names.values())
+
+
+def test_predict_names_what_is_wrong(trained, tmp_path):
+    _, weights = trained
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):
+        main(["predict", str(tmp_path / "nowhere.jpg"), *options(weights)])
+    write_images(tmp_path)
+    (tmp_path / "b").mkdir()
+    write_images(tmp_path / "b")
+    twice = [str(tmp_path / "wide.jpg"), str(tmp_path / "b/wide.jpg")]
+    with pytest.raises(ValueError, match="the same name"):
+        main(["predict", *twice, *options(weights)])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_export_needs_no_other_weights(trained, tmp_path, suffix):
+    from e3va.detectron2 import load_config
+    from e3va.detectron2.inference import load_model
+
+    model, weights = trained
+    target = tmp_path / f"whole{suffix}"
+    assert main(["export", str(target), *options(weights)]) == 0
+    alone = ["MODEL.E3VA.WEIGHTS", "", "MODEL.WEIGHTS", str(target)]
+    loaded = load_model(load_config(str(weights.parent / "config.yaml"), alone))
+    for (name, value), other in zip(
+        model.state_dict().items(), loaded.state_dict().values(), strict=True
+    ):
+        assert torch.equal(value, other), name
+    if suffix == ".safetensors":
+        assert load_file(target).keys() == model.state_dict().keys()
+    with pytest.raises(ValueError, match=r"another model: 6 tensors have other shapes"):
+        load_model(load_config(str(CONFIG), ["MODEL.DEVICE", "cpu", *alone]))
+    with pytest.raises(ValueError, match=r"exported as \.safetensors or \.pth"):
+        main(["export", str(tmp_path / "whole.onnx"), *options(weights)])
