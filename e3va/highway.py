@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
+from e3va.ops import reference
 from e3va.ops.taps import DEFAULT_TAPS, TAPS
 
 PARAMETERS = ("P", "g", "Q", "b", "U", "g_up", "V", "c")
@@ -132,6 +133,16 @@ class StageRide:
         self._t.append(t)
         self._s.append(s)
         return y, z
+
+    @torch.no_grad()
+    def follow(self, x: Tensor) -> None:
+        """Feed the next adapter alone, where another highway's pass completes the sub-layer."""
+        k = len(self._x)
+        t = x.flatten(0, -2) @ self._stage.P[k].to(x)
+        activation = reference.adapter_activation(t, self._Q[k], self._stage.b[k])
+        self._x.append(x)
+        self._t.append(t)
+        self._s.append(activation @ self._U[k].to(x))
 
     def arrive(self, h: Tensor, y_in: Tensor, y_out: Tensor) -> Tensor:
         """h after the stage, from h before it and the frozen stage's input and output, each

@@ -1,0 +1,81 @@
+import pytest
+import torch
+
+from e3va import E3VABackbone, FrozenSwin, swin_config
+from e3va.serving import SharedTrunk, shared_forward
+from tests.oracles import relative_error
+
+CONFIG = swin_config("swin_digits")
+
+
+def make_backbones(count, dtype=torch.float32):
+    """As loaded one by one: each with a trunk of its own, of the same weights."""
+    weights = FrozenSwin(CONFIG).state_dict()
+    backbones = []
+    for _ in range(count):
+        trunk = FrozenSwin(CONFIG, dtype)
+        trunk.load_state_dict(weights)
+        backbone = E3VABackbone(trunk)
+        for stage in backbone.highway.stages:
+            torch.nn.init.normal_(stage.V, std=0.3)
+        backbones.append(backbone.eval())
+    return backbones
+
+
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str
+)
+def test_equals_separate_backbones(dtype, tolerance):
+    backbones = make_backbones(3, dtype)
+    image = torch.randn(2, 3, 41, 70)
+    with torch.no_grad():
+        alone = [backbone(image) for backbone in backbones]
+    for together, expected in zip(shared_forward(backbones, image), alone, strict=True):
+        assert together.keys() == expected.keys()
+        for name, value in expected.items():
+            assert relative_error(together[name], value) <= tolerance
+    assert relative_error(alone[0]["p3"], alone[1]["p3"]) > 0.01  # they differ indeed
+
+
+class Detector(torch.nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.head = torch.nn.Conv2d(CONFIG.dims[-1], 2, 1)
+
+    def forward(self, image):
+        return self.head(self.backbone(image)["p3"])
+
+
+def test_detectors_share_the_trunk_and_its_forward(monkeypatch):
+    models = [Detector(backbone) for backbone in make_backbones(2)]
+    first, second = torch.randn(1, 3, 40, 64), torch.randn(1, 3, 33, 64)
+    stages = []
+    run = FrozenSwin.stage
+    monkeypatch.setattr(FrozenSwin, "stage", lambda *a, **k: stages.append(a[1]) or run(*a, **k))
+    with torch.no_grad():
+        expected = [[model(image) for model in models] for image in (first, second)]
+        assert stages == [0, 1, 2, 3] * 4
+        stages.clear()
+        with SharedTrunk(models):
+            # Each model prepares its images by itself: equal, but not the same tensor.
+            found = [[model(image.clone()) for model in models] for image in (first, second)]
+        assert stages == [0, 1, 2, 3] * 2  # half of it
+        again = models[1](first)  # as before
+    for ours, theirs in zip(found, expected, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(again, expected[0][1])
+    assert models[0].backbone.trunk is models[1].backbone.trunk
+
+
+def test_other_trunks_are_refused():
+    one, two = make_backbones(1)[0], make_backbones(1)[0]
+    with pytest.raises(ValueError, match="trunks differ"):
+        SharedTrunk([one, two])
+    same = make_backbones(2)
+    same[1].trunk.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="trunks differ"):
+        SharedTrunk(same)
+    with pytest.raises(ValueError, match="a Linear with one E3VABackbone is needed"):
+        SharedTrunk([one, torch.nn.Linear(2, 2)])
