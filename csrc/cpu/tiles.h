@@ -143,12 +143,33 @@ E3VA_INLINE void gemm_tiles(
     }
 }
 
+E3VA_INLINE Floats larger(Floats x, Floats least) {
+  Floats y;
+  asm("vmaxps %1, %2, %0" : "=v"(y) : "v"(x), "v"(least));
+  return y;
+}
+
+E3VA_INLINE Floats smaller(Floats x, Floats most) {
+  Floats y;
+  asm("vminps %1, %2, %0" : "=v"(y) : "v"(x), "v"(most));
+  return y;
+}
+
+// exp(x) for x ≤ 0 as bfloat16 needs it, to 1e-4: 2^n times a polynomial of the rest.
+E3VA_INLINE Floats exp_bfloat16(Floats x) {
+  const Floats power = larger(x * 1.44269504f, broadcast(-126.0f));
+  Floats n, y;
+  asm("vrndscaleps $0, %1, %0" : "=v"(n) : "v"(power));
+  const Floats r = power - n;
+  const Floats p = ((r * 0.05550411f + 0.24022651f) * r + 0.69314718f) * r + 1.0f;
+  asm("vscalefps %1, %2, %0" : "=v"(y) : "v"(n), "v"(p));
+  return y;
+}
+
 // GELU and its derivative as bfloat16 needs them, Φ to 3e-5 and zφ to 7e-5: odd polynomials fitted
 // to both on [-4, 4], constant beyond.
 E3VA_INLINE void gelu_bfloat16(Floats z, Floats& value, Floats& slope) {
-  Floats u;
-  asm("vmaxps %1, %2, %0" : "=v"(u) : "v"(z), "v"(broadcast(-4.0f)));
-  asm("vminps %1, %2, %0" : "=v"(u) : "v"(u), "v"(broadcast(4.0f)));
+  const Floats u = smaller(larger(z, broadcast(-4.0f)), broadcast(4.0f));
   const Floats w = u * u;
   Floats cdf = w * -1.58077384e-09f + 1.21710386e-07f;
   cdf = cdf * w - 4.10084966e-06f;

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../window_index.h"
+#include "tiles.h"
 #include "vector.h"
 
 namespace {
@@ -73,10 +74,14 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
       mixed |= region[t] != region[0];
       float* to[] = {&query[t * dl], &k[t * dl], &v[t * dl]};
       for (int64_t part = 0; part < 3; ++part)
-        if (inside)
-          widen(qkv + (token[t] * 3 + part) * C + head * d, d, to[part]);
-        else
+        if (inside) {
+          const T* from = qkv + (token[t] * 3 + part) * C + head * d;
+          widen(from, d, to[part]);
+          // The next head's: too far apart for the processor to foresee.
+          for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(from + d + c);
+        } else {
           widen(p.qkv_bias + part * C + head * d, d, to[part]);
+        }
     }
     transpose(query.data(), tokens, dl, q.data(), ld);
     if (bias[head].empty()) {
@@ -105,6 +110,131 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
   }
 }
 
+// Sixteen rows of sixteen words, transposed in place: blocks of 1, 2, 4, 8 change sides.
+template <int kSide>
+E3VA_INLINE void exchange(Words* rows) {
+  Words upper = {}, lower = {};
+  for (uint32_t l = 0; l < kLanes; ++l) {
+    upper[l] = l & kSide ? kLanes + l - kSide : l;
+    lower[l] = l & kSide ? kLanes + l : l + kSide;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & kSide) continue;
+    const Words above = rows[i], below = rows[i + kSide];
+    asm("vpermt2d %2, %1, %0" : "=v"(rows[i]) : "v"(upper), "v"(below), "0"(above));
+    asm("vpermt2d %2, %1, %0" : "=v"(rows[i + kSide]) : "v"(lower), "v"(below), "0"(above));
+  }
+}
+
+template <typename Reduce>
+E3VA_INLINE float across(Floats x, Reduce reduce) {
+  alignas(64) float lanes[kLanes];
+  store(lanes, x);
+  for (int half = kLanes / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] = reduce(lanes[i], lanes[i + half]);
+  return lanes[0];
+}
+
+// The same for bfloat16 and heads of 32, its products in tiles: rows are queries.
+E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t d = kTileDepth;
+  if (p.head_dim != d) return run<BFloat16>(p, begin, end);
+  const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
+  const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
+  const int64_t C = p.heads * d, m = round_up(tokens, kTileDepth);  // keys beyond weigh nothing
+  std::vector<BFloat16> q(m * d), k(m * d), v(m * d), weights(m * m), padding(3 * C);
+  Panels k_pairs(m * d / 2), v_pairs(m * d / 2);
+  std::vector<float> S(m * m), O(m * d), mask(tokens * m), inverse(tokens);
+  std::vector<std::vector<float>> bias(p.heads);  // made when its head first comes
+  std::vector<int64_t> token(tokens), region(tokens);
+  const BFloat16* qkv = static_cast<const BFloat16*>(p.qkv);
+  NativeBFloat16* out = static_cast<NativeBFloat16*>(p.out);
+  for (int64_t c = 0; c < 3 * C; c += kLanes)
+    halves(&padding[c]) = to_bfloat16(load(p.qkv_bias + c));
+  const float scale = 1.0f / std::sqrt(float(d));
+  const TileShapes shapes;
+  int64_t last_window = -1;
+  bool mixed = false;
+
+  for (int64_t item = begin; item < end; ++item) {
+    // Heads vary fastest: a window's rows of qkv stay in the cache until all are done.
+    const int64_t head = item % p.heads, window = item / p.heads % windows;
+    const int64_t image = item / p.heads / windows;
+    const int64_t wi = window / columns.windows, wj = window % columns.windows;
+    if (item / p.heads != last_window) {
+      last_window = item / p.heads;
+      mixed = false;
+      for (int64_t t = 0; t < tokens; ++t) {
+        const int64_t i = rows.position(wi, t / p.window), j = columns.position(wj, t % p.window);
+        const bool inside = i < p.height && j < p.width;
+        token[t] = inside ? (image * p.height + i) * p.width + j : -1;
+        region[t] = rows.region(wi, t / p.window) * 3 + columns.region(wj, t % p.window);
+        mixed |= region[t] != region[0];
+      }
+      if (mixed)
+        for (int64_t a = 0; a < tokens; ++a)
+          for (int64_t b = 0; b < tokens; ++b)
+            mask[a * m + b] = region[a] == region[b] ? 0.0f : kMasked;
+    }
+    if (bias[head].empty()) {
+      bias[head].assign(tokens * m, -INFINITY);
+      float* to = bias[head].data();
+      for (int64_t qi = 0; qi < p.window; ++qi)
+        for (int64_t qj = 0; qj < p.window; ++qj, to += m)
+          for (int64_t ki = 0; ki < p.window; ++ki)
+            for (int64_t kj = 0; kj < p.window; ++kj)
+              to[ki * p.window + kj] =
+                  p.position_bias[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      const BFloat16* from = token[t] < 0 ? padding.data() : qkv + token[t] * 3 * C;
+      from += head * d;
+      std::copy_n(from, d, &q[t * d]);
+      std::copy_n(from + C, d, &k[t * d]);
+      std::copy_n(from + 2 * C, d, &v[t * d]);
+      for (int64_t part = 0; part < 3; ++part) __builtin_prefetch(from + part * C + d);
+    }
+    for (int64_t t = 0; t < m; t += kTileSide) {
+      Words block[kTileSide];
+      std::memcpy(block, &k[t * d], sizeof block);
+      exchange<1>(block);
+      exchange<2>(block);
+      exchange<4>(block);
+      exchange<8>(block);
+      std::memcpy(&k_pairs[t * d / 2], block, sizeof block);
+    }
+    for (int64_t t = 0; t < m; t += 2)
+      for (int64_t c = 0; c < d; c += kTileSide)
+        words(&v_pairs[(c * m + t * kTileSide) / 2]) =
+            pair(halves(&v[t * d + c]), halves(&v[(t + 1) * d + c]));
+    gemm_tiles<2, 2>(q.data(), d, k_pairs.data(), S.data(), m, m, m, d, false);
+    for (int64_t a = 0; a < tokens; ++a) {
+      float* scores = &S[a * m];
+      Floats top = broadcast(-INFINITY), total = {};
+      for (int64_t b = 0; b < m; b += kLanes) {
+        Floats score = load(scores + b) * scale + load(&bias[head][a * m + b]);
+        if (mixed) score += load(&mask[a * m + b]);
+        top = larger(top, score);
+        store(scores + b, score);
+      }
+      const float highest = across(top, [](float x, float y) { return x < y ? y : x; });
+      for (int64_t b = 0; b < m; b += kLanes) {
+        const Floats weight = exp_bfloat16(load(scores + b) - highest);
+        total += weight;
+        halves(&weights[a * m + b]) = to_bfloat16(weight);
+      }
+      inverse[a] = 1.0f / across(total, [](float x, float y) { return x + y; });
+    }
+    gemm_tiles<2, 2>(weights.data(), m, v_pairs.data(), O.data(), d, m, d, m, false);
+    for (int64_t t = 0; t < tokens; ++t) {
+      if (token[t] < 0) continue;
+      for (int64_t c = 0; c < d; c += kLanes)
+        store(out + token[t] * C + head * d + c, load(&O[t * d + c]) * inverse[t]);
+    }
+  }
+}
+
 }  // namespace
 
 int64_t window_attention_items(const WindowAttentionParams& p) {
@@ -112,4 +242,4 @@ int64_t window_attention_items(const WindowAttentionParams& p) {
   return p.batch * p.heads * rows.windows * columns.windows;
 }
 
-E3VA_KERNEL(window_attention_cpu, run, WindowAttentionParams)
+E3VA_TILED_KERNEL(window_attention_cpu, run, run_in_tiles, WindowAttentionParams)
