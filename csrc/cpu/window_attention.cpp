@@ -74,14 +74,10 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
       mixed |= region[t] != region[0];
       float* to[] = {&query[t * dl], &k[t * dl], &v[t * dl]};
       for (int64_t part = 0; part < 3; ++part)
-        if (inside) {
-          const T* from = qkv + (token[t] * 3 + part) * C + head * d;
-          widen(from, d, to[part]);
-          // The next head's: too far apart for the processor to foresee.
-          for (int64_t c = 0; c < d; c += 64 / sizeof(T)) __builtin_prefetch(from + d + c);
-        } else {
+        if (inside)
+          widen(qkv + (token[t] * 3 + part) * C + head * d, d, to[part]);
+        else
           widen(p.qkv_bias + part * C + head * d, d, to[part]);
-        }
     }
     transpose(query.data(), tokens, dl, q.data(), ld);
     if (bias[head].empty()) {
@@ -193,6 +189,7 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
       std::copy_n(from, d, &q[t * d]);
       std::copy_n(from + C, d, &k[t * d]);
       std::copy_n(from + 2 * C, d, &v[t * d]);
+      // The next head's: too far apart for the processor to foresee.
       for (int64_t part = 0; part < 3; ++part) __builtin_prefetch(from + part * C + d);
     }
     for (int64_t t = 0; t < m; t += kTileSide) {
