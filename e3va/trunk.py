@@ -5,7 +5,7 @@ Maps are [B, H, W, C] throughout. Parameter names are those of the official impl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -122,10 +122,11 @@ class Swin(nn.Module):
             raise ValueError(f"no stage follows stage {stage}")
         return reference.patch_merging(y, *merging)
 
-    def forward(self, image: Tensor) -> list[Tensor]:
+    def forward(self, image: Tensor, epilogues: Sequence[Epilogue | None] = ()) -> list[Tensor]:
         """Image [B, 3, H, W], normalised, any H and W ≥ 1 → each stage's output [B, H, W, C].
 
         Computes in the autocast dtype under autocast, else in the dtype of the weights.
+        ``epilogues``: each stage's, as in :meth:`stage`; default: none.
         """
         image = image.to(self.compute_dtype())
         outputs = []
@@ -134,7 +135,7 @@ class Swin(nn.Module):
             for stage in range(self.config.num_stages):
                 if stage:
                     y = self.merge(stage - 1, y)
-                y = self.stage(stage, y)
+                y = self.stage(stage, y, epilogues[stage] if epilogues else None)
                 outputs.append(y)
         return outputs
 
@@ -224,6 +225,13 @@ class FrozenSwin(Swin):
         return stages
 
 
+class Linear(nn.Linear):
+    """A linear layer with bias that computes in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x), _bias(self).to(x))
+
+
 class _PatchEmbed(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -255,11 +263,11 @@ class _Block(nn.Module):
 
     def attention(self, z: Tensor, window_attention: Callable[..., Tensor]) -> Tensor:
         attn = self.attn
-        qkv = _linear(z, attn.qkv)
+        qkv = attn.qkv(z)
         table = attn.relative_position_bias_table
         out = window_attention(qkv, _bias(attn.qkv), table, attn.window_size, self.shift)
         del qkv
-        return _linear(out, attn.proj)
+        return attn.proj(out)
 
     def residual(self, x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         if self.training and self.drop_path:
@@ -276,24 +284,24 @@ class _Attention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((2 * window_size - 1) ** 2, heads)
         )
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
 
 
 class _MLP(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, z: Tensor) -> Tensor:
-        hidden = _linear(z, self.fc1)
+        hidden = self.fc1(z)
         if torch.is_grad_enabled():
             hidden = F.gelu(hidden)
         else:
             torch.ops.aten.gelu_(hidden)  # saves the largest map of all
-        return _linear(hidden, self.fc2)
+        return self.fc2(hidden)
 
 
 class _PatchMerging(nn.Module):
@@ -308,10 +316,6 @@ def _init_weights(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight.to(x), _bias(layer).to(x))
 
 
 def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
