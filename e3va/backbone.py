@@ -14,6 +14,7 @@ from e3va.config import HighwayConfig, SwinConfig
 from e3va.highway import Highway
 from e3va.ops.reference import norm_parameters
 from e3va.ops.taps import DEFAULT_TAPS
+from e3va.peers import PEERS, build_adapters, ride, trained_weights
 from e3va.trunk import FrozenSwin, Swin
 
 
@@ -104,7 +105,37 @@ class E3VABackbone(SwinBackbone):
         return self._features(maps, image)
 
 
-METHODS = ("full", "frozen", "e3va")
+class PeerBackbone(SwinBackbone):
+    """A Swin tuned by one of the published methods in :mod:`e3va.peers`.
+
+    At initialisation its maps equal those of the frozen network. What is trained is in float32, and
+    nothing else is, neither a norm of the trunk nor an output norm, unless the method is to train
+    norms ("norm"), their biases ("bitfit") or the block that they are in ("partial1").
+
+    Args:
+        method: one of :data:`e3va.peers.PEERS`.
+        trunk: the Swin; its weights are kept in the dtype they have.
+
+    Raises:
+        ImportError: "lora" without PEFT.
+    """
+
+    def __init__(self, method: str, trunk: Swin) -> None:
+        super().__init__(trunk)
+        self.requires_grad_(False)
+        for parameter in trained_weights(method, trunk, self.norms):
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self.adapters = build_adapters(method, trunk)
+
+    def forward(self, image: Tensor) -> dict[str, Tensor]:
+        """Image [B, 3, H, W], normalised, any H and W ≥ 1 → one map per stage."""
+        epilogues = [ride(stage) for stage in self.adapters]
+        outputs = zip(self.trunk(image, epilogues), self.norms, strict=True)
+        return self._features([norm(h) for h, norm in outputs], image)
+
+
+METHODS = ("full", "frozen", *PEERS, "e3va")
 
 
 def build_backbone(
@@ -119,7 +150,8 @@ def build_backbone(
     """The backbone of a tuning method, with random weights.
 
     Args:
-        method: "full" (everything is trained), "frozen" (nothing is) or "e3va".
+        method: "full" (everything is trained), "frozen" (nothing is), "e3va", or one of
+            :data:`e3va.peers.PEERS`.
         swin: architecture of the trunk.
         highway: shape of the highway; only for "e3va".
         taps: how its taps are kept for backward; only for "e3va".
@@ -128,6 +160,7 @@ def build_backbone(
 
     Raises:
         ValueError: no such method; the message lists them.
+        ImportError: "lora" without PEFT.
     """
     if method == "full":
         return SwinBackbone(Swin(swin, drop_path))
@@ -135,4 +168,6 @@ def build_backbone(
         return SwinBackbone(FrozenSwin(swin, dtype))
     if method == "e3va":
         return E3VABackbone(FrozenSwin(swin, dtype), highway, taps)
+    if method in PEERS:
+        return PeerBackbone(method, Swin(swin).to(dtype))
     raise ValueError(f"unknown tuning method {method!r}; known: {', '.join(METHODS)}")

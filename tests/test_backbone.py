@@ -236,8 +236,8 @@ def test_methods():
         for m in ("full", "frozen", "e3va")
     }
     assert counts["frozen"] == 0 < counts["e3va"] < counts["full"]
-    with pytest.raises(ValueError, match="unknown tuning method 'lora'; known: full, frozen, e3va"):
-        build_backbone("lora", TINY)
+    with pytest.raises(ValueError, match="unknown tuning method 'prefix'; known: full, frozen, b"):
+        build_backbone("prefix", TINY)
     with pytest.raises(TypeError, match="trunk must be a FrozenSwin, got Swin"):
         E3VABackbone(Swin(TINY))
 

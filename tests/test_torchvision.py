@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 import e3va
-from e3va.backbone import METHODS
 from e3va.data.coco import CocoInstances, average_precision, flip
 from e3va.optim import parameter_groups
 
@@ -134,7 +133,7 @@ def annotation(bbox, segmentation=None, **more):
 # Model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["full", "frozen", "e3va"])
 def test_one_step_trains_what_is_trainable_and_nothing_else(method):
     model = detector(method).train()
     if method == "e3va":  # V = 0 at first, which would stop the gradients of P, Q, b and U

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
-from e3va.backbone import METHODS
 from e3va.demo import engines, plots
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import Trained
 from e3va.files import atomic_path
 from e3va.measure import peak_live_bytes, saved_bytes, trainable_parameters
 
+METHODS = ("full", "frozen", "e3va")
 TIMED_STEPS = 10
 
 

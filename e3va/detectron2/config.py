@@ -20,8 +20,9 @@ _DTYPES = {
 
 def add_e3va_config(cfg: CfgNode) -> None:
     """Add E³VA's keys, with their defaults, to a Detectron2 config."""
-    # How the backbone is tuned: "full" (everything is trained), "frozen" (nothing is) or "e3va"
-    # (nothing but the highway beside the frozen trunk, and the output norms).
+    # How the backbone is tuned: "full" (everything is trained), "frozen" (nothing is), "e3va"
+    # (nothing but the highway beside the frozen trunk, and the output norms), or one of the peers:
+    # "bitfit", "norm", "partial1", "adapter", "adaptformer", "lora", "lorand", "mona".
     cfg.MODEL.TUNING = CfgNode()
     cfg.MODEL.TUNING.METHOD = "e3va"
 
@@ -34,7 +35,7 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # Face or Detectron2, as a path, a URL, or e3va://swin_digits.safetensors, which ships with the
     # package. Empty: random weights, or those that MODEL.WEIGHTS brings.
     cfg.MODEL.E3VA.WEIGHTS = ""
-    # What a frozen trunk stores its weights in, and, without SOLVER.AMP, computes in, as does the
+    # What a trunk stores its frozen weights in, and, without SOLVER.AMP, computes in, as does the
     # highway beside it: "float32", "bfloat16" or "float16" (to train, with SOLVER.AMP alone).
     cfg.MODEL.E3VA.TRUNK_DTYPE = "float32"
     # "int8" or "fp8": quantise the linear layers of a frozen trunk, through torchao. Empty: do not.

@@ -16,7 +16,7 @@ from e3va.weights import trunk_hash
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any) -> None:
-    """Write the weights of ``model``, without those of a frozen trunk, and ``state`` with them.
+    """Write the weights of ``model``, without those of a :class:`FrozenSwin`, and ``state``.
 
     Args:
         path: the file; replaced as a whole or not at all.

@@ -64,7 +64,7 @@ def mask_rcnn(
     in training with targets, giving losses. Under autocast the boxes stay in float32.
 
     Args:
-        backbone: "full", "frozen" or "e3va"; see :func:`e3va.build_backbone`.
+        backbone: of any tuning method; see :func:`e3va.build_backbone`.
         num_classes: number of classes *including the background*, as torchvision counts.
         out_channels: channels of the FPN.
         min_size: the shorter side that images are resized to; several: one is drawn in training.
