@@ -17,7 +17,13 @@ from typing import Any
 import torch
 
 # First, as it says how to get Detectron2 where it is missing.
-from e3va.detectron2 import SafeCheckpointer, Trainer, load_config, register_coco_json  # isort: split
+from e3va.detectron2 import (  # isort: split
+    SafeCheckpointer,
+    Trainer,
+    WeightAverage,
+    load_config,
+    register_coco_json,
+)
 
 from detectron2.config import CfgNode
 from detectron2.engine import default_argument_parser, default_setup, launch
@@ -47,10 +53,16 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
         if not (args.resume or cfg.MODEL.WEIGHTS):
             raise ValueError("--eval-only needs MODEL.WEIGHTS, or --resume: the heads are random")
         model = Trainer.build_model(cfg)
-        SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
+        rest = SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
             cfg.MODEL.WEIGHTS, resume=args.resume
         )
-        return Trainer.test(cfg, model)
+        average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
+        if cfg.SOLVER.EMA.DECAY:
+            if "ema" not in rest:
+                logger.warning("The checkpoint holds no averaged weights: its own are evaluated")
+            average.load_state_dict(rest.get("ema", {}))
+        with average.applied():
+            return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()

@@ -15,7 +15,7 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -426,13 +426,20 @@ def save_trunk(
         safetensors.torch.save_file(state, temporary, header)
 
 
-def trunk_hash(trunk: Swin) -> str:
+def trunk_hash(trunk: Swin, names: Collection[str] | None = None) -> str:
     """SHA-256, in hexadecimal, of the trunk's weights as their file had them.
 
     So it does not depend on the dtype that a frozen trunk stores them in. A trunk that was not
     loaded by :func:`load_trunk` is named by the weights it has.
+
+    Args:
+        trunk: the Swin.
+        names: those of its tensors that count (default: all).
     """
-    return bytes(_hash(trunk.state_dict()).tolist()).hex()
+    state = trunk.state_dict()
+    if names is not None:
+        state = {name: state[name] for name in names}
+    return bytes(_hash(state).tolist()).hex()
 
 
 def _hash(state: Mapping[str, Tensor]) -> Tensor:

@@ -17,12 +17,13 @@ from e3va.detectron2.backbone import (
 from e3va.detectron2.checkpoint import SafeCheckpointer
 from e3va.detectron2.config import add_e3va_config, load_config
 from e3va.detectron2.data import register_coco_json
-from e3va.detectron2.train import Trainer
+from e3va.detectron2.train import Trainer, WeightAverage
 
 __all__ = [
     "E3VASwinBackbone",
     "SafeCheckpointer",
     "Trainer",
+    "WeightAverage",
     "add_e3va_config",
     "build_e3va_swin_backbone",
     "build_e3va_swin_fpn_backbone",

@@ -71,6 +71,8 @@ class E3VASwinBackbone(Backbone):
             if cfg.MODEL.DEVICE.startswith("cuda"):
                 swin.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
             quantize_trunk(swin.trunk, e3va.TRUNK_PRECISION)
+        if e3va.COMPILE:
+            swin.compile()
         return {"swin": swin}
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

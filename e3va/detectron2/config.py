@@ -49,6 +49,9 @@ def add_e3va_config(cfg: CfgNode) -> None:
     cfg.MODEL.E3VA.TAPS = DEFAULT_TAPS
     # Stochastic depth of the last block, under METHOD "full" alone: a frozen trunk has none.
     cfg.MODEL.E3VA.DROP_PATH_RATE = 0.0
+    # Whether trunk and highway go through torch.compile, when they first run. New image sizes then
+    # take long at first.
+    cfg.MODEL.E3VA.COMPILE = False
 
     # One's own data in COCO format. A given JSON replaces DATASETS.TRAIN or DATASETS.TEST, and the
     # number of classes is then taken from it. IMAGES is the folder that the JSON's file names are
@@ -69,6 +72,15 @@ def add_e3va_config(cfg: CfgNode) -> None:
     cfg.SOLVER.HIGHWAY_LR_RATIO = 1.0
     # CLIP_GRADIENTS.CLIP_TYPE may also be "full_model": one norm over all parameters. Detectron2's
     # own "norm" clips each parameter for itself.
+
+    # Into how many parts the batch of a step, IMS_PER_BATCH, is divided on each process, to be
+    # computed one after the other in less memory. Gradients and losses are averaged over the parts
+    # as they are over processes.
+    cfg.SOLVER.ACCUMULATE = 1
+    # Decay of an exponential moving average of what is trained, such as 0.999; 0: none. Where there
+    # is one it is what is evaluated. Checkpoints keep both.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.DECAY = 0.0
 
     # What SOLVER.AMP.ENABLED computes in: "bfloat16" (GPUs from sm_80 on, CPUs) or "float16", whose
     # loss is scaled.

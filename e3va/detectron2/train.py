@@ -1,28 +1,30 @@
-"""A Detectron2 trainer: optimizer groups, mixed precision on any device, COCO evaluation."""
+"""A Detectron2 trainer: optimizer groups, mixed precision on any device, accumulated gradients,
+averaged weights, exact resume, COCO evaluation."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import (
-    DefaultTrainer,
-    SimpleTrainer,
-    TrainerBase,
-    create_ddp_model,
-)
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
+from detectron2.engine.hooks import EvalHook, HookBase
 from detectron2.evaluation import COCOEvaluator
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from e3va.detectron2.checkpoint import SafeCheckpointer
+from e3va.detectron2.checkpoint import SafeCheckpointer, frozen_hash, frozen_names
 from e3va.detectron2.config import dtype_of
+from e3va.detectron2.loader import TrainLoader, batch_share, reseed
 from e3va.highway import BIASES, OUTPUTS, PARAMETERS
 from e3va.measure import trainable_parameters
 
@@ -30,14 +32,18 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """Detectron2's default training, with the optimizers, the mixed precision and the evaluation
-    that :func:`~e3va.detectron2.config.add_e3va_config` describes.
+    """Detectron2's default training, with the optimizers, the mixed precision, the accumulation,
+    the averaging and the evaluation that :func:`~e3va.detectron2.config.add_e3va_config` describes.
+
+    What is random in an iteration follows from the seed and its number, so that a resumed run
+    repeats the uninterrupted one, to the last bit on a CPU.
 
     Args:
         cfg: the config.
 
     Raises:
-        ValueError: a float16 trunk is to be trained beside without mixed precision.
+        ValueError: a float16 trunk is to be trained beside without mixed precision, a batch does
+            not divide, or a setting is out of range.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -48,6 +54,7 @@ class Trainer(DefaultTrainer):
             )
         TrainerBase.__init__(self)  # DefaultTrainer's own would build Detectron2's AMP trainer
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        batch_share(cfg)
         model = self.build_model(cfg)
         logger.info(
             "%d of %d parameters are trained",
@@ -56,14 +63,23 @@ class Trainer(DefaultTrainer):
         )
         optimizer = self.build_optimizer(cfg, model)
         loader = self.build_train_loader(cfg)
-        model = create_ddp_model(model, broadcast_buffers=False)
+        dtype = None
         if cfg.SOLVER.AMP.ENABLED:
             dtype = dtype_of("SOLVER.AMP.DTYPE", cfg.SOLVER.AMP.DTYPE, ("bfloat16", "float16"))
-            self._trainer = AutocastTrainer(model, loader, optimizer, dtype)
-        else:
-            self._trainer = SimpleTrainer(model, loader, optimizer)
+        self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.DECAY else None
+        self._trained = _layout(cfg, model, optimizer)
+        model = distribute(model)
+        self._trainer = StepTrainer(model, loader, optimizer, dtype, cfg.SOLVER.ACCUMULATE)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = SafeCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        more = {"ema": self.average} if self.average else {}
+        self.checkpointer = SafeCheckpointer(
+            model,
+            cfg.OUTPUT_DIR,
+            trunk_source=cfg.MODEL.E3VA.WEIGHTS,
+            trainer=weakref.proxy(self),
+            **more,
+        )
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.register_hooks(self.build_hooks())
@@ -71,8 +87,53 @@ class Trainer(DefaultTrainer):
     def train(self) -> dict[str, Any]:
         """Train, and return the metrics of the last evaluation by task ("bbox", "segm"); {} where
         there was none, or another process has them."""
+        self._trainer.seed = self.data_loader.seed = self.seed
+        self.data_loader.start = self.start_iter
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    def run_step(self) -> None:
+        super().run_step()
+        if self.average:
+            self.average.update(self.iter)
+
+    def build_hooks(self) -> list[HookBase]:
+        """Detectron2's, evaluating the averaged weights where there are any."""
+
+        def evaluate() -> dict[str, Any]:
+            with self.average.applied() if self.average else contextlib.nullcontext():
+                self._last_eval_results = self.test(self.cfg, self.model)
+            return self._last_eval_results
+
+        return [
+            EvalHook(self.cfg.TEST.EVAL_PERIOD, evaluate) if isinstance(hook, EvalHook) else hook
+            for hook in super().build_hooks()
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seed": self.seed, "trained": self._trained}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``; with a new optimizer, and a warning, where something else was
+        trained then."""
+        if self.cfg.SEED < 0:
+            self.seed = state.get("seed", self.seed)
+        # A checkpoint of Detectron2's own trainer does not tell.
+        changes = _changes(state.get("trained", self._trained), self._trained)
+        if not changes:
+            super().load_state_dict(state)
+            return
+        logger.warning(
+            "The optimizer starts afresh at iteration %d: %s", state["iteration"] + 1, changes
+        )
+        self.iter = state["iteration"]
+        self.scheduler.last_epoch = self.iter + 1
+        for group, lr in zip(self.optimizer.param_groups, self.scheduler.get_lr(), strict=True):
+            group["lr"] = lr
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        return TrainLoader(cfg)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -141,12 +202,15 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     return optimizer
 
 
-class AutocastTrainer(SimpleTrainer):
-    """Trains in mixed precision, on CPU too, where Detectron2's own AMP trainer cannot.
+class StepTrainer(SimpleTrainer):
+    """One optimizer step per iteration, in mixed precision on any device, of a batch that may be
+    computed in parts.
 
     Args:
         model, data_loader, optimizer: as for ``SimpleTrainer``.
-        dtype: what autocast computes in; under float16 the loss is scaled.
+        dtype: what autocast computes in; under float16 the loss is scaled (default: no autocast).
+        accumulate: the parts, of equal size, whose gradients are averaged (default 1).
+        seed: of what is random in the model, with the number of the process (default 0).
     """
 
     def __init__(
@@ -154,25 +218,42 @@ class AutocastTrainer(SimpleTrainer):
         model: nn.Module,
         data_loader: Any,
         optimizer: torch.optim.Optimizer,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None = None,
+        accumulate: int = 1,
+        seed: int = 0,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
+        self.seed = seed
         self._device = next(model.parameters()).device.type
         self._dtype = dtype
+        self._accumulate = accumulate
         self._scaler = torch.amp.GradScaler(self._device, enabled=dtype == torch.float16)
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast(self._device, self._dtype):
-            losses = self.model(data)
+        reseed(self.seed, 1 + comm.get_rank(), self.iter)
         self.optimizer.zero_grad()
-        self._scaler.scale(sum(losses.values())).backward()
+        means: dict[str, Tensor] = {}
+        for part in range(self._accumulate):
+            size = len(data) // self._accumulate
+            with self._sync(part == self._accumulate - 1):
+                with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
+                    losses = self.model(data[part * size : (part + 1) * size])
+                self._scaler.scale(sum(losses.values()) / self._accumulate).backward()
+            for name, loss in losses.items():
+                means[name] = means.get(name, 0) + loss.detach() / self._accumulate
         self.after_backward()
-        self._write_metrics(losses, data_time)
+        self._write_metrics(means, data_time)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Processes exchange gradients once per step."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"grad_scaler": self._scaler.state_dict()}
@@ -181,3 +262,103 @@ class AutocastTrainer(SimpleTrainer):
         super().load_state_dict(state)
         if state.get("grad_scaler"):  # there is none after training in another precision
             self._scaler.load_state_dict(state["grad_scaler"])
+
+
+class WeightAverage:
+    """Exponential moving average of what is trained of a model.
+
+    The decay grows to its final value, as min(decay, (1 + n) / (10 + n)) after n iterations, so
+    that the first weights are soon forgotten.
+
+    Args:
+        model: the model.
+        decay: the final decay, in [0, 1).
+
+    Raises:
+        ValueError: ``decay`` is out of range.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"SOLVER.EMA.DECAY must be in [0, 1), got {decay}")
+        self._decay = decay
+        self._own = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self._average: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def update(self, iteration: int) -> None:
+        """Take the weights after ``iteration`` in."""
+        own = list(self._own.values())
+        if not self._average:
+            self.load_state_dict({})
+        decay = min(self._decay, (1 + iteration) / (10 + iteration))
+        get_ema_multi_avg_fn(decay)(list(self._average.values()), own, 0)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within the block the model has the averaged weights."""
+        own = {name: p.detach().clone() for name, p in self._own.items()}
+        self._set(self._average)
+        try:
+            yield
+        finally:
+            self._set(own)
+
+    @torch.no_grad()
+    def _set(self, weights: dict[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self._own[name].copy_(weight)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._average
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from ``state``; from the model's weights where they are not in it or of another
+        shape."""
+        fits = {n for n, p in self._own.items() if n in state and state[n].shape == p.shape}
+        self._average = {
+            n: (state[n].to(p) if n in fits else p.detach()).clone() for n, p in self._own.items()
+        }
+
+
+def distribute(model: nn.Module) -> nn.Module:
+    """The model under DDP if there are several processes, which exchange what is trained alone: a
+    frozen trunk that is the same everywhere is not sent around."""
+    if comm.get_world_size() == 1:
+        return model
+    if len(set(comm.all_gather(frozen_hash(model)))) == 1:
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, frozen_names(model)
+        )
+    more = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+    return create_ddp_model(model, broadcast_buffers=False, **more)
+
+
+def _layout(cfg: CfgNode, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What an optimizer's state is of: it knows its parameters by their order alone."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = [
+        [[names[id(p)], list(p.shape)] for p in group["params"]] for group in optimizer.param_groups
+    ]
+    return {"optimizer": cfg.SOLVER.OPTIMIZER, "groups": groups}
+
+
+def _changes(then: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two layouts, in words; empty if nothing does."""
+    if then == now:
+        return ""
+    changes = []
+    if then["optimizer"] != now["optimizer"]:
+        changes.append(f"it was {then['optimizer']}, now it is {now['optimizer']}")
+    old, new = (
+        {name: shape for group in layout["groups"] for name, shape in group}
+        for layout in (then, now)
+    )
+    for names, change in (
+        (new.keys() - old.keys(), "trained now that were not then"),
+        (old.keys() - new.keys(), "no longer trained"),
+        ({n for n in old.keys() & new.keys() if old[n] != new[n]}, "of another shape"),
+    ):
+        if names:
+            changes.append(f"{len(names)} tensors are {change} (such as {min(names)})")
+    return "; ".join(changes) or "the learning rates or weight decays are grouped otherwise"
