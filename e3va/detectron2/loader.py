@@ -24,7 +24,9 @@ class TrainLoader:
 
     As Detectron2's own loader, but batch i does not depend on how many were loaded before: the
     sampler is replayed up to it, and each sample seeds its augmentations by its position in the
-    whole run. So neither a restart nor the number of processes or workers changes a sample.
+    whole run. So neither a restart nor the number of processes or workers changes a sample. (Of
+    Detectron2's samplers, the random subset and the weighted ones draw a seed where SEED is
+    negative: a restart then changes their order.)
 
     Args:
         cfg: the config.
