@@ -1,3 +1,4 @@
+import logging
 import os
 from pathlib import Path
 
@@ -11,6 +12,15 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def logger():
+    """Detectron2's set-up would change what every later test's caplog sees of our messages."""
+    yield
+    ours = logging.getLogger("e3va")
+    ours.propagate = True
+    ours.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session")

@@ -91,15 +91,6 @@ def assert_same(a, b):
         assert a == b
 
 
-@pytest.fixture
-def warnings(caplog):
-    """What e3va warned of; its logger may have been taken from pytest by Detectron2's set-up."""
-    logger = logging.getLogger("e3va.detectron2.train")
-    logger.addHandler(caplog.handler)
-    yield lambda: {r.getMessage() for r in caplog.records if r.name == logger.name}
-    logger.removeHandler(caplog.handler)
-
-
 # Checkpoints
 
 
@@ -159,6 +150,36 @@ def test_a_checkpoint_over_another_trunk(tmp_path, tiny):
     SafeCheckpointer(Trainer(tiny("MODEL.TUNING.METHOD", "full")).model).load(
         str(tmp_path / "out/mine.pth")
     )
+
+
+def test_a_trunk_trained_in_part(tmp_path, tiny):
+    """Its trained weights are saved, and what is frozen stays where it came from."""
+
+    def biases_alone():
+        model = build_model(tiny("MODEL.TUNING.METHOD", "full"))
+        trunk = model.backbone.bottom_up.swin.trunk
+        for name, parameter in trunk.named_parameters():
+            parameter.requires_grad_(name.endswith("bias"))
+        (tmp_path / "out").mkdir(exist_ok=True)
+        return model, SafeCheckpointer(model, str(tmp_path / "out"), trunk_source=PACKAGED)
+
+    model, checkpointer = biases_alone()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1)
+    checkpointer.save("biases")
+    trunk = [n for n in read(tmp_path / "out/biases.pth")["model"] if n.startswith(TRUNK)]
+    assert trunk
+    assert all(name.endswith("bias") for name in trunk)
+
+    other, checkpointer = biases_alone()
+    checkpointer.load(str(tmp_path / "out/biases.pth"))
+    assert_same(state(other), state(model))
+    frozen = Trainer(tiny())
+    frozen.checkpointer.load(str(tmp_path / "out/biases.pth"), checkpointables=[])
+    frozen.checkpointer.save("with its own trunk")
+    assert [n for n in read(tmp_path / "out/with its own trunk.pth")["model"] if TRUNK in n]
 
 
 # Resuming
@@ -237,14 +258,18 @@ def test_wide_and_high_images_apart(tiny):
     ],
     ids=["frozen to e3va", "full to e3va", "e3va to full", "kernel", "optimizer", "groups"],
 )
-def test_resuming_with_something_else_to_train(tiny, warnings, then, now, message):
+def test_resuming_with_something_else_to_train(tiny, caplog, then, now, message):
     ema = ["SOLVER.EMA.DECAY", 0.5]
     before = train(tiny("SOLVER.MAX_ITER", 2, *ema, *then))
     cfg = tiny("SOLVER.MAX_ITER", 4, *ema, *now)
     after = Trainer(cfg)
     fresh = state(after.model)
     after.resume_or_load(resume=True)
-    (warning,) = warnings()
+    (warning,) = (
+        r.getMessage()
+        for r in caplog.records
+        if r.levelno == logging.WARNING and r.name == "e3va.detectron2.train"
+    )
     assert "The optimizer starts afresh at iteration 2: " in warning
     assert re.search(message, warning)
     assert after.start_iter == 2

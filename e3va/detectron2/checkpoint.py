@@ -34,18 +34,25 @@ class SafeCheckpointer(DetectionCheckpointer):
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
+        trunk = _trunk(self.model)[1]
         self._source = trunk_source
-        known = trunk_source and frozen_names(self.model)
-        self._source_hash = frozen_hash(self.model) if known else None
+        self._loaded_hash = trunk_hash(trunk) if trunk else None
+        self._frozen_hash = frozen_hash(self.model)
 
     def save(self, name: str, **kwargs: Any) -> None:
         """As ``DetectionCheckpointer``'s; with the trunk if it is no longer its source's."""
-        if self._source_hash and frozen_hash(self.model) == self._source_hash:
-            frozen = frozen_names(self.model)
+        frozen, trunk = frozen_names(self.model), self._trunk_as_loaded()
+        if self._source and frozen and trunk:
             state = self.model.state_dict()
             kwargs["model"] = {k: v for k, v in state.items() if k not in frozen}
-            kwargs["trunk"] = {"hash": self._source_hash, "source": self._source}
+            kwargs["trunk"] = {"hash": trunk, "source": self._source}
         super().save(name, **kwargs)
+
+    def _trunk_as_loaded(self) -> str | None:
+        """The hash of the trunk as it was when this was made; None if its frozen part has since
+        become another."""
+        same = frozen_hash(self.model) == self._frozen_hash
+        return self._loaded_hash if same else None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pth"):
@@ -59,12 +66,12 @@ class SafeCheckpointer(DetectionCheckpointer):
         trunk = checkpoint.get("trunk")
         if not isinstance(trunk, dict):
             return super()._load_model(checkpoint)
-        here = frozen_hash(self.model)
+        here = self._trunk_as_loaded()
         if here != trunk["hash"]:
             raise ValueError(
                 f"the checkpoint was trained over the frozen trunk {trunk['hash']}, but the "
-                f"model's is {here}: set MODEL.E3VA.WEIGHTS to what it was trained with, "
-                f"{trunk['source']}"
+                f"model's is {here or 'another'}: set MODEL.E3VA.WEIGHTS to what it was trained "
+                f"with, {trunk['source']}"
             )
         incompatible = super()._load_model(checkpoint)
         prefix = _trunk(self.model)[0]
@@ -81,10 +88,10 @@ def frozen_names(model: nn.Module) -> set[str]:
 
 
 def frozen_hash(model: nn.Module) -> str | None:
-    """The hash of the trunk's frozen weights, or of all if none is frozen (hexadecimal SHA-256, see
-    :func:`e3va.weights.trunk_hash`); None if the model has no trunk."""
+    """The hash of what :func:`frozen_names` names (see :func:`e3va.weights.trunk_hash`); None if
+    the model has no trunk."""
     trunk = _trunk(model)[1]
-    return trunk_hash(trunk, _frozen(trunk) or None) if trunk else None
+    return trunk_hash(trunk, _frozen(trunk)) if trunk else None
 
 
 def _trunk(model: nn.Module) -> tuple[str, Swin | None]:
