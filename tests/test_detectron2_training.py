@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
 import torch.distributed as dist
+from detectron2.data import DatasetCatalog
 from detectron2.engine import launch
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
@@ -244,6 +245,17 @@ def test_wide_and_high_images_apart(tiny):
     seen = [[(s["width"] > s["height"], s["file_name"]) for s in next(iterator)] for _ in range(9)]
     assert all(len({wide for wide, _ in batch}) == 1 for batch in seen)
     assert len({name for batch in seen for _, name in batch}) == 3
+
+
+def test_images_of_unknown_size(tiny, monkeypatch):
+    cfg = tiny()
+    records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    for record in records:
+        del record["width"], record["height"]
+    monkeypatch.setattr(DatasetCatalog, "get", lambda name: records)
+    iterator = iter(Trainer.build_train_loader(cfg))
+    names = [s["file_name"] for _ in range(3) for s in next(iterator)]
+    assert len(set(names[:3])) == len(set(names[3:])) == 3
 
 
 @pytest.mark.parametrize(

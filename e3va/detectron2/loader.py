@@ -50,7 +50,8 @@ class TrainLoader:
         self._sampler = parts["sampler"]
         self._workers = parts["num_workers"]
         group = parts["aspect_ratio_grouping"]
-        self._wide = [group and r["width"] > r["height"] for r in parts["dataset"]]
+        # Records of semantic segmentation need not tell their size: they are all together.
+        self._wide = [group and r.get("width", 0) > r.get("height", 0) for r in parts["dataset"]]
         self._samples = MapDataset(DatasetFromList(parts["dataset"], copy=False), parts["mapper"])
 
     def __iter__(self) -> Iterator[list[Sample]]:
