@@ -54,7 +54,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     model = build_model(cfg)
     folder = tmp_path_factory.mktemp("trained")
-    SafeCheckpointer(model, str(folder)).save("model_final")
+    SafeCheckpointer(model, str(folder), trunk_source=cfg.MODEL.E3VA.WEIGHTS).save("model_final")
     (folder / "config.yaml").write_text(cfg.dump())
     return model.eval(), folder / "model_final.pth"
 
