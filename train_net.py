@@ -22,7 +22,7 @@ from e3va.detectron2 import (  # isort: split
     Trainer,
     WeightAverage,
     load_config,
-    register_coco_json,
+    register_datasets,
 )
 
 from detectron2.config import CfgNode
@@ -40,14 +40,14 @@ def setup(args: argparse.Namespace) -> CfgNode:
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.info("No CUDA device: MODEL.DEVICE is cpu")
-    register_coco_json(cfg)
+    register_datasets(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     return cfg
 
 
 def main(args: argparse.Namespace) -> dict[str, Any]:
-    """Train, or evaluate alone; returns the metrics by task ("bbox", "segm")."""
+    """Train, or evaluate alone; returns the metrics by task ("bbox", "segm", "sem_seg")."""
     cfg = setup(args)
     if args.eval_only:
         if not (args.resume or cfg.MODEL.WEIGHTS):

@@ -1,5 +1,5 @@
-"""E³VA for Detectron2: backbones in its registry, config keys, a trainer. ``train_net.py`` at the
-root of the repository is the script that puts them together."""
+"""E³VA for Detectron2: backbones and a head in its registries, config keys, data sets, a trainer.
+``train_net.py`` at the root of the repository is the script that puts them together."""
 
 try:
     import detectron2  # noqa: F401
@@ -13,20 +13,33 @@ from e3va.detectron2.backbone import (
     E3VASwinBackbone,
     build_e3va_swin_backbone,
     build_e3va_swin_fpn_backbone,
+    build_e3va_swin_retinanet_fpn_backbone,
+    with_weights,
 )
 from e3va.detectron2.checkpoint import SafeCheckpointer
 from e3va.detectron2.config import add_e3va_config, load_config
-from e3va.detectron2.data import register_coco_json
+from e3va.detectron2.data import register_coco_json, register_datasets
+from e3va.detectron2.semantic import SemanticInference, register_semantic_maps
 from e3va.detectron2.train import Trainer, WeightAverage
+from e3va.detectron2.upernet import UPerNetHead
+from e3va.detectron2.voc import VOCTreeEvaluator, register_voc_tree
 
 __all__ = [
     "E3VASwinBackbone",
     "SafeCheckpointer",
+    "SemanticInference",
     "Trainer",
+    "UPerNetHead",
+    "VOCTreeEvaluator",
     "WeightAverage",
     "add_e3va_config",
     "build_e3va_swin_backbone",
     "build_e3va_swin_fpn_backbone",
+    "build_e3va_swin_retinanet_fpn_backbone",
     "load_config",
     "register_coco_json",
+    "register_datasets",
+    "register_semantic_maps",
+    "register_voc_tree",
+    "with_weights",
 ]

@@ -9,9 +9,9 @@ from typing import Any
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
-from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.file_io import PathHandler, PathManager
-from torch import Tensor
+from torch import Tensor, nn
 
 from e3va.backbone import SwinBackbone, build_backbone
 from e3va.config import HighwayConfig, swin_config
@@ -59,14 +59,7 @@ class E3VASwinBackbone(Backbone):
             dtype=dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE),
             drop_path=e3va.DROP_PATH_RATE,
         )
-        if e3va.WEIGHTS:
-            load_trunk(swin.trunk, PathManager.get_local_path(e3va.WEIGHTS))
-            logger.info("Loaded the trunk's weights from %s", e3va.WEIGHTS)
-        else:
-            logger.warning(
-                "MODEL.E3VA.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
-                "brings them"
-            )
+        with_weights(swin, e3va.WEIGHTS)
         if e3va.TRUNK_PRECISION:
             if cfg.MODEL.DEVICE.startswith("cuda"):
                 swin.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
@@ -80,6 +73,19 @@ class E3VASwinBackbone(Backbone):
         return self.swin(image)
 
 
+def with_weights(swin: SwinBackbone, weights: str) -> SwinBackbone:
+    """``swin``, its trunk's weights loaded from a path or URL; empty: left as they are."""
+    if weights:
+        load_trunk(swin.trunk, PathManager.get_local_path(weights))
+        logger.info("Loaded the trunk's weights from %s", weights)
+    else:
+        logger.warning(
+            "MODEL.E3VA.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
+            "brings them"
+        )
+    return swin
+
+
 @BACKBONE_REGISTRY.register()
 def build_e3va_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> E3VASwinBackbone:
     """The bare backbone that cfg.MODEL.E3VA and cfg.MODEL.TUNING describe."""
@@ -89,12 +95,30 @@ def build_e3va_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> E3VASwinBa
 @BACKBONE_REGISTRY.register()
 def build_e3va_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     """The backbone under Detectron2's FPN, with "p6" on top, as Mask R-CNN uses it."""
+    return _fpn(cfg, build_e3va_swin_backbone(cfg, input_shape), LastLevelMaxPool())
+
+
+@BACKBONE_REGISTRY.register()
+def build_e3va_swin_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """The backbone under Detectron2's FPN, with "p6" and "p7" on top, made of the backbone's last
+    map, as RetinaNet uses it."""
+    bottom_up = build_e3va_swin_backbone(cfg, input_shape)
+    last = cfg.MODEL.FPN.IN_FEATURES[-1]
+    channels = bottom_up.output_shape()[last].channels
+    return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, last))
+
+
+def _fpn(cfg: CfgNode, bottom_up: E3VASwinBackbone, top_block: nn.Module) -> FPN:
+    in_features = cfg.MODEL.FPN.IN_FEATURES
+    for name, norm in zip(bottom_up.output_shape(), bottom_up.swin.norms, strict=True):
+        if name not in in_features:  # it would get no gradient, which distributed training demands
+            norm.requires_grad_(False)
     return FPN(
-        bottom_up=build_e3va_swin_backbone(cfg, input_shape),
-        in_features=cfg.MODEL.FPN.IN_FEATURES,
+        bottom_up=bottom_up,
+        in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
         norm=cfg.MODEL.FPN.NORM,
-        top_block=LastLevelMaxPool(),
+        top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
 

@@ -63,6 +63,49 @@ def add_e3va_config(cfg: CfgNode) -> None:
     cfg.DATASETS.COCO_JSON.TEST_JSON = ""
     cfg.DATASETS.COCO_JSON.TEST_IMAGES = ""
 
+    # One's own boxes in a Pascal VOC tree: ROOT holds Annotations, ImageSets/Main and JPEGImages.
+    # A given ROOT replaces DATASETS.TRAIN and DATASETS.TEST by its splits, those of
+    # ImageSets/Main; an empty TEST_SPLIT: nothing is evaluated. CLASSES: empty, those that the
+    # XML files name, in alphabetical order.
+    cfg.DATASETS.VOC_TREE = CfgNode()
+    cfg.DATASETS.VOC_TREE.ROOT = ""
+    cfg.DATASETS.VOC_TREE.TRAIN_SPLIT = "train"
+    cfg.DATASETS.VOC_TREE.TEST_SPLIT = "val"
+    cfg.DATASETS.VOC_TREE.CLASSES = []
+
+    # One's own semantic maps in ADE20K's layout: ROOT holds images/SPLIT and annotations/SPLIT,
+    # whose maps of the same names say 0 where a pixel is unlabelled and k where it is of the k-th
+    # class. CLASSES: empty, those of ROOT/classes.csv (lines "value, name").
+    cfg.DATASETS.SEMANTIC_MAPS = CfgNode()
+    cfg.DATASETS.SEMANTIC_MAPS.ROOT = ""
+    cfg.DATASETS.SEMANTIC_MAPS.TRAIN_SPLIT = "training"
+    cfg.DATASETS.SEMANTIC_MAPS.TEST_SPLIT = "validation"
+    cfg.DATASETS.SEMANTIC_MAPS.CLASSES = []
+
+    # UPerNet (MODEL.SEM_SEG_HEAD.NAME UPerNetHead; CONVS_DIM, NORM, LOSS_WEIGHT are those of
+    # SEM_SEG_HEAD): grids of the pyramid pooling, and the auxiliary FCN head.
+    cfg.MODEL.UPERNET = CfgNode()
+    cfg.MODEL.UPERNET.POOL_SCALES = (1, 2, 3, 6)
+    cfg.MODEL.UPERNET.DROPOUT = 0.1
+    cfg.MODEL.UPERNET.AUX_FEATURE = "p2"
+    cfg.MODEL.UPERNET.AUX_DIM = 256
+    cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT = 0.4
+
+    # With INPUT.CROP.ENABLED. Instances: where RESIZE is not empty, half of the images are first
+    # resized to one of these shortest edges and cropped, as DETR's are. Semantic maps: crops that
+    # one class fills to more than SINGLE_CATEGORY_MAX_AREA are tried anew, ten times.
+    cfg.INPUT.CROP.RESIZE = ()
+    cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+
+    # Semantic segmentation is tested on overlapping windows of WINDOW pixels, STRIDE pixels apart
+    # (0: on whole images), and, with TEST.AUG.ENABLED, at several sizes and mirrored.
+    cfg.TEST.SLIDE = CfgNode()
+    cfg.TEST.SLIDE.WINDOW = 0
+    cfg.TEST.SLIDE.STRIDE = 0
+
+    # LR_SCHEDULER_NAME may also be "WarmupPolyLR": (1 - progress) ** POLY_LR_POWER.
+    cfg.SOLVER.POLY_LR_POWER = 1.0
+
     # "ADAMW", or "SGD" with Detectron2's own MOMENTUM and NESTEROV. Norms follow
     # WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS; relative-position tables are never decayed.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
@@ -102,6 +145,21 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     cfg.merge_from_file(config_file, allow_unsafe=False)
     cfg.merge_from_list(list(overrides))
     return cfg
+
+
+def expand_path(cfg: CfgNode, section: str, key: str) -> str:
+    """The path that ``cfg.DATASETS[section][key]`` names, with "~" and "$VARIABLE" expanded.
+
+    Raises:
+        ValueError: such a variable is not set.
+    """
+    path = os.path.expanduser(os.path.expandvars(cfg.DATASETS[section][key]))
+    if "$" in path:
+        raise ValueError(
+            f"DATASETS.{section}.{key} is {path!r}, but that environment variable is not set: "
+            f"set it, or give the path as DATASETS.{section}.{key}"
+        )
+    return path
 
 
 def dtype_of(key: str, name: str, choices: Sequence[str] = tuple(_DTYPES)) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""One's own data in COCO format, named by config keys."""
+"""One's own data, named by config keys: in COCO format here, the rest beside."""
 
 from __future__ import annotations
 
@@ -6,16 +6,77 @@ import logging
 import os
 from typing import Any
 
+import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import BoxMode
 
 from e3va.data.coco import MIN_SIDE, clip_box, read_coco
+from e3va.detectron2.config import expand_path
+from e3va.detectron2.semantic import SemanticMapper, register_semantic_maps
+from e3va.detectron2.voc import register_voc_tree
 
 logger = logging.getLogger(__name__)
 
 _KEYS = "DATASETS.COCO_JSON"
+
+
+def register_datasets(cfg: CfgNode) -> None:
+    """Register the data sets that cfg.DATASETS.COCO_JSON, VOC_TREE or SEMANTIC_MAPS names, and
+    make ``cfg`` use them and their number of classes.
+
+    Raises:
+        FileNotFoundError: something that they name is not there.
+        ValueError: more than one of the three is given, or its content is not what it should be.
+    """
+    data = cfg.DATASETS
+    given = {
+        "COCO_JSON": data.COCO_JSON.TRAIN_JSON or data.COCO_JSON.TEST_JSON,
+        "VOC_TREE": data.VOC_TREE.ROOT,
+        "SEMANTIC_MAPS": data.SEMANTIC_MAPS.ROOT,
+    }
+    names = [f"DATASETS.{section}" for section, path in given.items() if path]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are both given: give one")
+    register_coco_json(cfg)
+    register_voc_tree(cfg)
+    register_semantic_maps(cfg)
+
+
+def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper | SemanticMapper:
+    """What makes a model's input of a record of a data set."""
+    if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        return SemanticMapper(cfg, is_train)
+    crop = cfg.INPUT.CROP
+    if not (is_train and crop.ENABLED and crop.RESIZE):
+        return DatasetMapper(cfg, is_train)
+    resized_crop = [
+        T.ResizeShortestEdge(crop.RESIZE, sample_style="choice"),
+        InstanceCrop(crop.TYPE, crop.SIZE),
+    ]
+    augmentations = [
+        T.RandomApply(T.AugmentationList(resized_crop), prob=0.5),
+        *build_augmentation(cfg, is_train),
+    ]
+    # Polygons that reach out of the crop would have boxes that do.
+    return DatasetMapper(cfg, is_train, augmentations=augmentations, recompute_boxes=False)
+
+
+class InstanceCrop(T.RandomCrop):
+    """Detectron2's random crop, except that polygons are moved and not cut, which would take
+    shapely: boxes are cut, and beyond them masks are never looked at."""
+
+    def get_transform(self, image: np.ndarray) -> T.CropTransform:
+        crop = super().get_transform(image)
+        return _MovingCrop(crop.x0, crop.y0, crop.w, crop.h)
+
+
+class _MovingCrop(T.CropTransform):
+    def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
+        return [self.apply_coords(polygon) for polygon in polygons]
 
 
 def register_coco_json(cfg: CfgNode) -> None:
@@ -33,10 +94,11 @@ def register_coco_json(cfg: CfgNode) -> None:
     """
     categories: dict[str, list[str]] = {}
     for split in ("TRAIN", "TEST"):
-        json_file = _expand(cfg, f"{split}_JSON")
+        json_file = expand_path(cfg, "COCO_JSON", f"{split}_JSON")
         if not json_file:
             continue
-        images = _expand(cfg, f"{split}_IMAGES") or os.path.dirname(os.path.abspath(json_file))
+        images = expand_path(cfg, "COCO_JSON", f"{split}_IMAGES")
+        images = images or os.path.dirname(os.path.abspath(json_file))
         if not os.path.isfile(json_file):
             raise FileNotFoundError(f"{_KEYS}.{split}_JSON: no file {json_file!r}")
         if not os.path.isdir(images):
@@ -62,16 +124,6 @@ def register_coco_json(cfg: CfgNode) -> None:
     for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         head.NUM_CLASSES = len(names)
     logger.info("%d classes, from %s: %s", len(names), first, ", ".join(names))
-
-
-def _expand(cfg: CfgNode, key: str) -> str:
-    path = os.path.expanduser(os.path.expandvars(cfg.DATASETS.COCO_JSON[key]))
-    if "$" in path:
-        raise ValueError(
-            f"{_KEYS}.{key} is {path!r}, but that environment variable is not set: "
-            f"set it, or give the path as {_KEYS}.{key}"
-        )
-    return path
 
 
 def _names(content: dict[str, Any]) -> list[str]:

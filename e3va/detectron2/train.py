@@ -1,5 +1,5 @@
 """A Detectron2 trainer: optimizer groups, mixed precision on any device, accumulated gradients,
-averaged weights, exact resume, COCO evaluation."""
+averaged weights, exact resume, evaluation by task."""
 
 from __future__ import annotations
 
@@ -13,18 +13,29 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog, build_detection_test_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
 from detectron2.engine.hooks import EvalHook, HookBase
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import (
+    COCOEvaluator,
+    DatasetEvaluator,
+    PascalVOCDetectionEvaluator,
+)
+from detectron2.solver import LRMultiplier, WarmupParamScheduler
+from detectron2.solver import build_lr_scheduler as build_default_lr_scheduler
 from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
 from detectron2.utils import comm
+from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from e3va.detectron2.checkpoint import SafeCheckpointer, frozen_hash, frozen_names
 from e3va.detectron2.config import dtype_of
+from e3va.detectron2.data import build_mapper
 from e3va.detectron2.loader import TrainLoader, batch_share, reseed
+from e3va.detectron2.semantic import build_semantic_evaluator, semantic_inference
+from e3va.detectron2.voc import VOCTreeEvaluator
 from e3va.highway import BIASES, OUTPUTS, PARAMETERS
 from e3va.measure import trainable_parameters
 
@@ -85,8 +96,8 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def train(self) -> dict[str, Any]:
-        """Train, and return the metrics of the last evaluation by task ("bbox", "segm"); {} where
-        there was none, or another process has them."""
+        """Train, and return the metrics of the last evaluation by task ("bbox", "segm",
+        "sem_seg"); {} where there was none, or another process has them."""
         self._trainer.seed = self.data_loader.seed = self.seed
         self.data_loader.start = self.start_iter
         super().train()
@@ -133,14 +144,38 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        return TrainLoader(cfg)
+        return TrainLoader(cfg, build_mapper(cfg, True))
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Any:
+        return build_detection_test_loader(cfg, dataset_name, mapper=build_mapper(cfg, False))
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        return super().test(cfg, semantic_inference(cfg, model), evaluators)
+
+    @classmethod
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        kind = MetadataCatalog.get(dataset_name).evaluator_type
+        if kind == "voc_tree":
+            return VOCTreeEvaluator(dataset_name)
+        if kind == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        if kind in ("sem_seg", "semantic_maps"):
+            return build_semantic_evaluator(cfg, dataset_name)
         tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
         evaluator = COCOEvaluator(
             dataset_name, tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
@@ -200,6 +235,21 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     optimizer.register_step_pre_hook(clip_gradients)
     return optimizer
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
+    """The schedule that cfg.SOLVER describes: one of Detectron2's, or "WarmupPolyLR"."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
+        return build_default_lr_scheduler(cfg, optimizer)
+    schedule = WarmupParamScheduler(
+        PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
 
 
 class StepTrainer(SimpleTrainer):

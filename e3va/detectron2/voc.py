@@ -1,0 +1,218 @@
+"""One's own boxes in a Pascal VOC tree: registered from config keys, scored by VOC's AP."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.evaluation.pascal_voc_evaluation import parse_rec
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from e3va.detectron2.config import expand_path
+
+logger = logging.getLogger(__name__)
+
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def register_voc_tree(cfg: CfgNode) -> None:
+    """Register the splits of the tree that cfg.DATASETS.VOC_TREE names, and make ``cfg`` use them.
+
+    Sets DATASETS.TRAIN, DATASETS.TEST and the number of classes; does nothing without a ROOT.
+    Boxes are clipped to their images; those without width or height are dropped, and one warning
+    says how many.
+
+    Raises:
+        FileNotFoundError: the tree lacks a folder, a split, an annotation or an image.
+        ValueError: an XML file is broken or names an unknown class, or masks are asked for.
+    """
+    root = expand_path(cfg, "VOC_TREE", "ROOT")
+    if not root:
+        return
+    tree = cfg.DATASETS.VOC_TREE
+    if cfg.MODEL.MASK_ON:
+        raise ValueError("DATASETS.VOC_TREE has boxes and no masks: set MODEL.MASK_ON to False")
+    if not tree.TEST_SPLIT:
+        logger.warning("no DATASETS.VOC_TREE.TEST_SPLIT: nothing is evaluated")
+    splits = {split: _read_split(Path(root), split) for split in _splits(tree)}
+    found = {box["name"] for records in splits.values() for r in records for box in r["boxes"]}
+    classes = list(tree.CLASSES) or sorted(found)
+    if not found <= set(classes):
+        unknown = ", ".join(sorted(found - set(classes)))
+        raise ValueError(f"{root} has boxes of {unknown}, which DATASETS.VOC_TREE.CLASSES lacks")
+    dropped = 0
+    for split, records in splits.items():
+        for record in records:
+            boxes = record.pop("boxes")
+            usable = [_annotation(box, classes, record) for box in boxes]
+            record["annotations"] = [a for a in usable if a]
+            dropped += usable.count(None)
+        name = _name(root, split)
+        if name in DatasetCatalog:  # named in an earlier config of this process
+            DatasetCatalog.remove(name)
+            MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, lambda records=records: records)
+        MetadataCatalog.get(name).set(
+            thing_classes=classes, dirname=root, split=split, year=2012, evaluator_type="voc_tree"
+        )
+    if dropped:
+        logger.warning("%s: dropped %d boxes without width or height", root, dropped)
+    cfg.DATASETS.TRAIN = (_name(root, tree.TRAIN_SPLIT),)
+    cfg.DATASETS.TEST = (_name(root, tree.TEST_SPLIT),) if tree.TEST_SPLIT else ()
+    for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
+        head.NUM_CLASSES = len(classes)
+    logger.info("%d classes in %s: %s", len(classes), root, ", ".join(classes))
+
+
+class VOCTreeEvaluator(PascalVOCDetectionEvaluator):
+    """Detectron2's AP of Pascal VOC (2012: the area under the curve) of one's own tree.
+
+    Scored are the boxes that the data set has loaded, so that tags that Detectron2's evaluator
+    demands may be missing; the mean is over the classes that occur.
+
+    Args:
+        dataset_name: as :func:`register_voc_tree` has registered it.
+    """
+
+    _predictions: dict[int, list[str]]
+
+    def __init__(self, dataset_name: str) -> None:
+        super().__init__(dataset_name)
+        self._records = DatasetCatalog.get(dataset_name)
+        # The files between prediction and score are separated by blanks, which a name may have.
+        self._numbers = {record["image_id"]: i for i, record in enumerate(self._records)}
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        numbered = [{"image_id": self._numbers[sample["image_id"]]} for sample in inputs]
+        super().process(numbered, outputs)
+
+    def evaluate(self) -> dict[str, dict[str, float]] | None:
+        """ "AP", "AP50" and "AP75" under "bbox"; None in all processes but the first."""
+        present = sorted(
+            {
+                annotation["category_id"]
+                for record in self._records
+                for annotation in record["annotations"]
+                if not annotation["difficult"]
+            }
+        )
+        self._class_names = [str(label) for label in present]
+        self._predictions = {i: self._predictions[label] for i, label in enumerate(present)}
+        with tempfile.TemporaryDirectory(prefix="e3va_voc_") as folder:
+            for i, record in enumerate(self._records):
+                _write_annotations(Path(folder) / f"{i}.xml", record["annotations"])
+            names = Path(folder) / "images.txt"
+            names.write_text("".join(f"{i}\n" for i in range(len(self._records))))
+            self._anno_file_template = os.path.join(folder, "{}.xml")
+            self._image_set_path = str(names)
+            try:
+                return super().evaluate()
+            finally:
+                parse_rec.cache_clear()
+
+
+def _splits(tree: CfgNode) -> list[str]:
+    return [split for split in dict.fromkeys((tree.TRAIN_SPLIT, tree.TEST_SPLIT)) if split]
+
+
+def _name(root: str, split: str) -> str:
+    return f"voc_tree:{os.path.abspath(root)}:{split}"
+
+
+def _read_split(root: Path, split: str) -> list[dict[str, Any]]:
+    """Detectron2's records of a split, with raw "boxes" instead of annotations."""
+    folders = {name: root / name for name in ("Annotations", "JPEGImages", "ImageSets/Main")}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise FileNotFoundError(f"DATASETS.VOC_TREE.ROOT: no folder {str(folder)!r}")
+    names = folders["ImageSets/Main"] / f"{split}.txt"
+    if not names.is_file():
+        known = ", ".join(sorted(file.stem for file in names.parent.glob("*.txt")))
+        raise FileNotFoundError(f"no split {split!r} at {names}; known: {known or 'none'}")
+    images = {file.stem: file for file in folders["JPEGImages"].iterdir()}
+    records = []
+    for name in filter(None, map(str.strip, names.read_text().splitlines())):
+        if name not in images:
+            folder = folders["JPEGImages"]
+            raise FileNotFoundError(f"no image {name!r} in {folder}, but {names} lists it")
+        xml = folders["Annotations"] / f"{name}.xml"
+        size, boxes = _read_xml(xml)
+        if size is None:
+            with Image.open(images[name]) as file:
+                size = file.size
+        width, height = size
+        records.append(
+            {
+                "file_name": str(images[name]),
+                "image_id": name,
+                "height": height,
+                "width": width,
+                "boxes": boxes,
+            }
+        )
+    return records
+
+
+def _read_xml(path: Path) -> tuple[tuple[int, int] | None, list[dict[str, Any]]]:
+    """The image's (width, height), None if it is not given, and its boxes."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no annotation file at {path}")
+    try:
+        content = ElementTree.parse(path)
+        size = tuple(int(content.findtext(f"size/{side}", "0")) for side in ("width", "height"))
+        boxes = [
+            {
+                "name": item.findtext("name", "").strip(),
+                "difficult": item.findtext("difficult", "0").strip() == "1",
+                "corners": [float(item.findtext(f"bndbox/{corner}", "")) for corner in _CORNERS],
+            }
+            for item in content.findall("object")
+        ]
+    except (ElementTree.ParseError, ValueError) as error:
+        raise ValueError(f"{path} is no annotation of Pascal VOC: {error}") from error
+    if not all(box["name"] for box in boxes):
+        raise ValueError(f"{path} is no annotation of Pascal VOC: an object has no name")
+    return (size if all(size) else None), boxes  # type: ignore[return-value]
+
+
+def _annotation(
+    box: dict[str, Any], classes: list[str], record: dict[str, Any]
+) -> dict[str, Any] | None:
+    """A box as Detectron2 has it, clipped to its image; None if it is empty.
+
+    VOC counts pixels from 1 and includes the last.
+    """
+    xmin, ymin, xmax, ymax = box["corners"]
+    xmin, ymin = max(xmin, 1.0), max(ymin, 1.0)
+    xmax, ymax = min(xmax, float(record["width"])), min(ymax, float(record["height"]))
+    if not (xmin < xmax and ymin < ymax):
+        return None
+    return {
+        "category_id": classes.index(box["name"]),
+        "bbox": [xmin - 1, ymin - 1, xmax, ymax],
+        "bbox_mode": BoxMode.XYXY_ABS,
+        "difficult": box["difficult"],
+    }
+
+
+def _write_annotations(path: Path, annotations: list[dict[str, Any]]) -> None:
+    """What Detectron2's evaluator reads, with numbers for names."""
+    root = ElementTree.Element("annotation")
+    for annotation in annotations:
+        item = ElementTree.SubElement(root, "object")
+        tags = {"name": annotation["category_id"], "difficult": int(annotation["difficult"])}
+        for tag, value in {**tags, "pose": "", "truncated": 0}.items():
+            ElementTree.SubElement(item, tag).text = str(value)
+        corners = ElementTree.SubElement(item, "bndbox")
+        x1, y1, x2, y2 = annotation["bbox"]
+        for corner, value in zip(_CORNERS, (x1 + 1, y1 + 1, x2, y2), strict=True):
+            ElementTree.SubElement(corners, corner).text = str(round(value))
+    ElementTree.ElementTree(root).write(path)
