@@ -15,12 +15,15 @@ from PIL import Image
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
+from detectron2.config import LazyConfig, instantiate
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
+from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 
 from e3va.detectron2 import (
@@ -217,6 +220,65 @@ def test_full_size_models(name, variant, features):
         assert adapters == pytest.approx(expected, rel=2e-2)
 
 
+@pytest.mark.parametrize("letter", "bl")
+def test_lazy_configs(letter, tmp_path):
+    """They agree with the YAML of the same name; narrowed, they train for a step."""
+    path = FOLDER / f"lazy/cascade_mask_rcnn_e3va_swin_{letter}_3x.py"
+    cfg = LazyConfig.load(str(path))
+    yaml = load_config(str(FOLDER / "coco" / path.with_suffix(".yaml").name))
+    swin = cfg.model.backbone.bottom_up.swin
+    assert (swin.swin.swin.variant, swin.weights) == (f"swin_{letter}", yaml.MODEL.E3VA.WEIGHTS)
+    assert cfg.train.max_iter == cfg.lr_multiplier.scheduler.num_updates == yaml.SOLVER.MAX_ITER
+    assert tuple(cfg.lr_multiplier.scheduler.milestones) == yaml.SOLVER.STEPS
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (1e-4, 0.05)
+    assert list(cfg.model.pixel_mean) == yaml.MODEL.PIXEL_MEAN
+    assert list(cfg.model.pixel_std) == pytest.approx(yaml.MODEL.PIXEL_STD)
+
+    swin.swin.swin.variant, swin.weights, swin.swin.dtype.name = "swin_digits", "", "float32"
+    names = f"lazy:{letter}"
+    if names not in DatasetCatalog:
+        register_coco_instances(names, {}, str(write_coco(tmp_path)), str(tmp_path))
+    train = cfg.dataloader.train
+    train.dataset.names, train.total_batch_size, train.num_workers = names, 2, 0
+    train.mapper.augmentations[1].short_edge_length = (64,)
+    model = instantiate(cfg.model)
+    cfg.optimizer.params.model = model
+    optimizer = instantiate(cfg.optimizer)
+    batch = next(iter(instantiate(train)))
+    with EventStorage():
+        sum(model(batch).values()).backward()
+    optimizer.step()
+    decay = {p: g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert set(decay) == set(trained.values())
+    assert not [n for n, p in trained.items() if p.grad is None]
+    stage = model.backbone.bottom_up.swin.highway.stages[0]
+    assert (decay[stage.b], decay[stage.c], decay[stage.P]) == (0, 0, 0.05)
+    assert decay[model.backbone.bottom_up.swin.norms[0].weight] == 0
+
+
+def test_tools_of_detectron2_run_on_our_configs(tmp_path):
+    """By way of python -m e3va.detectron2, which adds our keys to their configs."""
+    tool = tmp_path / "tool.py"
+    tool.write_text(
+        "import sys\n"
+        "from detectron2.config import get_cfg\n"
+        "from detectron2.modeling import BACKBONE_REGISTRY\n"
+        "cfg = get_cfg()\n"
+        "cfg.merge_from_file(sys.argv[1])\n"
+        "assert cfg.MODEL.BACKBONE.NAME in BACKBONE_REGISTRY\n"
+        "print(__name__, cfg.MODEL.TUNING.METHOD)\n"
+    )
+
+    def run(*arguments):
+        command = [sys.executable, "-m", "e3va.detectron2", *map(str, arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+    done = run(tool, FOLDER / "coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml")
+    assert done.stdout.split() == ["__main__", "e3va"], done.stderr
+    assert "usage: python -m e3va.detectron2 TOOL.py" in run().stderr
+
+
 def test_cascade_configs_follow_the_recipe():
     for variant in "tsbl":
         cfg = load_config(str(FOLDER / f"coco/cascade_mask_rcnn_e3va_swin_{variant}_3x.yaml"))
@@ -410,7 +472,8 @@ def test_miou_against_its_definition(semantic):
 
 
 def test_semantic_training_crops(semantic):
-    cfg = semantic(**{"INPUT.CROP.SIZE": [32, 24], "INPUT.MIN_SIZE_TRAIN": (40,)})
+    crop = {"INPUT.CROP.ENABLED": True, "INPUT.CROP.TYPE": "absolute", "INPUT.CROP.SIZE": [32, 24]}
+    cfg = semantic(**crop, **{"INPUT.MIN_SIZE_TRAIN": (40,)})
     (record, _) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
     sample = SemanticMapper(cfg, True)(record)
     assert sample["image"].shape == (3, 32, 24)
