@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +75,9 @@ def flat(values: dict) -> list:
     return [item for pair in values.items() for item in pair]
 
 
-def write_voc(folder: Path, boxes=None, size=(70, 50), tags=False) -> Path:
+def write_voc(
+    folder: Path, boxes=None, size=(70, 50), tags=False, stems=("a b", "c", "d.e")
+) -> Path:
     """A tree of three images, the last without boxes; in "train" all of them, in "val" the first.
 
     ``boxes``: of the first image, (name, xmin, ymin, xmax, ymax, difficult).
@@ -82,7 +85,6 @@ def write_voc(folder: Path, boxes=None, size=(70, 50), tags=False) -> Path:
     boxes = boxes or [("red car", 5, 6, 30, 40, 0), ("N/A", 20, 3, 60, 33, 0)]
     for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (folder / name).mkdir(parents=True)
-    stems = ["a b", "c", "d.e"]
     rng = np.random.default_rng(0)
     for stem, image_boxes in zip(stems, (boxes, boxes[:1], []), strict=True):
         pixels = rng.integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
@@ -105,7 +107,7 @@ def write_voc(folder: Path, boxes=None, size=(70, 50), tags=False) -> Path:
                 ElementTree.SubElement(box, tag).text = str(value)
         ElementTree.ElementTree(root).write(folder / f"Annotations/{stem}.xml")
     (folder / "ImageSets/Main/train.txt").write_text("".join(f"{s}\n" for s in stems))
-    (folder / "ImageSets/Main/val.txt").write_text("a b\n")
+    (folder / "ImageSets/Main/val.txt").write_text(f"{stems[0]}\n")
     return folder
 
 
@@ -235,6 +237,8 @@ def test_lazy_configs(letter, tmp_path):
     assert list(cfg.model.pixel_std) == pytest.approx(yaml.MODEL.PIXEL_STD)
 
     swin.swin.swin.variant, swin.weights, swin.swin.dtype.name = "swin_digits", "", "float32"
+    cfg.model.roi_heads.batch_size_per_image = 16
+    cfg.model.proposal_generator.post_nms_topk = (20, 20)
     names = f"lazy:{letter}"
     if names not in DatasetCatalog:
         register_coco_instances(names, {}, str(write_coco(tmp_path)), str(tmp_path))
@@ -645,6 +649,41 @@ def test_windows_and_sizes_of_a_trained_segmentor(semantic):
     results = trainer.test(trainer.cfg, trainer.model)
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
     assert trainer.model.training
+
+
+# Data sets where Detectron2 looks for them
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    if "DETECTRON2_DATASETS" in os.environ:
+        pytest.skip("$DETECTRON2_DATASETS is set: Detectron2 does not look in ./datasets")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "datasets"
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "faster_rcnn"])
+def test_pascal_voc(datasets, tmp_path, detector):
+    boxes = [("car", 5, 6, 30, 40, 0), ("dog", 20, 3, 60, 33, 0)]
+    for year in (2007, 2012):
+        stems = [f"{year}_{i}" for i in range(3)]
+        root = write_voc(datasets / f"VOC{year}", boxes, tags=True, stems=stems)
+        sets = root / "ImageSets/Main"
+        (sets / "train.txt").rename(sets / "trainval.txt")
+        shutil.copy(sets / "trainval.txt", sets / "test.txt")
+    trainer = Trainer(registered(FOLDER / f"voc/{detector}_e3va_swin_b.yaml", tmp_path))
+    assert np.isfinite(step(trainer)["total_loss"][0])
+    assert "AP50" in trainer.test(trainer.cfg, trainer.model)["bbox"]
+
+
+def test_ade20k(datasets, tmp_path):
+    root = write_maps(datasets / "ADEChallengeData2016")
+    (root / "annotations").rename(root / "annotations_detectron2")
+    trainer = Trainer(registered(FOLDER / "ade20k/upernet_e3va_swin_b.yaml", tmp_path))
+    assert np.isfinite(step(trainer)["total_loss"][0])
+    results = trainer.test(trainer.cfg, trainer.model)["sem_seg"]
+    assert 0 <= results["mIoU"] <= 100
+    assert len([key for key in results if key.startswith("IoU-")]) == 150
 
 
 # Real images
