@@ -34,7 +34,7 @@ from e3va.detectron2 import (
     load_config,
     register_datasets,
 )
-from e3va.detectron2.data import build_mapper
+from e3va.detectron2.data import InstanceCrop, build_mapper
 from e3va.detectron2.semantic import SemanticMapper, read_map, semantic_inference
 from e3va.detectron2.train import build_lr_scheduler
 from tests.test_detectron2 import ROOT, step, write_coco
@@ -43,7 +43,7 @@ FOLDER = ROOT / "detectron2_configs"
 CONFIGS = [p for p in sorted(FOLDER.rglob("*.yaml")) if "Base" not in p.name]
 VOC = str(FOLDER / "digits/retinanet_e3va.yaml")
 SEMANTIC = str(FOLDER / "digits/upernet_e3va.yaml")
-NAMES = ["red car", "N/A", "absent"]
+NAMES = ["absent", "red car", "N/A"]
 
 # The narrowest that every config can be made, but for its detector, its recipe and its precision.
 SMALL = {
@@ -340,6 +340,16 @@ def test_half_of_the_images_are_cropped():
     assert not any(
         isinstance(a, T.RandomApply) for a in build_mapper(cfg, False).augmentations.augs
     )
+
+
+def test_crops_move_polygons():
+    """And do not cut them, which Detectron2 does with a library that may not be there."""
+    image = T.AugInput(np.zeros((60, 80, 3), np.uint8))
+    crop = InstanceCrop("absolute", (20, 30))(image)
+    assert image.image.shape == (20, 30, 3)
+    polygon = np.array([[0.0, 0.0], [80.0, 0.0], [40.0, 60.0]])
+    (moved,) = crop.apply_polygons([polygon])
+    np.testing.assert_array_equal(moved, polygon - [crop.x0, crop.y0])
 
 
 # Pascal VOC

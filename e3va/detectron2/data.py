@@ -76,7 +76,7 @@ class InstanceCrop(T.RandomCrop):
 
 class _MovingCrop(T.CropTransform):
     def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        return [self.apply_coords(polygon) for polygon in polygons]
+        return [self.apply_coords(polygon.copy()) for polygon in polygons]
 
 
 def register_coco_json(cfg: CfgNode) -> None:
