@@ -34,7 +34,6 @@ model.backbone.bottom_up = L(E3VASwinBackbone)(
 )
 model.backbone.in_features = ["p0", "p1", "p2", "p3"]
 model.proposal_generator.post_nms_topk = (2000, 1000)
-model.roi_heads.mask_head.conv_dims = [256] * 5
 
 dataloader = model_zoo.get_config("common/data/coco.py").dataloader
 dataloader.train.mapper.image_format = "RGB"

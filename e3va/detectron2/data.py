@@ -83,9 +83,9 @@ def register_coco_json(cfg: CfgNode) -> None:
     """Register the data sets that cfg.DATASETS.COCO_JSON names, and make ``cfg`` use them.
 
     Sets DATASETS.TRAIN or DATASETS.TEST, or both, and the number of classes; without a TEST_JSON,
-    nothing is evaluated. Annotations that
-    cannot be trained on are dropped when the data are loaded: boxes that lie outside of their
-    image or are thinner than 0.1 pixels, and, where masks are trained, instances without a mask.
+    nothing is evaluated. Annotations that cannot be trained on are dropped when the data are
+    loaded: boxes that lie outside of their image or are thinner than 0.1 pixels, and, where masks
+    are trained, instances without a mask.
 
     Raises:
         FileNotFoundError: a JSON or an image folder is not there.
