@@ -77,14 +77,14 @@ def _export(options: argparse.Namespace) -> None:
 
 def _config(options: argparse.Namespace) -> Any:
     """The Detectron2 config that the options speak of. Data need not be there, but name classes."""
-    from e3va.detectron2 import load_config, register_coco_json
+    from e3va.detectron2 import load_config, register_datasets
 
     overrides = [word for pair in options.set for word in pair]
     cfg = load_config(options.config, [*overrides, "MODEL.WEIGHTS", options.weights])
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
     with contextlib.suppress(FileNotFoundError):
-        register_coco_json(cfg)
+        register_datasets(cfg)
     return cfg
 
 

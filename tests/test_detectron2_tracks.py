@@ -524,7 +524,7 @@ def test_bad_semantic_maps(semantic, tmp_path):
     with pytest.raises(ValueError, match=r"must name the values 1, 2, …, got \[1, 3\]"):
         semantic(root)
     (root / "classes.csv").unlink()
-    with pytest.raises(ValueError, match="no classes"):
+    with pytest.raises(FileNotFoundError, match="no classes"):
         semantic(root)
     with pytest.raises(ValueError, match="at most 254"):
         semantic(root, classes=[str(i) for i in range(255)])

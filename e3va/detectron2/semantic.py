@@ -39,8 +39,8 @@ def register_semantic_maps(cfg: CfgNode) -> None:
     Sets DATASETS.TRAIN, DATASETS.TEST and the number of classes; does nothing without a ROOT.
 
     Raises:
-        FileNotFoundError: a folder or a map is not there.
-        ValueError: the classes are unknown, or their values are not 1, 2, ….
+        FileNotFoundError: a folder, a map or the names of the classes are not there.
+        ValueError: the values of the classes are not 1, 2, …, or are too many.
     """
     root = expand_path(cfg, "SEMANTIC_MAPS", "ROOT")
     if not root:
@@ -237,7 +237,7 @@ def _starts(size: int, window: int, stride: int) -> list[int]:
 
 def _read_classes(path: Path) -> list[str]:
     if not path.is_file():
-        raise ValueError(
+        raise FileNotFoundError(
             f"no classes: there is no {path}, and DATASETS.SEMANTIC_MAPS.CLASSES is []"
         )
     with path.open(newline="", encoding="utf-8-sig") as file:
