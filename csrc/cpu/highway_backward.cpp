@@ -15,7 +15,7 @@ constexpr int kTile = 12;  // rows of a GEMM tile
 constexpr int kSide = 8;   // and of a tile of a sum over rows
 constexpr int kBlock = 2 * kTile;
 constexpr int kTileBlock = 2 * kTileDepth;
-constexpr int64_t kChunk = 1024;  // rows; 64 bits of a partial sum are worth more than its memory
+constexpr int64_t kChunk = 5 * kTileBlock;  // rows; more would leave threads of a small map idle
 
 int64_t gradient_size(const AdapterBackwardParams& p) {
   return (p.channels + 2 * p.hidden) * p.rank + p.hidden;
@@ -183,6 +183,8 @@ E3VA_INLINE void run_in_tiles(const AdapterBackwardParams& p, int64_t begin, int
       const int64_t rows = std::min<int64_t>(kTileBlock, last - first);
       for (int64_t i = 0; i < kTileBlock; ++i) {
         const bool inside = i < rows;  // the others add nothing to the sums
+        prefetch(dS_in, (first + kTileBlock + i) * p.stride);
+        prefetch<true>(S, (first + i) * p.stride);
         for (int64_t r = 0; r < R; ++r) {
           t[i * kr + r] = inside ? t_in[(first + i) * R + r] : BFloat16{};
           dS[i * kr + r] = inside ? dS_in[(first + i) * p.stride + r] : BFloat16{};

@@ -24,6 +24,11 @@ E3VA_INLINE void add_and_normalise(
   Floats total = {};
   for (int64_t c = 0; c < C; c += kLanes) {
     const bool full = c < whole;
+    // Two rows on: with so much to do in between the processor does not foresee them in time.
+    prefetch(x + c, 2 * C);
+    prefetch(y + c, 2 * C);
+    prefetch<true>(y_out + c, 2 * C);
+    prefetch<true>(static_cast<T*>(p.z), at + c + 2 * C);
     const Floats sum = full ? load(x + c) + load(y + c)
                             : load_some(x + c, C - c) + load_some(y + c, C - c);
     T stored[kLanes];

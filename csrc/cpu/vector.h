@@ -33,6 +33,12 @@ E3VA_INLINE float sum(Floats x) {
   return total;
 }
 
+// Asks for what lies `ahead` values past `at`, inside of an allocation or not.
+template <bool kWrite = false, typename T>
+E3VA_INLINE void prefetch(const T* at, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(uintptr_t(at) + ahead * sizeof(T)), kWrite);
+}
+
 // Storage types -----------------------------------------------------------------------------------
 
 struct BFloat16 {

@@ -190,7 +190,7 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
       std::copy_n(from + C, d, &k[t * d]);
       std::copy_n(from + 2 * C, d, &v[t * d]);
       // The next head's: too far apart for the processor to foresee.
-      for (int64_t part = 0; part < 3; ++part) __builtin_prefetch(from + part * C + d);
+      for (int64_t part = 0; part < 3; ++part) prefetch(from, part * C + d);
     }
     for (int64_t t = 0; t < m; t += kTileSide) {
       Words block[kTileSide];
