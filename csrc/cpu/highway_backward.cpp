@@ -74,8 +74,8 @@ E3VA_INLINE void run(const AdapterBackwardParams& p, int64_t begin, int64_t end)
       }
       for (int64_t i = rows; i < padded; ++i)  // adds nothing to the sums
         for (int64_t r = 0; r < lr; ++r) t[i * lr + r] = dS[i * lr + r] = 0.0f;
-      gemm<kTile, 1>(t.data(), lr, 1, Q.data(), lm, a.data(), lm, padded, lm, R, false);
-      gemm<kTile, 1>(dS.data(), lr, 1, Ut.data(), lm, dz.data(), lm, padded, lm, R, false);
+      gemm<kTile / 2, 2>(t.data(), lr, 1, Q.data(), lm, a.data(), lm, padded, lm, R, false);
+      gemm<kTile / 2, 2>(dS.data(), lr, 1, Ut.data(), lm, dz.data(), lm, padded, lm, R, false);
       for (int64_t j = 0; j < lm; j += kLanes) {
         Floats column = load(&db[j]);
         for (int64_t i = 0; i < padded; ++i) {

@@ -67,7 +67,7 @@ E3VA_INLINE void add_and_normalise(
 template <typename T>
 E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end) {
   const int64_t C = p.channels, lc = round_up(C, kLanes);
-  const int64_t lr = round_up(p.rank, kLanes), lm = round_up(p.hidden, kLanes);
+  const int64_t lr = round_up(p.rank, kLanes), lm = round_up(p.hidden, 2 * kLanes);
   // The weights with their columns padded to whole vectors; empty without an adapter.
   std::vector<float> P(p.P ? C * lr : 0), Q(p.rank * lm), b(lm), U(p.hidden * lr);
   if (p.P) {
@@ -102,7 +102,7 @@ E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end
       narrow(&t[i * lr], p.rank, stored);
       widen(stored, p.rank, &t[i * lr]);  // the backward, too, knows t as stored
     }
-    gemm<kTile, 1>(t.data(), lr, 1, Q.data(), lm, a.data(), lm, padded, lm, p.rank, false);
+    gemm<kTile / 2, 2>(t.data(), lr, 1, Q.data(), lm, a.data(), lm, padded, lm, p.rank, false);
     for (int64_t i = 0; i < padded; ++i)
       for (int64_t j = 0; j < lm; j += kLanes) {
         Floats value, slope;
