@@ -58,3 +58,20 @@ def test_competitors_compute_the_same(op, stage):
     ours, *others = (run() for run in competitors.values())
     for other in others:
         torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_tracks(tmp_path, capsys):
+    """Two methods on one track, two iterations each: every number is there."""
+    pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.tracks is not run")
+    from bench import tracks
+
+    options = ["--tracks", "semantic", "--methods", "norm", "e3va", "--iterations", "2"]
+    file = tmp_path / "tracks.json"
+    report = tracks.main([*options, "--output", str(tmp_path), "--json", str(file)])
+    assert json.loads(file.read_text()) == report
+    methods = report["tracks"]["semantic"]["methods"]
+    assert methods["e3va"]["saved_bytes"] < methods["norm"]["saved_bytes"]
+    for numbers in methods.values():
+        assert 0 <= numbers.pop("score") <= 100
+        assert all(value > 0 for value in numbers.values())
+    assert "mIoU" in capsys.readouterr().out
