@@ -1,6 +1,7 @@
 """The commands of ``e3va`` that work on files."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,11 @@ def options(weights, *more):
     return ["--config", config, "--weights", str(weights), *scores, *map(str, more)]
 
 
+@pytest.fixture
+def opencv():
+    pytest.importorskip("cv2", reason="OpenCV is missing: predict is left untested")
+
+
 def write_images(folder):
     sizes = {"wide.jpg": (53, 90), "tall.png": (71, 40)}
     for name, size in sizes.items():
@@ -73,6 +79,15 @@ def write_images(folder):
     return sizes
 
 
+def test_predict_without_opencv_says_what_to_do(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    monkeypatch.delitem(sys.modules, "detectron2.utils.visualizer", raising=False)
+    write_images(tmp_path)
+    with pytest.raises(ImportError, match=r"pip install 'e3va\[predict\]'"):
+        main(["predict", str(tmp_path / "wide.jpg"), *options(trained[1])])
+
+
+@pytest.mark.usefixtures("opencv")
 def test_predict_writes_pictures_and_json(trained, tmp_path):
     _, weights = trained
     sizes = write_images(tmp_path)
@@ -95,6 +110,7 @@ def test_predict_writes_pictures_and_json(trained, tmp_path):
     assert none["instances"] == []
 
 
+@pytest.mark.usefixtures("opencv")
 def test_predict_names_the_classes_where_the_data_are(trained, tmp_path):
     _, weights = trained
     write_images(tmp_path)
@@ -111,6 +127,7 @@ def test_predict_names_the_classes_where_the_data_are(trained, tmp_path):
     assert {found["category"] for found in entry["instances"]} <= set(names.values())
 
 
+@pytest.mark.usefixtures("opencv")
 def test_predict_names_what_is_wrong(trained, tmp_path):
     _, weights = trained
     with pytest.raises(FileNotFoundError, match=r"nowhere\.jpg"):

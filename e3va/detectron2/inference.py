@@ -18,7 +18,6 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import build_model
-from detectron2.utils.visualizer import ColorMode, Visualizer
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -77,9 +76,14 @@ def predict(
         as run-length encoding).
 
     Raises:
+        ImportError: OpenCV is missing, which Detectron2 draws with.
         FileNotFoundError: an image is missing; nothing has been predicted then.
         ValueError: MODEL.WEIGHTS is empty, or two images have one name.
     """
+    try:
+        from detectron2.utils.visualizer import ColorMode, Visualizer
+    except ModuleNotFoundError as error:
+        raise ImportError("Detectron2 draws with OpenCV: pip install 'e3va[predict]'") from error
     for path in images:
         if not path.is_file():
             raise FileNotFoundError(f"no image at {path}")
