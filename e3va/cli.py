@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,15 +75,13 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _config(options: argparse.Namespace) -> Any:
-    """The Detectron2 config that the options speak of. Data need not be there, but name classes."""
-    from e3va.detectron2 import load_config, register_datasets
+    """The Detectron2 config that the options speak of. Its data need not be there."""
+    from e3va.detectron2 import load_config
 
     overrides = [word for pair in options.set for word in pair]
     cfg = load_config(options.config, [*overrides, "MODEL.WEIGHTS", options.weights])
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    with contextlib.suppress(FileNotFoundError):
-        register_datasets(cfg)
     return cfg
 
 

@@ -111,20 +111,25 @@ def test_predict_writes_pictures_and_json(trained, tmp_path):
 
 
 @pytest.mark.usefixtures("opencv")
-def test_predict_names_the_classes_where_the_data_are(trained, tmp_path):
+@pytest.mark.parametrize(
+    ("classes", "test", "expected"),
+    [
+        (["ant", "bee", "cat"], (), ["ant", "bee", "cat"]),
+        (["ant", "bee", "cat"], ("coco_2017_val",), ["ant", "bee", "cat"]),
+        ([], ("coco_2017_val",), ["person", "bicycle", "car"]),
+        ([], ("nobody_registered_it",), ["0", "1", "2"]),
+    ],
+)
+def test_predict_names_the_classes_without_the_data(trained, tmp_path, classes, test, expected):
     _, weights = trained
     write_images(tmp_path)
-    names = {7: "cat", 2: "ant", 5: "bee"}
-    categories = [{"id": i, "name": name} for i, name in names.items()]
-    coco = tmp_path / "coco.json"
-    coco.write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    data = []
-    for key, value in (("TRAIN_JSON", ""), ("TEST_JSON", coco)):
-        data += ["--set", f"DATASETS.COCO_JSON.{key}", str(value)]
-    arguments = options(weights, "--output", tmp_path / "out", "--min-score", "0.0", *data)
+    names = ["--set", "DATASETS.CLASSES", str(classes), "--set", "DATASETS.TEST", str(test)]
+    arguments = options(weights, "--output", tmp_path / "out", "--min-score", "0.0", *names)
     assert main(["predict", str(tmp_path / "wide.jpg"), *arguments]) == 0
     (entry,) = json.loads((tmp_path / "out/predictions.json").read_text())
-    assert {found["category"] for found in entry["instances"]} <= set(names.values())
+    found = {instance["category"] for instance in entry["instances"]}
+    assert found
+    assert found <= set(expected)
 
 
 @pytest.mark.usefixtures("opencv")

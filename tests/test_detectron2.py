@@ -285,7 +285,7 @@ def test_add_config_leaves_detectron2_defaults_alone():
     ours, theirs = get_cfg(), get_cfg()
     add_e3va_config(ours)
     del ours.MODEL["TUNING"], ours.MODEL["E3VA"], ours.MODEL["UPERNET"]
-    for section in ("COCO_JSON", "VOC_TREE", "SEMANTIC_MAPS"):
+    for section in ("CLASSES", "COCO_JSON", "VOC_TREE", "SEMANTIC_MAPS"):
         del ours.DATASETS[section]
     del ours.INPUT.CROP["RESIZE"], ours.INPUT.CROP["SINGLE_CATEGORY_MAX_AREA"]
     del ours.TEST["SLIDE"], ours.SOLVER["POLY_LR_POWER"]
@@ -307,6 +307,7 @@ def test_add_config_leaves_detectron2_defaults_alone():
 def test_classes_come_from_the_json(tiny):
     cfg = tiny("MODEL.ROI_HEADS.NUM_CLASSES", 80)
     assert cfg.MODEL.ROI_HEADS.NUM_CLASSES == cfg.MODEL.RETINANET.NUM_CLASSES == 2
+    assert cfg.DATASETS.CLASSES == ["red", "green"]
     records = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
     assert MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).thing_classes == ["red", "green"]
     assert [a["category_id"] for r in records for a in r["annotations"]] == [1, 0, 1]

@@ -378,6 +378,7 @@ def test_a_perfect_detector_scores_100_on_a_tree(voc):
     with a class that does not occur."""
     cfg = voc(classes=NAMES)
     assert cfg.MODEL.RETINANET.NUM_CLASSES == cfg.MODEL.ROI_HEADS.NUM_CLASSES == 3
+    assert cfg.DATASETS.CLASSES == NAMES
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert MetadataCatalog.get(name).thing_classes == NAMES
         result = score(Trainer.build_evaluator(cfg, name), detections(DatasetCatalog.get(name)))
@@ -469,6 +470,7 @@ def test_miou_against_its_definition(semantic):
     assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 3
     name = cfg.DATASETS.TEST[0]
     assert MetadataCatalog.get(name).stuff_classes == ["class 1", "class 2", "class 3"]
+    assert cfg.DATASETS.CLASSES == ["class 1", "class 2", "class 3"]
     (record,) = DatasetCatalog.get(name)
     with Image.open(record["sem_seg_file_name"]) as file:
         truth = np.array(file).astype(int) - 1

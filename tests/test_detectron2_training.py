@@ -136,8 +136,9 @@ def test_a_trunk_that_no_file_brings_is_kept(tmp_path, tiny):
 
 
 def test_a_checkpoint_over_another_trunk(tmp_path, tiny):
-    Trainer(tiny()).checkpointer.save("mine")
-    config = Trainer(tiny()).model.backbone.bottom_up.swin.trunk.config
+    trainer = Trainer(tiny())
+    trainer.checkpointer.save("mine")
+    config = trainer.model.backbone.bottom_up.swin.trunk.config
     save_trunk(FrozenSwin(config), tmp_path / "other.safetensors")
     for method in ("e3va", "full"):
         for weights in ("", tmp_path / "other.safetensors"):

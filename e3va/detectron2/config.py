@@ -54,6 +54,8 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # take long at first.
     cfg.MODEL.E3VA.COMPILE = False
 
+    # Names of the classes of one's own data: written when they are registered, kept by config.yaml.
+    cfg.DATASETS.CLASSES = []
     # One's own data in COCO format. A given JSON replaces DATASETS.TRAIN or DATASETS.TEST, and the
     # number of classes is then taken from it. IMAGES is the folder that the JSON's file names are
     # relative to; empty: the folder of the JSON. "~" and "$VARIABLE" are expanded.

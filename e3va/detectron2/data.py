@@ -123,6 +123,7 @@ def register_coco_json(cfg: CfgNode) -> None:
             )
     for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         head.NUM_CLASSES = len(names)
+    cfg.DATASETS.CLASSES = names
     logger.info("%d classes, from %s: %s", len(names), first, ", ".join(names))
 
 

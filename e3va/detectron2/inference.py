@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 import safetensors.torch
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -22,7 +21,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from e3va.data.coco import read_coco
 from e3va.detectron2.checkpoint import SafeCheckpointer
 from e3va.files import atomic_path
 
@@ -64,7 +62,7 @@ def predict(
     """Predict on images, and write a picture of each with what was found, and predictions.json.
 
     Args:
-        cfg: the config; its test data set, if it is registered, names the classes.
+        cfg: the config; DATASETS.CLASSES names the classes, or a data set that Detectron2 knows.
         images: files of any format that Pillow reads.
         output: folder to write ``NAME.png`` and ``predictions.json`` to. Semantic maps go to
             ``NAME_classes.png``, an index of 8 bits for each pixel.
@@ -90,12 +88,7 @@ def predict(
     if len({path.stem for path in images}) < len(images):
         raise ValueError("two images have the same name: their pictures would overwrite each other")
     model = load_model(cfg)
-    metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0] if cfg.DATASETS.TEST else "__none__")
-    classes = metadata.get("thing_classes")
-    if classes is None and metadata.get("json_file") and os.path.isfile(metadata.json_file):
-        categories = read_coco(metadata.json_file)["categories"]
-        classes = [c["name"] for c in sorted(categories, key=lambda c: c["id"])]
-        metadata.set(thing_classes=classes)
+    metadata = _metadata(cfg)
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     output.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -114,7 +107,7 @@ def predict(
             instances = instances[instances.scores >= min_score]
             drawing.draw_instance_predictions(instances)
             entry["instances"] = [
-                {"category": _name(classes, r["category_id"]), **_without_ids(r)}
+                {"category": metadata.thing_classes[r["category_id"]], **_without_ids(r)}
                 for r in instances_to_coco_json(instances, 0)
             ]
         if "sem_seg" in found:
@@ -152,8 +145,16 @@ def export(cfg: CfgNode, target: Path) -> None:
     logger.info("wrote %d tensors, %.1f MiB", len(state), target.stat().st_size / 2**20)
 
 
-def _name(classes: Sequence[str] | None, index: int) -> str | int:
-    return classes[index] if classes else index
+def _metadata(cfg: CfgNode) -> Metadata:
+    """What there is to know about the classes; nameless ones are called by their numbers."""
+    if not cfg.DATASETS.CLASSES:
+        for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
+            if name in MetadataCatalog:
+                return MetadataCatalog.get(name)
+    heads = (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.SEM_SEG_HEAD)
+    numbers = [str(i) for i in range(max(head.NUM_CLASSES for head in heads))]
+    classes = list(cfg.DATASETS.CLASSES) or numbers
+    return Metadata(thing_classes=classes, stuff_classes=classes)
 
 
 def _without_ids(result: dict[str, Any]) -> dict[str, Any]:

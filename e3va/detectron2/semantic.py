@@ -71,6 +71,7 @@ def register_semantic_maps(cfg: CfgNode) -> None:
         names.append(name)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(names[:1]), tuple(names[1:])
     cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = len(classes)
+    cfg.DATASETS.CLASSES = classes
     logger.info("%d classes in %s: %s", len(classes), root, ", ".join(classes))
 
 

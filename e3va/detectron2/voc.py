@@ -69,6 +69,7 @@ def register_voc_tree(cfg: CfgNode) -> None:
     cfg.DATASETS.TEST = (_name(root, tree.TEST_SPLIT),) if tree.TEST_SPLIT else ()
     for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
         head.NUM_CLASSES = len(classes)
+    cfg.DATASETS.CLASSES = classes
     logger.info("%d classes in %s: %s", len(classes), root, ", ".join(classes))
 
 
