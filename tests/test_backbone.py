@@ -137,8 +137,8 @@ def test_gradients_equal_autograd_through_the_unfused_network():
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_saved_bytes_are_exactly_as_designed(autocast, taps):
     """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e, or a
-    byte or half of one a value and 4 for each token's scale, t K·N·α·e, and the feature p N·C·e,
-    which a neck keeps too. Beside these the output norm's statistics 2·N·4 and the folded Q and U
+    byte or half of one a value and 4 for each token's scale, t K·N·α·e, or beside int4 taps a byte
+    a value and such a scale, and the feature p N·C·e, which a neck keeps too. Beside these the output norm's statistics 2·N·4 and the folded Q and U
     2·K·α·m·4. Nothing of width m per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
     stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
@@ -148,7 +148,8 @@ def test_saved_bytes_are_exactly_as_designed(autocast, taps):
     expected = 0
     for s, (K, C) in enumerate(zip(TINY.num_taps, TINY.dims, strict=True)):
         N = 2 * math.ceil(41 / 2 ** (s + 2)) * math.ceil(50 / 2 ** (s + 2))
-        expected += K * N * stored(C) + K * N * config.rank * e + N * C * e
+        t = config.rank + 4 if taps == "int4" else config.rank * e
+        expected += K * N * (stored(C) + t) + N * C * e
         expected += 2 * N * 4 + 2 * K * config.rank * config.hidden(C) * 4
     with SavedBytes([backbone]) as saved, torch.autocast("cpu", autocast, enabled=bool(autocast)):
         backbone(image)

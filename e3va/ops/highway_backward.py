@@ -13,7 +13,7 @@ from torch import Tensor
 
 from e3va.ops import dispatch, reference
 from e3va.ops.checks import check_floating, check_same_dtype, check_shape
-from e3va.ops.taps import TAPS, stored_channels
+from e3va.ops.taps import TAPS, compress, expand, stored_channels
 
 dispatch.register("highway_backward", "reference")(reference.highway_backward)
 
@@ -39,7 +39,7 @@ def highway(
     ``t`` and ``s`` are what :func:`e3va.ops.sublayer_epilogue` made of ``x`` with *these* P, Q, b
     and U. Gradients go to ``h_in`` and to P, Q, b, U, V, c, through t and s as functions of the
     taps; the trunk's tensors (y_in, y_out, x, t, s) get none. Saved for backward: x, t and the
-    parameters.
+    parameters. Beside taps in "int4" t would be a fifth of it, and is kept in "int8".
 
     A fused backward reads the taps and t once and G twice, and writes gradients of parameters
     alone, the same bits on every run: fixed chunks of rows are summed by themselves, then in order.
@@ -92,7 +92,8 @@ def highway(
     check_shape("V", V, adapters, rank, channels)
     check_shape("c", c, channels)
     lists = (list(values) for values in (x, scale, t, s))
-    return torch.ops.e3va.highway(h_in, y_in, y_out, taps, *lists, P, Q, b, U, V, c)
+    h, _, _ = torch.ops.e3va.highway(h_in, y_in, y_out, taps, *lists, P, Q, b, U, V, c)
+    return h
 
 
 @torch.library.custom_op("e3va::highway", mutates_args=())
@@ -111,26 +112,39 @@ def _highway(
     U: Tensor,
     V: Tensor,
     c: Tensor,
-) -> Tensor:
-    return reference.highway(h_in, y_in, y_out, s, V, c)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h_out; beside int4 taps also t in int8 [K, N, α] and its scales [K, N]."""
+    h = reference.highway(h_in, y_in, y_out, s, V, c)
+    if taps != "int4" or not t:
+        return h, h.new_empty(0), h.new_empty(0)
+    kept, scales = zip(*(compress(t_k, "int8", seed=0) for t_k in t), strict=True)
+    return h, torch.stack(kept), torch.stack(scales)
 
 
 @_highway.register_fake
 def _(h_in, y_in, y_out, taps, x, scale, t, s, P, Q, b, U, V, c):
-    return y_out.new_empty(y_out.shape)
+    h = y_out.new_empty(y_out.shape)
+    if taps != "int4" or not t:
+        return h, h.new_empty(0), h.new_empty(0)
+    shape = len(t), *t[0].shape
+    return h, h.new_empty(shape, dtype=torch.int8), h.new_empty(shape[:2], dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):
     _, _, _, ctx.taps, x, scale, t, _, P, Q, b, U, V, _ = inputs
-    ctx.save_for_backward(P, Q, b, U, V, *t, *x, *scale)
+    _, t_kept, t_scale = output
+    ctx.mark_non_differentiable(t_kept, t_scale)
+    t = (t_kept, t_scale) if ctx.taps == "int4" else t
+    ctx.save_for_backward(P, Q, b, U, V, *x, *scale, *t)
 
 
-def _backward(ctx, G):
+def _backward(ctx, G, *_):
     P, Q, b, U, V, *saved = ctx.saved_tensors
     K = len(P)
-    t, x, scale = saved[:K], saved[K : 2 * K], saved[2 * K :]
+    x, saved = saved[:K], saved[K:]
+    scale, t = ([], saved) if ctx.taps == "full" else (saved[:K], saved[K:])
     grads = torch.ops.e3va.highway_backward(G, ctx.taps, x, scale, t, P, Q, b, U, V)
-    nothing = ([None] * len(values) for values in (x, scale, t, t))
+    nothing = ([None] * len(values) for values in (x, scale, x, x))
     return G, None, None, None, *nothing, *grads
 
 
@@ -150,9 +164,12 @@ def _highway_backward(
     U: Tensor,
     V: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dP, dQ, db, dU, dV, dc) from G [..., C], the K taps x [..., C], or as stored, and t [N, α];
-    shapes and dtype of the parameters, accumulated in fp32 or wider. Has no backward of its own."""
+    """(dP, dQ, db, dU, dV, dc) from G [..., C], the K taps x [..., C], or as stored, and K t
+    [N, α], or as :func:`_highway` keeps them; shapes and dtype of the parameters, accumulated in
+    fp32 or wider. Has no backward of its own."""
     x = [x_k.flatten(0, -2) for x_k in x]
+    if taps == "int4":
+        t = [expand(*kept, "int8", P.shape[-1], G.dtype) for kept in zip(*t, strict=True)]
     return dispatch.run("highway_backward", G, G.flatten(0, -2), x, scale, taps, t, P, Q, b, U, V)
 
 

@@ -56,9 +56,8 @@ def highway(
     c: Tensor,  # [C]
 ) -> Tensor:
     # h_in == y_in at initialisation: this order makes h_out == y_out to the last bit.
-    base = (y_out + (h_in - y_in)) + c.to(y_out)
-    h = torch.addmm(base.flatten(0, -2), torch.cat(list(s), dim=1), V.flatten(0, 1).to(y_out))
-    return h.view_as(y_out)
+    h = (h_in - y_in).add_(y_out).add_(c.to(y_out)).flatten(0, -2)
+    return h.addmm_(torch.cat(list(s), dim=1), V.flatten(0, 1).to(y_out)).view_as(y_out)
 
 
 def highway_backward(

@@ -3,6 +3,7 @@ import torch
 
 import e3va
 from e3va import ops
+from e3va.ops.taps import compress
 from tests import oracles
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
@@ -160,6 +161,13 @@ def test_opcheck():
     torch.library.opcheck(
         torch.ops.e3va.highway_backward.default, (G, "full", x, [], t, *values[:5])
     )
+
+
+def test_opcheck_of_int4():
+    h_in, y_in, y_out, x, t, s, parameters = opcheck_arguments()
+    codes, scale = zip(*(compress(x_k, "int4", seed=1) for x_k in x), strict=True)
+    args = (h_in, y_in, y_out, "int4", codes, scale, t, s, *parameters.values())
+    torch.library.opcheck(torch.ops.e3va.highway.default, args)
 
 
 @pytest.mark.parametrize(

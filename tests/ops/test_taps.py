@@ -172,7 +172,8 @@ def gradients(taps, x, G, parameters, seeds):
     "taps, tolerance", [("full", 0.0), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
 )
 def test_gradients(device, channels, dtype, taps, tolerance):
-    """Only P's gradient sees the stored taps; all others are exact."""
+    """Only P's gradient sees the stored taps; all others are exact but for t, which int4 keeps in
+    eight bits."""
     parameters = make_parameters(3, channels, 5, 12, torch.float32)
     x = [torch.randn(2, 9, 11, channels).to(dtype) for _ in range(3)]
     G = torch.randn(2, 9, 11, channels).to(dtype)
@@ -184,7 +185,8 @@ def test_gradients(device, channels, dtype, taps, tolerance):
     for name in NAMES:
         ours[name] = ours[name].cpu()
         assert relative_error(ours[name], same[name]) < TOLERANCE[dtype], name
-        allowed = TOLERANCE[dtype] + (tolerance if name == "P" else 0)
+        rounded_t = 0.01 if taps == "int4" and name in "QbUV" else 0.0
+        allowed = TOLERANCE[dtype] + (tolerance if name == "P" else rounded_t)
         assert relative_error(ours[name], exact[name]) < allowed, name
     if taps != "full":
         assert relative_error(ours["P"], exact["P"]) > 1e-4  # it was compressed indeed
