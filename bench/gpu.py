@@ -29,13 +29,14 @@ from e3va.ops.taps import TAPS, compress
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # (B, H, W, C, heads): stages of Swin-T, -B and -L, and sizes that no tile divides.
 SHAPES = [(1, 50, 84, 96, 3), (2, 25, 42, 512, 16), (1, 13, 21, 1536, 48), (1, 1, 1, 192, 6)]
+DRY_SHAPES = [(2, 13, 21, 96, 3), (1, 1, 1, 192, 6)]
 ADAPTERS = 3
 
 
 def checks(device: torch.device) -> Iterator[dict[str, Any]]:
     """Relative errors of every op, in every dtype that has kernels here."""
     for dtype in TOLERANCE:
-        for shape in SHAPES:
+        for shape in SHAPES if device.type == "cuda" else DRY_SHAPES:
             for op, found, expected in results(shape, dtype, device):
                 found, expected = found.double().cpu(), expected.double()
                 error = ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()

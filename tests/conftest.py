@@ -5,6 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+# The workers of pytest-xdist share the cores, as do the programs that they run: more threads than
+# cores would wait for each other.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 

@@ -138,8 +138,9 @@ def test_gradients_equal_autograd_through_the_unfused_network():
 def test_saved_bytes_are_exactly_as_designed(autocast, taps):
     """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e, or a
     byte or half of one a value and 4 for each token's scale, t K·N·α·e, or beside int4 taps a byte
-    a value and such a scale, and the feature p N·C·e, which a neck keeps too. Beside these the output norm's statistics 2·N·4 and the folded Q and U
-    2·K·α·m·4. Nothing of width m per token, nothing of the trunk but its taps."""
+    a value and such a scale, and the feature p N·C·e, which a neck keeps too. Beside these the
+    output norm's statistics 2·N·4 and the folded Q and U 2·K·α·m·4. Nothing of width m
+    per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
     stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
     backbone = E3VABackbone(FrozenSwin(TINY), HighwayConfig(branches=1, kernel_dim=4), taps)

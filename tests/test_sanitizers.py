@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = ["-std=c++20", "-O1", "-g", "-Wno-psabi"]
+FLAGS = ["-std=c++20", "-O0", "-g", "-Wno-psabi"]
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 

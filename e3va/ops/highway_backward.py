@@ -169,7 +169,8 @@ def _highway_backward(
     fp32 or wider. Has no backward of its own."""
     x = [x_k.flatten(0, -2) for x_k in x]
     if taps == "int4":
-        t = [expand(*kept, "int8", P.shape[-1], G.dtype) for kept in zip(*t, strict=True)]
+        rank = P.shape[-1]
+        t = [expand(kept, scale_k, "int8", rank, G.dtype) for kept, scale_k in zip(*t, strict=True)]
     return dispatch.run("highway_backward", G, G.flatten(0, -2), x, scale, taps, t, P, Q, b, U, V)
 
 

@@ -182,9 +182,11 @@ def test_gradients(device, channels, dtype, taps, tolerance):
     with e3va.backend("reference"):
         exact = gradients("full", x, G, parameters, torch.arange(3))
         same = gradients(taps, x, G, parameters, torch.arange(3))
+    # Where t lies between two codes of eight bits, its last bit decides which one it gets.
+    tie = 1e-3 if taps == "int4" else 0.0
     for name in NAMES:
         ours[name] = ours[name].cpu()
-        assert relative_error(ours[name], same[name]) < TOLERANCE[dtype], name
+        assert relative_error(ours[name], same[name]) < TOLERANCE[dtype] + tie, name
         rounded_t = 0.01 if taps == "int4" and name in "QbUV" else 0.0
         allowed = TOLERANCE[dtype] + (tolerance if name == "P" else rounded_t)
         assert relative_error(ours[name], exact[name]) < allowed, name
