@@ -22,7 +22,7 @@ def few_splits(monkeypatch):
     monkeypatch.setattr(highway_backward, "SPLITS", 5)
 
 
-def check(shape, taps, channels, rank, hidden, dtype):
+def check(shape, taps, channels, rank, hidden, dtype, spoil=lambda tensor: tensor):
     from e3va.kernels.highway_backward import highway_backward
 
     exact = make_parameters(taps, channels, rank, hidden)
@@ -32,9 +32,9 @@ def check(shape, taps, channels, rank, hidden, dtype):
     expected = torch.autograd.grad(out, list(exact.values()), G.double())
 
     P, Q, b, U, V, _ = (exact[name].detach().float().to(DEVICE) for name in NAMES)
-    x = [x_k.flatten(0, -2).to(DEVICE) for x_k in x]
-    t = [x_k @ P_k.to(dtype) for x_k, P_k in zip(x, P, strict=True)]
-    arguments = (G.flatten(0, -2).to(DEVICE), x, [], "full", t, P, Q, b, U, V)
+    x = [spoil(x_k.flatten(0, -2).to(DEVICE)) for x_k in x]
+    t = [spoil(x_k @ P_k.to(dtype)) for x_k, P_k in zip(x, P, strict=True)]
+    arguments = (spoil(G.flatten(0, -2).to(DEVICE)), x, [], "full", t, P, Q, b, U, V)
     grads = highway_backward(*arguments)
     for name, ours, theirs in zip(NAMES, grads, expected, strict=True):
         assert ours.dtype == torch.float32 and ours.shape == theirs.shape, name
@@ -51,10 +51,25 @@ def test_any_map(shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "taps, channels, rank, hidden", [(1, 96, 4, 24), (3, 192, 16, 96), (4, 128, 64, 128)]
+    "taps, channels, rank, hidden",
+    [
+        (1, 96, 4, 24),
+        (3, 192, 16, 96),
+        (4, 128, 64, 128),
+        (2, 768, 16, 192),
+        (1, 1536, 16, 768),
+    ],
 )
 def test_any_adapter(taps, channels, rank, hidden, dtype):
     check((1, 5, 9), taps, channels, rank, hidden, dtype)
+
+
+def test_many_taps():
+    check((1, 1, 5), 36, 24, 4, 12, torch.bfloat16)
+
+
+def test_strided_input():
+    check((1, 5, 9), 2, 24, 5, 12, torch.float32, lambda tensor: tensor.t().contiguous().t())
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 300, 1000])
