@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = commands.add_parser(
         "convert", help="a trunk's weights, of any format that is known, as one of ours"
     )
-    convert.add_argument("source", type=Path, help="a file of Microsoft's, MMDetection, timm, …")
+    convert.add_argument("source", type=Path, help="a file of Microsoft's, timm, …, or timm:NAME")
     convert.add_argument("target", type=Path, help="the .safetensors file to write")
     convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     convert.set_defaults(run=_convert)

@@ -1,4 +1,5 @@
-"""Pretrained trunks: files read without executing pickles, and their names translated to ours.
+"""Pretrained trunks: files read without executing pickles, timm's by name, and their names
+translated to ours.
 
 Ours are the official implementation's. A file is told by the name of its patch embedding, under
 whatever prefix (``backbone.``, ``swin.``, ``backbone.bottom_up.`` …); what does not belong to the
@@ -31,6 +32,9 @@ from e3va.trunk import WEIGHT_HASH, FrozenSwin, Swin
 
 State = dict[str, Tensor]
 
+TIMM = "timm:"
+"""What the name of a model of timm's begins with, where it stands for a file."""
+
 
 # --- Reading -----------------------------------------------------------------------------------
 
@@ -42,10 +46,16 @@ def read_weights(path: str | os.PathLike[str]) -> State:
     Dictionaries around the weights ("model", "state_dict") and a common prefix ``module.`` are
     taken off. No file can run code: only tensors, arrays and plain containers are built.
 
+    ``timm:NAME`` reads the pretrained weights that timm knows by NAME, which it downloads once.
+
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file has another suffix, is damaged, or holds more than plain weights.
+        ImportError: timm is wanted and not installed.
+        ValueError: the file has another suffix, is damaged, or holds more than plain weights; timm
+            does not know the name or cannot download it.
     """
+    if str(path).startswith(TIMM):
+        return _read_timm(str(path))
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -72,6 +82,20 @@ def read_weights(path: str | os.PathLike[str]) -> State:
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return state
+
+
+def _read_timm(source: str) -> State:
+    try:
+        import timm
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{source} needs timm: pip install timm") from error
+    try:
+        return timm.create_model(source.removeprefix(TIMM), pretrained=True).state_dict()
+    except Exception as error:  # of timm, of the Hugging Face Hub, or of any way to reach it
+        raise ValueError(
+            f"timm has no pretrained weights for {source}, or cannot download them; the path of a "
+            f"file that is here needs no network: {error}"
+        ) from error
 
 
 def _read_torch(path: Path) -> Any:
@@ -352,17 +376,27 @@ def load_trunk(trunk: Swin, path: str | os.PathLike[str]) -> None:
 
     Args:
         trunk: the Swin; unchanged if this fails.
-        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows.
+        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows, or
+            ``timm:NAME``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, holds no Swin, or another one than ``trunk``.
+        ImportError: timm is wanted and not installed.
+        ValueError: the file is damaged, holds no Swin, or another one than ``trunk``; timm cannot
+            bring it.
     """
+    _load(trunk, _read_trunk(path), path)
+
+
+def _read_trunk(path: str | os.PathLike[str]) -> State:
     content = read_weights(path)
     try:
-        state = convert_weights(content)
+        return convert_weights(content)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
+
+
+def _load(trunk: Swin, state: State, path: str | os.PathLike[str]) -> None:
     weights = {name: value.float() for name, value in state.items() if name != WEIGHT_HASH}
     own = trunk.state_dict()
     if WEIGHT_HASH in own:
@@ -379,18 +413,20 @@ def open_trunk(path: str | os.PathLike[str]) -> FrozenSwin:
     """The frozen trunk that a file of pretrained weights holds, whichever variant it is.
 
     Args:
-        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows.
+        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows, or
+            ``timm:NAME``.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, or holds no Swin.
+        ImportError: timm is wanted and not installed.
+        ValueError: the file is damaged, or holds no Swin; timm cannot bring it.
     """
+    state = _read_trunk(path)
     try:
-        config = swin_config_of(convert_weights(read_weights(path)))
+        trunk = FrozenSwin(swin_config_of(state))
     except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path} {error}") from None
-    trunk = FrozenSwin(config)
-    load_trunk(trunk, path)
+        raise ValueError(f"{path} {error}") from None
+    _load(trunk, state, path)
     return trunk
 
 

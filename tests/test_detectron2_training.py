@@ -16,12 +16,13 @@ from detectron2.engine import launch
 from detectron2.modeling import build_backbone, build_model
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import train_net
-from e3va.config import SWIN_VARIANTS, SwinConfig
+from e3va.config import SWIN_VARIANTS, SwinConfig, swin_config
 from e3va.detectron2 import (
     SafeCheckpointer,
     Trainer,
@@ -32,6 +33,7 @@ from e3va.detectron2 import (
 from e3va.detectron2.train import build_optimizer
 from e3va.trunk import FrozenSwin
 from e3va.weights import save_trunk, trunk_hash
+from tests import libraries
 from tests.test_detectron2 import DIGITS, overrides, write_coco
 
 TRUNK = "backbone.bottom_up.swin.trunk."
@@ -133,6 +135,26 @@ def test_a_trunk_that_no_file_brings_is_kept(tmp_path, tiny):
     assert_same(dict(trainer.model.state_dict()), dict(random.model.state_dict()))
     trainer.checkpointer.save("again")
     assert_same(dict(read(tmp_path / "out/again.pth")["model"]), dict(saved["model"]))
+
+
+def test_a_trunk_that_timm_brings(tmp_path, tiny, monkeypatch):
+    """Its checkpoints name it as the config does, and know its weights in whatever file."""
+    timm = pytest.importorskip("timm")
+    swin = libraries.build("timm", swin_config("swin_digits"), (224, 224))
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: swin)
+    trainer = Trainer(tiny("MODEL.E3VA.WEIGHTS", "timm:swin_mine"))
+    trainer.checkpointer.save("mine")
+    trunk = trainer.model.backbone.bottom_up.swin.trunk
+    path = tmp_path / "out/mine.pth"
+    assert read(path)["trunk"] == {"hash": trunk_hash(trunk), "source": "timm:swin_mine"}
+
+    save_file(swin.state_dict(), tmp_path / "mine.safetensors")
+    for weights in ("timm:swin_mine", tmp_path / "mine.safetensors"):
+        other = Trainer(tiny("MODEL.E3VA.WEIGHTS", weights))
+        other.checkpointer.load(str(path), checkpointables=[])
+        assert_same(state(other.model), state(trainer.model))
+    with pytest.raises(ValueError, match=r"set MODEL.E3VA.WEIGHTS to .* timm:swin_mine"):
+        Trainer(tiny()).checkpointer.load(str(path))
 
 
 def test_a_checkpoint_over_another_trunk(tmp_path, tiny):

@@ -42,7 +42,7 @@ def test_importing_is_lean():
         "import sys, torch, e3va\n"
         "assert not torch.cuda.is_initialized()\n"
         "heavy = {'triton', 'detectron2', 'torchvision', 'pycocotools', 'matplotlib', 'sklearn'}\n"
-        "heavy |= {'peft', 'transformers'}\n"
+        "heavy |= {'peft', 'timm', 'transformers'}\n"
         "import_of_torch = {m for m in heavy if m in sys.modules}\n"
         "assert not import_of_torch, import_of_torch\n"
     )

@@ -4,6 +4,8 @@ import functools
 import json
 import os
 import pickle
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from e3va import E3VABackbone, FrozenSwin, Swin, SwinConfig, load_trunk, save_trunk, swin_config
+from e3va import (
+    E3VABackbone,
+    FrozenSwin,
+    Swin,
+    SwinConfig,
+    load_trunk,
+    open_trunk,
+    save_trunk,
+    swin_config,
+)
 from e3va.trunk import WEIGHT_HASH
 from e3va.weights import convert_weights, read_weights, trunk_hash
 from tests import libraries
@@ -148,6 +159,63 @@ def test_loads_what_other_libraries_save(library, suffix, model_of, tmp_path):
     expected = convert_weights(model.state_dict())
     assert expected.keys() == dict(trunk.named_parameters()).keys()
     assert all(torch.equal(value, expected[name]) for name, value in trunk.named_parameters())
+
+
+NAME = "timm:swin_tiny_patch4_window7_224.ms_in22k"
+
+
+@pytest.fixture
+def timm_hub(model_of, monkeypatch, tmp_path):
+    """What timm would download for NAME is our small model, in a file; returns the model."""
+    timm = pytest.importorskip("timm")
+    model = model_of("timm")
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    small = {
+        "img_size": SIZE,
+        "embed_dim": CONFIG.embed_dim,
+        "depths": CONFIG.depths,
+        "num_heads": CONFIG.num_heads,
+        "window_size": CONFIG.window_size,
+        "num_classes": 0,
+        "pretrained_cfg_overlay": {"file": str(tmp_path / "model.safetensors")},
+    }
+    monkeypatch.setattr(timm, "create_model", functools.partial(timm.create_model, **small))
+    return model
+
+
+def test_loads_what_timm_knows_by_name(timm_hub):
+    image = torch.randn(1, 3, *SIZE)
+    expected = libraries.stage_outputs("timm", timm_hub, image)[-1]
+    trunk = FrozenSwin(CONFIG)
+    load_trunk(trunk, NAME)
+    opened = open_trunk(Path(NAME))  # as the commands have it
+    assert trunk_hash(opened) == trunk_hash(trunk)
+    for found in (trunk, opened):
+        torch.testing.assert_close(found(image)[-1].flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"{NAME} does not fit the trunk: .* and windows of 4"):
+        load_trunk(FrozenSwin(swin_config("swin_t")), NAME)
+
+
+@pytest.mark.parametrize(
+    "error", [None, OSError("no route to host")], ids=["unknown name", "no network"]
+)
+def test_says_what_timm_cannot_bring(error, monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def fail(name, pretrained):
+        raise error
+
+    if error:
+        monkeypatch.setattr(timm, "create_model", fail)
+    reason = "no route to host" if error else "Unknown model"
+    with pytest.raises(ValueError, match=rf"for timm:swin_x, .* path of a file .*: {reason}"):
+        open_trunk("timm:swin_x")
+
+
+def test_says_that_timm_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ImportError, match=f"{NAME} needs timm: pip install timm"):
+        open_trunk(NAME)
 
 
 def test_loads_the_files_of_the_hugging_face_hub(tmp_path):

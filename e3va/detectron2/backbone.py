@@ -74,7 +74,7 @@ class E3VASwinBackbone(Backbone):
 
 
 def with_weights(swin: SwinBackbone, weights: str) -> SwinBackbone:
-    """``swin``, its trunk's weights loaded from a path or URL; empty: left as they are."""
+    """``swin``, its trunk's weights loaded from a path, URL or timm:NAME; empty: left alone."""
     if weights:
         load_trunk(swin.trunk, PathManager.get_local_path(weights))
         logger.info("Loaded the trunk's weights from %s", weights)

@@ -32,9 +32,10 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # Side of its attention windows: 7, or 12 for weights pretrained at 384 pixels.
     cfg.MODEL.E3VA.WINDOW_SIZE = 7
     # The trunk's pretrained weights: a file of Microsoft's, MMDetection, timm, torchvision, Hugging
-    # Face or Detectron2, as a path, a URL, or e3va://swin_digits.safetensors, which ships with the
-    # package. Empty: random weights, or those that MODEL.WEIGHTS brings. Checkpoints leave out what
-    # stays as this file has it, and name it by its hash: they are loaded over the same file alone.
+    # Face or Detectron2, as a path, a URL, timm:NAME, which timm downloads, or
+    # e3va://swin_digits.safetensors, which ships with the package. Empty: random weights, or those
+    # that MODEL.WEIGHTS brings. Checkpoints leave out what stays as this file has it, and name it
+    # by its hash: they are loaded over the same file alone.
     cfg.MODEL.E3VA.WEIGHTS = ""
     # What a trunk stores its frozen weights in, and, without SOLVER.AMP, computes in, as does the
     # highway beside it: "float32", "bfloat16" or "float16" (to train, with SOLVER.AMP alone).

@@ -366,7 +366,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     net.add_argument("--kernel-dim", type=int, default=8, help="the adapters' rank is twice that")
     net.add_argument("--taps", choices=TAPS, default=DEFAULT_TAPS, help="as kept for backward")
     net.add_argument("--hidden-ratio", type=float, default=0.5, help="of their hidden width to C")
-    net.add_argument("--weights", type=Path, required=True, help="the trunk's pretrained weights")
+    net.add_argument("--weights", type=Path, required=True, help="the trunk's: file or timm:NAME")
     net.add_argument("--trunk-precision", choices=PRECISIONS, help="quantise the frozen trunk")
     net.add_argument("--min-size", type=int, nargs="+", default=[800], help="shorter image side")
     net.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
