@@ -288,6 +288,7 @@ def test_add_config_leaves_detectron2_defaults_alone():
     for section in ("CLASSES", "COCO_JSON", "VOC_TREE", "SEMANTIC_MAPS"):
         del ours.DATASETS[section]
     del ours.INPUT.CROP["RESIZE"], ours.INPUT.CROP["SINGLE_CATEGORY_MAX_AREA"]
+    del ours.INPUT["COLOR_JITTER"]
     del ours.TEST["SLIDE"], ours.SOLVER["POLY_LR_POWER"]
     del (
         ours.SOLVER["OPTIMIZER"],

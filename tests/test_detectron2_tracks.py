@@ -314,6 +314,7 @@ def test_ade20k_configs_follow_the_recipe():
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (160000, 16)
         assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == (6e-5, 0.01)
         assert cfg.INPUT.CROP.SIZE == [512, 512]
+        assert cfg.INPUT.COLOR_JITTER == 0.5
         assert cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT == 0.4
         classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_classes
         assert len(classes) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 150
@@ -500,6 +501,39 @@ def test_semantic_training_crops(semantic):
         file.resize((20, 20)).save(record["sem_seg_file_name"])
     with pytest.raises(ValueError, match=r"is 20×20 pixels, but .* is 48×40"):
         SemanticMapper(cfg, True)(record)
+
+
+def test_colour_jitter(semantic):
+    """Each of the three factors, found again in what is left of three colours, is drawn from 0.5 to
+    1.5 for every other training image; maps and test images stay as they are."""
+    as_it_is = {"INPUT.MIN_SIZE_TRAIN": (0,), "INPUT.MIN_SIZE_TEST": 0, "INPUT.RANDOM_FLIP": "none"}
+    cfg = semantic(**as_it_is)
+    (record, _) = DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    pixels = np.full((40, 48, 3), 80, np.uint8)
+    pixels[10:20], pixels[20:, :, 0] = 120, 120
+    Image.fromarray(pixels).save(record["file_name"], "PNG")
+    plain = SemanticMapper(cfg, True)(record)
+    cfg.INPUT.COLOR_JITTER = 0.5
+    mapper = SemanticMapper(cfg, True)
+    np.random.seed(0)
+    factors = []
+    for _ in range(100):
+        sample = mapper(record)
+        assert torch.equal(sample["sem_seg"], plain["sem_seg"])
+        assert sample["image"].dtype == torch.uint8
+        assert sample["image"].shape == plain["image"].shape
+        dark, bright, red = sample["image"][:, (5, 15, 25), 0].T.int().tolist()
+        assert max(dark) - min(dark) <= 1  # grey stays grey
+        spread = (bright[0] - dark[0]) / 40
+        brightness = spread + (dark[0] - 80 * spread) / pixels.mean()
+        factors.append((brightness, spread / brightness, (red[0] - red[1]) / 40 / spread))
+    for factor in np.array(factors).T:
+        assert 0.4 < factor.min() < 0.7 and 1.3 < factor.max() < 1.6
+        assert 35 < np.sum(abs(factor - 1) < 0.1) < 85
+    assert (SemanticMapper(cfg, False)(record)["image"].numpy() == pixels.transpose(2, 0, 1)).all()
+    cfg.INPUT.COLOR_JITTER = 1.5
+    with pytest.raises(ValueError, match=r"INPUT.COLOR_JITTER must be in \[0, 1\], got 1.5"):
+        SemanticMapper(cfg, True)
 
 
 def test_maps_of_every_kind(tmp_path):

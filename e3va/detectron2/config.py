@@ -99,6 +99,9 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # one class fills to more than SINGLE_CATEGORY_MAX_AREA are tried anew, ten times.
     cfg.INPUT.CROP.RESIZE = ()
     cfg.INPUT.CROP.SINGLE_CATEGORY_MAX_AREA = 1.0
+    # Semantic maps: each of brightness, contrast and saturation is multiplied, in half of the
+    # training images, by a factor from 1 - COLOR_JITTER to 1 + COLOR_JITTER; 0: in none.
+    cfg.INPUT.COLOR_JITTER = 0.0
 
     # Semantic segmentation is tested on overlapping windows of WINDOW pixels, STRIDE pixels apart
     # (0: on whole images), and, with TEST.AUG.ENABLED, at several sizes and mirrored.

@@ -99,11 +99,15 @@ def read_map(path: str | os.PathLike[str], num_classes: int | None = None) -> np
 
 
 class SemanticMapper:
-    """Makes a model's input of a record: resized, cropped (INPUT.CROP), flipped.
+    """Makes a model's input of a record: resized, cropped (INPUT.CROP), flipped, in other colours
+    (INPUT.COLOR_JITTER).
 
     Args:
         cfg: the config.
         is_train: for training; else the image is resized for testing, without its map.
+
+    Raises:
+        ValueError: INPUT.COLOR_JITTER is out of range.
     """
 
     def __init__(self, cfg: CfgNode, is_train: bool) -> None:
@@ -116,6 +120,14 @@ class SemanticMapper:
             augmentations.insert(
                 1, T.RandomCrop_CategoryAreaConstraint(crop.TYPE, crop.SIZE, area, UNLABELLED)
             )
+        jitter = cfg.INPUT.COLOR_JITTER
+        if not 0 <= jitter <= 1:
+            raise ValueError(f"INPUT.COLOR_JITTER must be in [0, 1], got {jitter}")
+        if is_train and jitter:
+            augmentations += [
+                T.RandomApply(change(1 - jitter, 1 + jitter), prob=0.5)
+                for change in (T.RandomBrightness, T.RandomContrast, T.RandomSaturation)
+            ]
         self._augmentations = T.AugmentationList(augmentations)
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
