@@ -27,6 +27,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from e3va import cli
 from e3va.detectron2 import (
     SemanticInference,
     Trainer,
@@ -695,6 +696,47 @@ def test_windows_and_sizes_of_a_trained_segmentor(semantic):
     results = trainer.test(trainer.cfg, trainer.model)
     assert 0 <= results["sem_seg"]["mIoU"] <= 100
     assert trainer.model.training
+
+
+def test_predicts_as_it_is_evaluated(semantic, tmp_path, monkeypatch):
+    """On windows and at several sizes, with the classes that config.yaml knows alone."""
+    pytest.importorskip("cv2", reason="OpenCV is missing: predict is left untested")
+    from detectron2.utils.visualizer import Visualizer
+
+    options = {"TEST.SLIDE.WINDOW": 32, "TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (32, 48)}
+    trainer = Trainer(semantic(**options))
+    cfg, head = trainer.cfg, trainer.model.sem_seg_head
+    nn.init.normal_(head.predictor[1].weight)
+    trainer.checkpointer.save("model_final")
+    (tmp_path / "out/config.yaml").write_text(cfg.dump())
+    sample, expected = infer(trainer)
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+    image = tmp_path / "street.jpg"
+    shutil.move(sample["file_name"], image)
+    shutil.rmtree(tmp_path / "maps")
+
+    names, draw = [], Visualizer.draw_sem_seg
+
+    def keep_names(self, *args):
+        names.extend(self.metadata.stuff_classes)
+        return draw(self, *args)
+
+    monkeypatch.setattr(Visualizer, "draw_sem_seg", keep_names)
+
+    def predict(*more):
+        config, weights = (str(tmp_path / "out" / n) for n in ("config.yaml", "model_final.pth"))
+        given = [str(image), "--output", str(tmp_path), "--config", config, "--weights", weights]
+        cli.main(["predict", *given, *more])
+        with Image.open(tmp_path / "street_classes.png") as file:
+            return np.array(file)
+
+    found = predict()
+    assert names == ["class 1", "class 2", "class 3"]
+    assert (found == expected["sem_seg"].argmax(0).numpy()).all()
+    for key, off in (("TEST.SLIDE.WINDOW", "0"), ("TEST.AUG.ENABLED", "False")):
+        assert (predict("--set", key, off) != found).any()
 
 
 # Data sets where Detectron2 looks for them

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from e3va.detectron2.checkpoint import SafeCheckpointer
+from e3va.detectron2.semantic import semantic_inference
 from e3va.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ class _Checkpointer(SafeCheckpointer):
 def predict(
     cfg: CfgNode, images: Sequence[Path], output: Path, min_score: float = 0.5
 ) -> list[dict[str, Any]]:
-    """Predict on images, and write a picture of each with what was found, and predictions.json.
+    """Predict on images as evaluation does, and write a picture of each with what was found, and
+    predictions.json.
 
     Args:
         cfg: the config; DATASETS.CLASSES names the classes, or a data set that Detectron2 knows.
@@ -87,7 +89,7 @@ def predict(
             raise FileNotFoundError(f"no image at {path}")
     if len({path.stem for path in images}) < len(images):
         raise ValueError("two images have the same name: their pictures would overwrite each other")
-    model = load_model(cfg)
+    model = semantic_inference(cfg, load_model(cfg))
     metadata = _metadata(cfg)
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
     output.mkdir(parents=True, exist_ok=True)
