@@ -30,11 +30,13 @@ from e3va.detectron2 import (
     load_config,
     register_coco_json,
 )
-from e3va.detectron2.train import build_optimizer
+from e3va.detectron2.checkpoint import frozen_names
+from e3va.detectron2.train import build_optimizer, distribute
 from e3va.trunk import FrozenSwin
 from e3va.weights import save_trunk, trunk_hash
 from tests import libraries
 from tests.test_detectron2 import DIGITS, overrides, write_coco
+from tests.test_detectron2_tracks import SEMANTIC, VOC, registered, write_maps, write_voc
 
 TRUNK = "backbone.bottom_up.swin.trunk."
 PACKAGED = "e3va://swin_digits.safetensors"
@@ -48,6 +50,7 @@ AVERAGEABLE = [
     *("SOLVER.OPTIMIZER", "SGD", "SOLVER.BASE_LR", 0.01, "SOLVER.IMS_PER_BATCH", 4),
 ]
 SAME_SIZE = [(64, 64)] * 5
+ITERATIONS = 2
 TWO = ("SOLVER.IMS_PER_BATCH", 2)
 
 
@@ -502,61 +505,93 @@ def test_averaged_weights_are_evaluated_and_saved(tmp_path, monkeypatch):
 # Several processes
 
 
+def exchange(cfg):
+    """Train as one of however many processes, unless the trunk is random: how the weights move, and
+    the bytes that DDP sends, of what is trained, outside of the frozen trunk, or all."""
+    seed_all_rng(3 + comm.get_rank())
+    broadcast, reduced = [], []
+    send = dist._broadcast_coalesced
+
+    def count(group, tensors, *args):
+        broadcast.extend(t.nbytes for t in tensors)
+        send(group, tensors, *args)
+
+    def reduce(sizes, bucket):
+        sizes.append(bucket.buffer().nbytes)
+        return allreduce_hook(None, bucket)
+
+    dist._broadcast_coalesced = count
+    trainer = Trainer(cfg)
+    dist._broadcast_coalesced = send
+    model = trainer.model
+    if isinstance(model, DistributedDataParallel):
+        assert not model.find_unused_parameters
+        model.register_comm_hook(reduced, reduce)
+        model = model.module
+    # RetinaNet divides by a running mean of each process's own foreground: here, by what it begins
+    # with.
+    model._ema_update = lambda name, value, first: first
+    before = state(model)
+    if cfg.MODEL.E3VA.WEIGHTS:
+        trainer.train()
+    parameters = dict(model.named_parameters())
+    trained = {name for name, p in parameters.items() if p.requires_grad}
+    frozen = frozen_names(model)
+    return {
+        "before": before,
+        "moves": {n: v - before[n] for n, v in model.state_dict().items() if n in trained},
+        "broadcast": sum(broadcast),
+        "reduced": sum(reduced),
+        "trained": sum(parameters[name].nbytes for name in trained),
+        "outside": sum(p.nbytes for n, p in parameters.items() if n not in frozen),
+        "all": sum(p.nbytes for p in parameters.values()),
+    }
+
+
 def in_process(folder, more):
-    """Train as one of however many processes; keeps the weights and the bytes that DDP sent."""
-    cfg = configure(folder / str(comm.get_rank()), *more, sizes=SAME_SIZE)
+    """All the kinds of training that :func:`test_two_processes` compares."""
+    own = folder / f"{comm.get_world_size()}-{comm.get_rank()}"
+    cfg = configure(own, *more, sizes=SAME_SIZE)
     results = {}
     for name, parts, weights in (("whole", 1, PACKAGED), ("parts", 2, PACKAGED), ("random", 1, "")):
         cfg.SOLVER.ACCUMULATE, cfg.MODEL.E3VA.WEIGHTS = parts, weights
-        seed_all_rng(3 + comm.get_rank())
-        broadcast, reduced = [], []
-        send = dist._broadcast_coalesced
-
-        def count(group, tensors, *args, send=send, broadcast=broadcast):
-            broadcast.extend(t.nbytes for t in tensors)
-            send(group, tensors, *args)
-
-        def reduce(sizes, bucket):
-            sizes.append(bucket.buffer().nbytes)
-            return allreduce_hook(None, bucket)
-
-        dist._broadcast_coalesced = count
-        trainer = Trainer(cfg)
-        dist._broadcast_coalesced = send
-        model = trainer.model
-        if isinstance(model, DistributedDataParallel):
-            assert not model.find_unused_parameters
-            model.register_comm_hook(reduced, reduce)
-            model = model.module
-        before = state(model)
-        if weights:
-            trainer.train()
-        results[name] = {
-            "before": before,
-            "moves": {n: value - before[n] for n, value in model.state_dict().items()},
-            "broadcast": sum(broadcast),
-            "reduced": sum(reduced),
-            "trained": sum(p.nbytes for p in model.parameters() if p.requires_grad),
-            "all": sum(p.nbytes for p in model.parameters()),
-        }
-    torch.save(results, folder / f"{comm.get_world_size()}-{comm.get_rank()}.pt")
+        results[name] = exchange(cfg)
+    recipe = {"MODEL.E3VA.WEIGHTS": PACKAGED, "MODEL.E3VA.TAPS": "full", "SOLVER.OPTIMIZER": "SGD"}
+    recipe |= {"SOLVER.BASE_LR": 0.1, "SOLVER.WARMUP_ITERS": 0, "SOLVER.MAX_ITER": ITERATIONS}
+    # The loss of boxes is a sum over images: its mean over processes is that over parts.
+    parts = {"SOLVER.ACCUMULATE": 2 // comm.get_world_size()}
+    voc = {"DATASETS.VOC_TREE.ROOT": str(write_voc(own / "voc"))}
+    voc |= {"DATASETS.VOC_TREE.TEST_SPLIT": ""}
+    maps = {"DATASETS.SEMANTIC_MAPS.ROOT": str(write_maps(own / "maps"))}
+    maps |= {"DATASETS.SEMANTIC_MAPS.TEST_SPLIT": "", "DATASETS.SEMANTIC_MAPS.CLASSES": []}
+    norm = {"MODEL.SEM_SEG_HEAD.NORM": "naiveSyncBN", "MODEL.UPERNET.DROPOUT": 0.0}
+    results["boxes"] = exchange(registered(VOC, own, **recipe, **parts, **voc))
+    results["maps"] = exchange(registered(SEMANTIC, own, **recipe, **norm, **maps))
+    torch.save(results, own.with_suffix(".pt"))
 
 
 def test_two_processes(tmp_path):
     """They do what one does, and send each other the trained parameters' gradients alone."""
-    iterations = 2
-    more = [*AVERAGEABLE, "SOLVER.MAX_ITER", iterations, "DATALOADER.ASPECT_RATIO_GROUPING", False]
+    more = [*AVERAGEABLE, "SOLVER.MAX_ITER", ITERATIONS, "DATALOADER.ASPECT_RATIO_GROUPING", False]
     launch(in_process, 2, dist_url="auto", args=(tmp_path, more))
     in_process(tmp_path, more)
     one, *two = (read(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
     for results in two:
-        for name in ("whole", "parts"):
-            result = results[name]
-            assert_same(result["before"], one[name]["before"])
+        for name in ("whole", "parts", "boxes", "maps"):
+            result, alone = results[name], one["whole" if name == "parts" else name]
+            assert_same(result["before"], alone["before"])
             assert_same(result["moves"], two[0][name]["moves"])
-            assert_close(one["whole"]["moves"], result["moves"], 1e-3)
-            assert result["reduced"] == iterations * result["trained"]
-            assert result["broadcast"] == result["trained"]
+            assert_close(alone["moves"], result["moves"], 1e-3)
+            assert result["reduced"] == ITERATIONS * result["trained"]
+            assert result["broadcast"] == result["outside"]
         # That which differs between the processes has to be sent.
         assert_same(results["random"]["before"], two[0]["random"]["before"])
-        assert results["random"]["broadcast"] == result["all"]
+        assert results["random"]["broadcast"] == results["random"]["all"]
+
+
+def test_synchronised_norms_of_processes_on_cpus(tiny, monkeypatch):
+    """PyTorch's need GPUs, Detectron2's own do not (see above)."""
+    model = build_model(tiny("MODEL.FPN.NORM", "SyncBN"))
+    monkeypatch.setattr(comm, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"SyncBN .* backbone\.\w+\.norm .* to naiveSyncBN"):
+        distribute(model)

@@ -373,14 +373,25 @@ class WeightAverage:
 
 def distribute(model: nn.Module) -> nn.Module:
     """The model under DDP if there are several processes, which exchange what is trained alone: a
-    frozen trunk that is the same everywhere is not sent around."""
+    frozen trunk that is the same everywhere is not sent around.
+
+    Raises:
+        ValueError: it has norms that only GPUs can synchronise, and is on a CPU.
+    """
     if comm.get_world_size() == 1:
         return model
+    on_gpu = next(model.parameters()).is_cuda
+    synchronised = [n for n, m in model.named_modules() if isinstance(m, nn.SyncBatchNorm)]
+    if synchronised and not on_gpu:
+        raise ValueError(
+            f"SyncBN works on GPUs alone, and {synchronised[0]} is on a CPU: set the NORM of its "
+            "config section, such as MODEL.SEM_SEG_HEAD.NORM, to naiveSyncBN"
+        )
     if len(set(comm.all_gather(frozen_hash(model)))) == 1:
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
             model, frozen_names(model)
         )
-    more = {} if next(model.parameters()).is_cuda else {"device_ids": None}
+    more = {} if on_gpu else {"device_ids": None}
     return create_ddp_model(model, broadcast_buffers=False, **more)
 
 
