@@ -69,6 +69,18 @@ def tiny(tmp_path):
     return lambda *more, **options: configure(tmp_path, *more, **options)
 
 
+def boxes(folder):
+    """Of a tiny tree, with nothing to evaluate on."""
+    key = "DATASETS.VOC_TREE"
+    return {f"{key}.ROOT": str(write_voc(folder / "voc")), f"{key}.TEST_SPLIT": ""}
+
+
+def maps(folder):
+    key = "DATASETS.SEMANTIC_MAPS"
+    root = str(write_maps(folder / "maps"))
+    return {f"{key}.ROOT": root, f"{key}.TEST_SPLIT": "", f"{key}.CLASSES": []}
+
+
 def train(cfg, *, resume=False):
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume)
@@ -226,15 +238,34 @@ def test_a_trunk_trained_in_part(tmp_path, tiny):
 def test_resuming_repeats_the_uninterrupted_run(tmp_path, tiny, more):
     random = ["INPUT.RANDOM_FLIP", "horizontal", "INPUT.MIN_SIZE_TRAIN", (40, 48, 64)]
     cfg = tiny("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, *random, *more)
+    assert_resumes(cfg, tmp_path / "out")
+
+
+@pytest.mark.parametrize("track", ["boxes", "maps"])
+def test_resuming_on_boxes_and_maps(tmp_path, track):
+    """RetinaNet's running mean goes on too; crops and colours are drawn again."""
+    random = {"INPUT.RANDOM_FLIP": "horizontal", "INPUT.MIN_SIZE_TRAIN": (40, 48, 64)}
+    periods = {"SOLVER.MAX_ITER": 6, "SOLVER.CHECKPOINT_PERIOD": 3, "SOLVER.WARMUP_ITERS": 0}
+    if track == "boxes":
+        cfg = registered(VOC, tmp_path, **random, **periods, **boxes(tmp_path))
+    else:
+        random |= {"INPUT.COLOR_JITTER": 0.5, "INPUT.CROP.ENABLED": True}
+        random |= {"INPUT.CROP.TYPE": "absolute", "INPUT.CROP.SIZE": [32, 32]}
+        cfg = registered(SEMANTIC, tmp_path, **random, **periods, **maps(tmp_path))
+    assert_resumes(cfg, tmp_path / "out")
+
+
+def assert_resumes(cfg, out):
+    """From half-way on, to the same checkpoint."""
     train(cfg)
-    wanted = read(tmp_path / "out/model_final.pth")
-    half = read(tmp_path / "out/model_0000002.pth")
-    (tmp_path / "out/model_final.pth").unlink()
-    (tmp_path / "out/last_checkpoint").write_text("model_0000002.pth")
+    wanted = read(out / "model_final.pth")
+    half = read(out / "model_0000002.pth")
+    (out / "model_final.pth").unlink()
+    (out / "last_checkpoint").write_text("model_0000002.pth")
 
     seed_all_rng(99)
     train(cfg, resume=True)
-    resumed = read(tmp_path / "out/model_final.pth")
+    resumed = read(out / "model_final.pth")
     assert_same(wanted, resumed)
     assert any(not torch.equal(v, half["model"][n]) for n, v in resumed["model"].items())
 
@@ -560,13 +591,9 @@ def in_process(folder, more):
     recipe |= {"SOLVER.BASE_LR": 0.1, "SOLVER.WARMUP_ITERS": 0, "SOLVER.MAX_ITER": ITERATIONS}
     # The loss of boxes is a sum over images: its mean over processes is that over parts.
     parts = {"SOLVER.ACCUMULATE": 2 // comm.get_world_size()}
-    voc = {"DATASETS.VOC_TREE.ROOT": str(write_voc(own / "voc"))}
-    voc |= {"DATASETS.VOC_TREE.TEST_SPLIT": ""}
-    maps = {"DATASETS.SEMANTIC_MAPS.ROOT": str(write_maps(own / "maps"))}
-    maps |= {"DATASETS.SEMANTIC_MAPS.TEST_SPLIT": "", "DATASETS.SEMANTIC_MAPS.CLASSES": []}
     norm = {"MODEL.SEM_SEG_HEAD.NORM": "naiveSyncBN", "MODEL.UPERNET.DROPOUT": 0.0}
-    results["boxes"] = exchange(registered(VOC, own, **recipe, **parts, **voc))
-    results["maps"] = exchange(registered(SEMANTIC, own, **recipe, **norm, **maps))
+    results["boxes"] = exchange(registered(VOC, own, **recipe, **parts, **boxes(own)))
+    results["maps"] = exchange(registered(SEMANTIC, own, **recipe, **norm, **maps(own)))
     torch.save(results, own.with_suffix(".pt"))
 
 

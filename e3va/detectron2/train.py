@@ -41,6 +41,8 @@ from e3va.measure import trainable_parameters
 
 logger = logging.getLogger(__name__)
 
+_NORMALIZER = "loss_normalizer"
+
 
 class Trainer(DefaultTrainer):
     """Detectron2's default training, with the optimizers, the mixed precision, the accumulation,
@@ -122,13 +124,20 @@ class Trainer(DefaultTrainer):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"seed": self.seed, "trained": self._trained}
+        state = super().state_dict() | {"seed": self.seed, "trained": self._trained}
+        # RetinaNet divides its losses by a running mean that is not in the model's state. Several
+        # processes, each of which has its own, all go on from the first one's.
+        if hasattr(self.checkpointer.model, _NORMALIZER):
+            state[_NORMALIZER] = getattr(self.checkpointer.model, _NORMALIZER)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``; with a new optimizer, and a warning, where something else was
         trained then."""
         if self.cfg.SEED < 0:
             self.seed = state.get("seed", self.seed)
+        if _NORMALIZER in state:
+            setattr(self.checkpointer.model, _NORMALIZER, state[_NORMALIZER])
         # A checkpoint of Detectron2's own trainer does not tell.
         changes = _changes(state.get("trained", self._trained), self._trained)
         if not changes:
