@@ -112,8 +112,10 @@ def explain(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
 
 
 def run(op: str, like: torch.Tensor, *args: Any) -> Any:
-    """Run ``op`` on the backend chosen for ``like``'s device and dtype."""
-    return _ops[op][explain(op, like.device, like.dtype).backend].run(*args)
+    """Run ``op`` on the backend chosen for ``like``'s device and dtype, autocast or not."""
+    chosen = _ops[op][explain(op, like.device, like.dtype).backend]
+    with torch.autocast(like.device.type, enabled=False):
+        return chosen.run(*args)
 
 
 def _parse(names: str, source: str) -> tuple[str, ...]:

@@ -114,7 +114,8 @@ def _highway(
     c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """h_out; beside int4 taps also t in int8 [K, N, α] and its scales [K, N]."""
-    h = reference.highway(h_in, y_in, y_out, s, V, c)
+    with torch.autocast(y_out.device.type, enabled=False):
+        h = reference.highway(h_in, y_in, y_out, s, V, c)
     if taps != "int4" or not t:
         return h, h.new_empty(0), h.new_empty(0)
     kept, scales = zip(*(compress(t_k, "int8", seed=0) for t_k in t), strict=True)

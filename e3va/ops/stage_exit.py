@@ -76,11 +76,12 @@ def _stage_exit(
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p, merged, and the mean [N] and inverse deviation [N] of each token."""
-    p, mean, rstd = reference.output_norm(h, weight, bias, eps)
-    if merge_weight is None or merge_bias is None or reduction is None:
-        merged = h.new_empty(0)
-    else:
-        merged = reference.patch_merging(h, merge_weight, merge_bias, merge_eps, reduction)
+    with torch.autocast(h.device.type, enabled=False):
+        p, mean, rstd = reference.output_norm(h, weight, bias, eps)
+        if merge_weight is None or merge_bias is None or reduction is None:
+            merged = h.new_empty(0)
+        else:
+            merged = reference.patch_merging(h, merge_weight, merge_bias, merge_eps, reduction)
     return p, merged, mean, rstd
 
 
@@ -136,17 +137,18 @@ def _stage_exit_backward(
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, dweight, dbias)."""
-    h = reference.undo_output_norm(p, mean, rstd, weight, bias)
-    dh, dweight, dbias = reference.output_norm_backward(dp, h, mean, rstd, weight, bias)
-    if (
-        dmerged is not None
-        and merge_weight is not None
-        and merge_bias is not None
-        and reduction is not None
-    ):
-        dh += reference.patch_merging_backward(
-            dmerged, h, merge_weight, merge_bias, merge_eps, reduction
-        )
+    with torch.autocast(p.device.type, enabled=False):
+        h = reference.undo_output_norm(p, mean, rstd, weight, bias)
+        dh, dweight, dbias = reference.output_norm_backward(dp, h, mean, rstd, weight, bias)
+        if (
+            dmerged is not None
+            and merge_weight is not None
+            and merge_bias is not None
+            and reduction is not None
+        ):
+            dh += reference.patch_merging_backward(
+                dmerged, h, merge_weight, merge_bias, merge_eps, reduction
+            )
     return dh, dweight, dbias
 
 
