@@ -28,6 +28,7 @@ def sublayer_epilogue(
     taps: str = "full",
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
+    x, y = x.contiguous(), y.contiguous()
     y_out = y + x
     if norm_weight is None:
         z = y.new_empty(0)
@@ -56,7 +57,7 @@ def highway(
     c: Tensor,  # [C]
 ) -> Tensor:
     # h_in == y_in at initialisation: this order makes h_out == y_out to the last bit.
-    h = (h_in - y_in).add_(y_out).add_(c.to(y_out)).flatten(0, -2)
+    h = (h_in - y_in).contiguous().add_(y_out).add_(c.to(y_out)).flatten(0, -2)
     return h.addmm_(torch.cat(list(s), dim=1), V.flatten(0, 1).to(y_out)).view_as(y_out)
 
 

@@ -163,6 +163,14 @@ def test_opcheck():
     )
 
 
+def test_opcheck_of_channels_first():
+    """One image, whose tokens then are a view of it."""
+    _, _, _, x, t, s, parameters = opcheck_arguments()
+    maps = [torch.randn(1, 8, 3, 4).permute(0, 2, 3, 1) for _ in range(3)]
+    args = (*maps, "full", x, [], t, s, *parameters.values())
+    torch.library.opcheck(torch.ops.e3va.highway.default, args)
+
+
 def test_opcheck_of_int4():
     h_in, y_in, y_out, x, t, s, parameters = opcheck_arguments()
     codes, scale = zip(*(compress(x_k, "int4", seed=1) for x_k in x), strict=True)

@@ -91,6 +91,8 @@ def test_opcheck(merging):
     rest = rest if merging else [*rest, None, None, 0.0, None]
     trained = [value.requires_grad_() for value in (h, weight, bias)]
     torch.library.opcheck(torch.ops.e3va.stage_exit.default, (*trained, *rest))
+    strided = h.detach().mT.contiguous().mT.requires_grad_()
+    torch.library.opcheck(torch.ops.e3va.stage_exit.default, (strided, *trained[1:], *rest))
     p, mean, rstd = torch.randn(2, 3, 5, 4), torch.randn(30), torch.rand(30) + 1
     dmerged = torch.randn(2, 2, 3, 8) if merging else None
     arguments = (p.clone(), dmerged, p, mean, rstd, weight.detach(), bias.detach(), *rest[1:])

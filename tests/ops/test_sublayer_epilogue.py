@@ -64,6 +64,8 @@ def test_opcheck():
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
         no_adapter = (*arguments[:5], None, None, None, None, "full", None)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
+        strided = (*(v.mT.contiguous().mT for v in arguments[:2]), *arguments[2:])
+        torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, strided)
 
 
 def test_has_no_backward_and_says_so():

@@ -62,6 +62,8 @@ def test_opcheck():
     for shift in (0, 1):
         arguments = make_arguments(2, 5, 4, 2, 4, 3, torch.float32)
         torch.library.opcheck(torch.ops.e3va.window_attention.default, (*arguments, 3, shift))
+        strided = (arguments[0].mT.contiguous().mT, *arguments[1:], 3, shift)
+        torch.library.opcheck(torch.ops.e3va.window_attention.default, strided)
 
 
 def test_has_no_backward_and_says_so():
