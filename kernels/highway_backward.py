@@ -6,8 +6,8 @@ between happens on chip, in two kernels that both recompute z = t·Q + b and a =
 nothing of the hidden width m is ever written but gradients of parameters: ``rows_kernel`` sums over
 m (S and dt), ``weights_kernel`` over tokens (dQ, db, dU).
 
-Deterministic: the tokens are cut into parts, SPLITS at most, whatever the GPU; each part is summed
-in order by one program, and the parts are added by one reduction. No atomics.
+Deterministic: the tokens are cut into parts, as many as their shape says, whatever the GPU; each
+part is summed in order by one program, and the parts are added by one reduction. No atomics.
 
 Bytes moved beside the GEMMs: t, dS read and S, dt written (8KNα in 16 bits); t and dS again per
 slice of m; codes and scales read (KNC/2 + 4KN in int4) and dt again per slice of C.
@@ -26,8 +26,9 @@ from torch import Tensor
 from e3va.kernels.common import architecture_of, dot, gelu, gelu_slope, padded_rank
 from e3va.kernels.taps import decode, limit, parts
 
-SPLITS = 64
-LEAST_ROWS = 128  # of a tap's part: fewer are not worth a sum [C, r] of their own
+SPLITS = 64  # parts of the tokens at most
+LEAST_ROWS = 128  # of a part: fewer are not worth sums of their own
+PROGRAMS = 512  # fill a GPU: more parts than these take would cost memory alone
 
 
 class Tiles(NamedTuple):
@@ -62,6 +63,11 @@ def tap_tiles(dtype: torch.dtype, architecture: int) -> TapTiles:
     return TapTiles(32, 32 if dtype == torch.float32 else 64, 4)
 
 
+def splits_of(tokens: int, programs: int) -> int:
+    """Parts of the tokens, each of them the work of ``programs``."""
+    return min(SPLITS, triton.cdiv(tokens, LEAST_ROWS), triton.cdiv(PROGRAMS, programs))
+
+
 def highway_backward(
     G: Tensor,  # [N, C]
     x: Sequence[Tensor],  # K × [N, C], or as stored
@@ -80,13 +86,15 @@ def highway_backward(
     t_all = torch.stack(list(t))  # [K, N, r]
     dS = G @ V.flatten(0, 1).to(G).t()  # [N, K·r]
     S, dt = torch.empty_like(dS), torch.empty_like(t_all)
+    tile = tiles(G.dtype, architecture_of(G.device), rank)
+    slices = triton.cdiv(hidden, tile.hidden)
+    splits = splits_of(tokens, slices * adapters)
     shapes = ((rank, hidden), (hidden,), (hidden, rank))
     dQ, db, dU = (
-        torch.zeros(SPLITS, adapters, *shape, dtype=torch.float32, device=G.device)
+        torch.empty(splits, adapters, *shape, dtype=torch.float32, device=G.device)
         for shape in shapes
     )
     if tokens:
-        tile = tiles(G.dtype, architecture_of(G.device), rank)
         sizes = {
             "TAPS": adapters,
             "RANK": rank,
@@ -99,7 +107,7 @@ def highway_backward(
         rows_kernel[(triton.cdiv(tokens, tile.rows), adapters)](
             t_all, dS, *narrow, S, dt, tokens, **sizes
         )
-        weights_kernel[(SPLITS, triton.cdiv(hidden, tile.hidden), adapters)](
+        weights_kernel[(splits, slices, adapters)](
             t_all,
             dS,
             *narrow,
@@ -107,7 +115,7 @@ def highway_backward(
             db,
             dU,
             tokens,
-            triton.cdiv(triton.cdiv(tokens, SPLITS), tile.rows) * tile.rows,
+            triton.cdiv(triton.cdiv(tokens, splits), tile.rows) * tile.rows,
             **sizes,
         )
     if taps == "full":
@@ -136,12 +144,12 @@ def tap_gradient(
 ) -> Tensor:
     """xᵀ·dt of a compressed tap, [C, r] in float32."""
     tokens, rank = dt.shape
-    splits = min(SPLITS, triton.cdiv(tokens, LEAST_ROWS))
+    tile = tap_tiles(dt.dtype, architecture_of(dt.device))
+    slices = triton.cdiv(codes.shape[1], tile.channels // parts(taps))
+    splits = splits_of(tokens, slices)
     dP = dt.new_empty(splits, channels, rank, dtype=torch.float32)
     if tokens:
-        tile = tap_tiles(dt.dtype, architecture_of(dt.device))
-        byte_tile = tile.channels // parts(taps)
-        tap_gradient_kernel[(splits, triton.cdiv(codes.shape[1], byte_tile))](
+        tap_gradient_kernel[(splits, slices)](
             codes.contiguous().view(torch.uint8),
             scale.contiguous(),
             dt,
@@ -228,9 +236,9 @@ def weights_kernel(
     Q_ptr,
     b_ptr,
     U_ptr,
-    dQ_ptr,  # [SPLITS, K, r, m]
-    db_ptr,  # [SPLITS, K, m]
-    dU_ptr,  # [SPLITS, K, m, r]
+    dQ_ptr,  # [splits, K, r, m]
+    db_ptr,  # [splits, K, m]
+    dU_ptr,  # [splits, K, m, r]
     tokens,
     split_rows,
     TAPS: tl.constexpr,

@@ -1,8 +1,11 @@
 """The Triton kernels against float64 autograd through one adapter at a time."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 
+from e3va.measure import LiveBytes
 from e3va.ops.taps import LARGEST, compress, expand
 from tests import oracles
 from tests.ops.test_highway_backward import NAMES, make_parameters
@@ -66,6 +69,22 @@ def test_any_adapter(taps, channels, rank, hidden, dtype):
 
 def test_many_taps():
     check((1, 1, 5), 36, 24, 4, 12, torch.bfloat16)
+
+
+def test_makes_little_beside_the_taps(monkeypatch):
+    """Stage 3 of Swin-B at 800×1344, as on a GPU, but that no kernel runs."""
+    from e3va.kernels import highway_backward
+
+    monkeypatch.undo()
+    for kernel in ("rows_kernel", "weights_kernel"):
+        grid = defaultdict(lambda: lambda *arguments, **constants: None)
+        monkeypatch.setattr(highway_backward, kernel, grid)
+    K, N, C, r, m = 36, 50 * 84, 512, 16, 256
+    shapes = (N, r), (K, C, r), (K, r, m), (K, m), (K, m, r), (K, r, C)
+    G, t, P, Q, b, U, V = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((N, C), *shapes))
+    with LiveBytes() as memory:
+        highway_backward.highway_backward(G, [G] * K, [], "full", [t] * K, P, Q, b, U, V)
+    assert memory.peak < K * G.nbytes / 4
 
 
 def test_strided_input():
