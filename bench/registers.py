@@ -230,9 +230,9 @@ def main(arguments: list[str] | None = None) -> None:
                         flush=True,
                     )
     if options.json:
-        report = {"environment": {**environment(), "triton": triton.__version__}}
+        report = {"environment": environment(), "kernels": results}
         with atomic_path(options.json) as path:
-            path.write_text(json.dumps({**report, "kernels": results}, indent=1) + "\n")
+            path.write_text(json.dumps(report, indent=1) + "\n")
     bad = [r for r in results if r["spilled"] or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")

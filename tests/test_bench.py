@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("timm", reason="the trunk is timed against timm's: pip install 'e3va[test]'")
 
-from bench import gpu, kernels
+from bench import environment, gpu, kernels
 from e3va import ops
 
 RATIOS = {
@@ -24,7 +24,8 @@ RATIOS = {
 def test_the_gpu_suite_runs_dry(tmp_path, capsys):
     gpu.main(["--json", str(tmp_path / "gpu.json"), "--plot", str(tmp_path / "gpu.png")])
     report = json.loads((tmp_path / "gpu.json").read_text())
-    assert {"device", "torch", "commit"} <= set(report["environment"])
+    versions = {"driver", "torch", "cuda", "triton"}
+    assert {"device", "commit", *versions} <= set(report["environment"])
     assert set(report["ratios"]) == RATIOS
     assert all(ratio > 0 for ratio in report["ratios"].values())
     assert len(report["cases"]) == 5
@@ -35,6 +36,17 @@ def test_the_gpu_suite_runs_dry(tmp_path, capsys):
     }
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert "dry run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "kind", ["UNIX x86_64 Kernel Module", "UNIX Open Kernel Module for x86_64"]
+)
+def test_the_driver_is_named(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "DRIVER", tmp_path / "version")
+    assert environment._driver() == "unknown"
+    text = f"NVRM version: NVIDIA {kind}  580.65.06  Sun Jul 27\nGCC version:  gcc version 12.2.0\n"
+    environment.DRIVER.write_text(text)
+    assert environment._driver() == "580.65.06"
 
 
 def test_a_wrong_kernel_fails_the_suite(monkeypatch):
