@@ -314,7 +314,7 @@ const char* launch(const WindowAttentionParams& p, cudaStream_t stream) {
 const char* window_attention_cuda(const WindowAttentionParams& p, void* stream) {
   if (p.head_dim != kHeadDim) return "head_dim must be 32";
   if (p.window > 12) return "window must be at most 12";
-  if (p.batch == 0) return nullptr;
+  if (p.batch * p.height * p.width == 0) return nullptr;
   cudaStream_t on = static_cast<cudaStream_t>(stream);
   switch (p.dtype) {
     case Dtype::kFloat:

@@ -9,6 +9,7 @@ from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")
 
+pytestmark = pytest.mark.gpu
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

@@ -20,7 +20,7 @@ COMPRESSED = ("fp8", "int8", "int4")
 WORST = {"fp8": 2**-4, "int8": 0.5 / 127, "int4": 1 / 7}
 
 
-@pytest.fixture(params=["reference", "native", "triton"])
+@pytest.fixture(params=["reference", "native", pytest.param("triton", marks=pytest.mark.gpu)])
 def device(request, monkeypatch):
     """Where the tensors of a test go, which runs on one backend; Triton's has an interpreter."""
     device = "cpu"

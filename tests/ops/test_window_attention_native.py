@@ -13,8 +13,8 @@ from tests.oracles import relative_error
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative error allowed by float32 arithmetic and one rounding at the store."""
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=ON_A_GPU)]
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +56,7 @@ def check(arguments, window, shift, tolerance, device="cpu"):
         (2, 14, 24),  # whole windows
         (2, 17, 31),  # primes
         (0, 8, 8),  # an empty batch
+        (2, 0, 8),  # empty maps
     ],
 )
 @pytest.mark.parametrize("device", DEVICES)
