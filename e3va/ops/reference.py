@@ -137,11 +137,20 @@ def output_norm_backward(
     weight: Tensor,  # [C]
     bias: Tensor,  # [C]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    dp = dp.to(h)
     statistics = (v.view(*h.shape[:-1], 1) for v in (mean, rstd))
     weight_h, bias_h = norm_parameters(h, weight, bias)
+    # Of 16-bit values PyTorch sums the gradients of parameters in 16 bits, on a CPU.
+    exact = h.device.type == "cuda" or h.dtype == mean.dtype
     dh, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        dp.to(h), h, h.shape[-1:], *statistics, weight_h, bias_h, [True, True, True]
+        dp, h, h.shape[-1:], *statistics, weight_h, bias_h, [True, exact, exact]
     )
+    if not exact:
+        dweight, dbias = (mean.new_zeros(h.shape[-1]) for _ in range(2))
+        rows = dp.flatten(0, -2), h.flatten(0, -2), mean[:, None], rstd[:, None]
+        for dp_i, h_i, mean_i, rstd_i in zip(*(v.split(256) for v in rows), strict=True):
+            dweight += (dp_i * ((h_i - mean_i) * rstd_i)).sum(0)
+            dbias += _sum_rows(dp_i)
     return dh, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 

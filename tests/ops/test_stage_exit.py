@@ -66,6 +66,19 @@ def test_matches_float64_forward_and_backward(shape, dtype, merging):
         assert relative_error(a, e) <= 3 * TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_sums_over_a_large_map_lose_nothing(dtype):
+    """A sum in 16 bits would soon be too large for the next token's gradient to change it."""
+    h, weight, bias, eps, *_ = wide(make_arguments((1, 100, 168, 4), dtype))
+    G = torch.rand(h.shape).to(dtype)
+    trained = [value.requires_grad_() for value in (h, weight, bias)]
+    wanted = torch.autograd.grad(oracle(*trained, eps)[0], trained, G.double())
+    ours = [value.detach().to(dtype).requires_grad_() for value in trained]
+    found = torch.autograd.grad(ops.stage_exit(*ours, eps)[0], ours, G)
+    for a, e in zip(found, wanted, strict=True):
+        assert relative_error(a, e) <= 3 * TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_way_alone_may_be_used(used):
     arguments = wide(make_arguments((2, 3, 5, 6)))
