@@ -1,8 +1,12 @@
-"""Which backend a test of an op asks for."""
+"""Where tests of the ops run, and which backend they ask for."""
 
 import pytest
+import torch
 
 from e3va import native
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 def backend_of(name: str) -> str:

@@ -8,13 +8,12 @@ import torch
 import e3va
 from e3va import native, ops
 from e3va.ops import reference
+from tests.ops.backends import DEVICES
 from tests.oracles import relative_error
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ROUNDING = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Relative error allowed by float32 arithmetic and one rounding at the store."""
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
 
 
 @pytest.fixture(autouse=True)
