@@ -49,6 +49,17 @@ def test_the_driver_is_named(kind, tmp_path, monkeypatch):
     assert environment._driver() == "580.65.06"
 
 
+def test_fewest_bytes_and_lowest_ratios():
+    case = kernels.Case("sublayer_epilogue", "swin_b", 2, 2, "bf16")
+    tokens = 2 * 50 * 84
+    assert kernels.least_bytes(case) == tokens * (8 * 512 + 4 * 16)
+    backward = tokens * (2 * 36 * 512 + 4 * 512 + 2 * 36 * 16)
+    assert kernels.least_bytes(case._replace(op="highway_backward")) == backward
+    assert kernels.least_bytes(case._replace(op="window_attention")) is None
+    results = [{"op": "trunk_forward", "ratios": {"timm": ratio}} for ratio in (2.0, 1.5, 3.0)]
+    assert kernels.summary(results) == {"trunk_forward_vs_timm": 1.5}
+
+
 def test_a_wrong_kernel_fails_the_suite(monkeypatch):
     def wrong(*arguments):
         return ops.reference.window_attention(*arguments) * 1.1
