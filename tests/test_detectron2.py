@@ -74,7 +74,7 @@ def write_coco(folder: Path, annotations=None, categories=CLASSES, sizes=None) -
                 "image_id": image,
                 "category_id": category,
                 "bbox": box,
-                "area": box[2] * box[3],
+                "area": box[2] * box[-1],
                 "iscrowd": 0,
                 "segmentation": segmentation,
             }
@@ -374,17 +374,66 @@ def test_bad_data_sets(tmp_path):
     rle = {"size": [50, 70], "counts": "PP1"}
     encoded = write_coco(tmp_path / "rle", [(0, 3, [5, 5, 9, 9], rle)])
     fails(ValueError, "set INPUT.MASK_FORMAT to bitmask", train=encoded)
+    boxes = write_coco(tmp_path / "boxes", [(0, 3, [5, 5, 9, 9], []), (0, 3, [5, 5, 9, 9], None)])
+    fails(ValueError, "set MODEL.MASK_ON to False", train=boxes)
+    lost = write_coco(tmp_path / "lost")
+    (lost.parent / "3.png").unlink()
+    fails(FileNotFoundError, r"no image at .*3\.png, which .*coco\.json lists", test=lost)
 
 
-def test_an_annotation_without_a_box(tmp_path):
-    path = write_coco(tmp_path)
+@pytest.mark.parametrize(
+    ("kind", "change", "message"),
+    [
+        ("annotations", {"bbox": ...}, "annotation 1 of .* has no 'bbox'"),
+        ("annotations", {"bbox": None}, "annotation 1 of .* has no 'bbox'"),
+        ("annotations", {"id": ...}, "annotation None of .* has no 'id'"),
+        ("annotations", {"id": 2}, "annotation 2 of .* is not the only one with this id"),
+        ("categories", {"id": 7}, "several categories with the id 7"),
+        ("categories", {"id": "7"}, r"categories\[0\] has the id '7'"),
+        ("images", {"id": 1}, "several images with the id 1"),
+        ("images", {"width": 70.0}, r"images\[0\] has the width 70\.0"),
+        ("images", {"width": ...}, r"images\[0\] has no 'width'"),
+        ("categories", None, "has no category"),
+    ],
+)
+def test_bad_entries(tmp_path, kind, change, message):
+    """Found before anything is trained; an ellipsis stands for what is missing."""
+    good, path = write_coco(tmp_path / "good"), write_coco(tmp_path / "bad")
     content = json.loads(path.read_text())
-    del content["annotations"][0]["bbox"]
+    if change is None:
+        content[kind] = []
+    else:
+        entry = content[kind][0] | change
+        content[kind][0] = {k: v for k, v in entry.items() if v is not ...}
     path.write_text(json.dumps(content))
-    cfg = load_config(DIGITS, overrides(tmp_path, path))
-    register_coco_json(cfg)
-    with pytest.raises(ValueError, match=r"0\.png has no bbox"):
-        DatasetCatalog.get(cfg.DATASETS.TRAIN[0])
+    cfg = load_config(DIGITS, overrides(tmp_path, good, test=path))
+    with pytest.raises(ValueError, match=message):
+        register_coco_json(cfg)
+
+
+def test_what_cannot_be_scored_is_left_out(tmp_path, caplog):
+    box, square = [5, 5, 9, 9], [polygon(5, 5, 9, 9)]
+    annotations = [(box, square), (box, []), (box, None), ([5, 5, 9], square)]
+    path = write_coco(tmp_path, [(0, 3, *annotation) for annotation in annotations])
+    content = json.loads(path.read_text())
+    del content["annotations"][2]["segmentation"]
+    path.write_text(json.dumps(content))
+    for masks, left in (("True", 1), ("False", 3)):
+        caplog.clear()
+        cfg = load_config(DIGITS, overrides(tmp_path, path, "MODEL.MASK_ON", masks))
+        register_coco_json(cfg)
+        evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+        assert len(evaluator._coco_api.loadAnns(evaluator._coco_api.getAnnIds())) == left
+        assert f"{4 - left} instances are not scored" in caplog.text
+        evaluator.reset()
+        for record in DatasetCatalog.get(cfg.DATASETS.TEST[0]):
+            found = Instances((record["height"], record["width"]))
+            found.pred_boxes = Boxes(torch.tensor([[5.0, 5, 14, 14]]))
+            found.pred_classes, found.scores = torch.tensor([0]), torch.ones(1)
+            found.pred_masks = torch.zeros(1, *found.image_size, dtype=torch.bool)
+            found.pred_masks[:, 5:14, 5:14] = True
+            evaluator.process([record], [{"instances": found}])
+        assert evaluator.evaluate()["bbox"]["AP"] > 0
 
 
 # Optimizer

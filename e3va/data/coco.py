@@ -77,12 +77,7 @@ class CocoInstances:
             for image in content["images"]
             if keep_empty or any(not i.crowd for i in self._instances[image["id"]])
         ]
-        for image in self._images:
-            if not (self.folder / image["file_name"]).is_file():
-                raise FileNotFoundError(
-                    f"no image at {self.folder / image['file_name']}, which {self.path} lists: "
-                    "its file names must be relative to the image folder"
-                )
+        check_images(self._images, self.folder, self.path)
 
     def _parse(self, content: dict[str, Any]) -> dict[Any, list[_Instance]]:
         labels = {category["id"]: i + 1 for i, category in enumerate(self._categories)}
@@ -266,7 +261,8 @@ def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or a list is missing.
+        ValueError: it is not JSON, a list or something in it is missing, it has no category, or two
+            images or categories have one id.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no annotation file at {path}")
@@ -280,8 +276,19 @@ def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
     for kind, keys in _REQUIRED.items():
         for i, entry in enumerate(content[kind]):
             for key, types in keys.items():
-                if not isinstance(entry, dict) or not isinstance(entry.get(key), types):
+                if not isinstance(entry, dict) or key not in entry:
                     raise ValueError(f"{path} is not in COCO's format: {kind}[{i}] has no {key!r}")
+                if not isinstance(entry[key], types):
+                    raise ValueError(
+                        f"{path} is not in COCO's format: {kind}[{i}] has the {key} {entry[key]!r}"
+                    )
+    if not content["categories"]:
+        raise ValueError(f"{path} has no category")
+    for kind in ("images", "categories"):
+        ids = [entry["id"] for entry in content[kind]]
+        if len(set(ids)) < len(ids):
+            twice = next(number for number in ids if ids.count(number) > 1)
+            raise ValueError(f"{path} has several {kind} with the id {twice!r}")
     for annotation in content["annotations"]:
         where = f"annotation {annotation.get('id')} of {path}"
         box, segmentation = annotation.get("bbox"), annotation.get("segmentation")
@@ -292,6 +299,23 @@ def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{where} has a segmentation that is no list of polygons [[x, y, …], …]"
             )
     return content
+
+
+def check_images(
+    records: Sequence[dict[str, Any]], folder: str | os.PathLike[str], path: str | os.PathLike[str]
+) -> None:
+    """Look for the files of the images that the JSON file ``path`` lists.
+
+    Raises:
+        FileNotFoundError: one is not in ``folder``.
+    """
+    for record in records:
+        file = Path(folder) / record["file_name"]
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"no image at {file}, which {path} lists: its file names must be relative to the "
+                "image folder"
+            )
 
 
 _REQUIRED: dict[str, dict[str, Any]] = {

@@ -14,7 +14,7 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import BoxMode
 
-from e3va.data.coco import MIN_SIDE, clip_box, read_coco
+from e3va.data.coco import MIN_SIDE, check_images, clip_box, read_coco
 from e3va.detectron2.config import expand_path
 from e3va.detectron2.semantic import SemanticMapper, register_semantic_maps
 from e3va.detectron2.voc import register_voc_tree
@@ -88,9 +88,9 @@ def register_coco_json(cfg: CfgNode) -> None:
     are trained, instances without a mask.
 
     Raises:
-        FileNotFoundError: a JSON or an image folder is not there.
-        ValueError: a file is no COCO data set, the two disagree about the categories, or its masks
-            do not fit INPUT.MASK_FORMAT.
+        FileNotFoundError: a JSON, an image folder or an image is not there.
+        ValueError: a file is no COCO data set, the two disagree about the categories, or there are
+            no masks where they are trained, or such that do not fit INPUT.MASK_FORMAT.
     """
     categories: dict[str, list[str]] = {}
     for split in ("TRAIN", "TEST"):
@@ -104,8 +104,10 @@ def register_coco_json(cfg: CfgNode) -> None:
         if not os.path.isdir(images):
             raise FileNotFoundError(f"{_KEYS}.{split}_IMAGES: no folder {images!r}")
         content = read_coco(json_file)
+        _check_annotations(content, json_file)
+        check_images(content["images"], images, json_file)
         if split == "TRAIN" and cfg.MODEL.MASK_ON:
-            _check_mask_format(content, json_file, cfg.INPUT.MASK_FORMAT)
+            _check_masks(content, json_file, cfg.INPUT.MASK_FORMAT)
         categories[json_file] = _names(content)
         name = f"coco_json:{os.path.abspath(json_file)}"
         _register(name, json_file, images, cfg.MODEL.MASK_ON)
@@ -131,7 +133,24 @@ def _names(content: dict[str, Any]) -> list[str]:
     return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
 
 
-def _check_mask_format(content: dict[str, Any], json_file: str, mask_format: str) -> None:
+def _check_annotations(content: dict[str, Any], json_file: str) -> None:
+    ids = set()
+    for annotation in content["annotations"]:
+        where = f"annotation {annotation.get('id')} of {json_file}"
+        for key in ("id", "image_id", "category_id", "bbox"):
+            if annotation.get(key) is None:
+                raise ValueError(f"{where} has no {key!r}")
+        if annotation["id"] in ids:
+            raise ValueError(f"{where} is not the only one with this id")
+        ids.add(annotation["id"])
+
+
+def _check_masks(content: dict[str, Any], json_file: str, mask_format: str) -> None:
+    if not any(a.get("segmentation") for a in content["annotations"]):
+        raise ValueError(
+            f"{json_file} has no mask to train on: set MODEL.MASK_ON to False where there are "
+            "boxes alone"
+        )
     if mask_format == "polygon" and any(
         isinstance(a.get("segmentation"), dict) and not a.get("iscrowd")
         for a in content["annotations"]
@@ -156,8 +175,6 @@ def _load(name: str, json_file: str, images: str, masks: bool) -> list[dict[str,
     for record in records:
         usable = []
         for annotation in record["annotations"]:
-            if "bbox" not in annotation:
-                raise ValueError(f"an annotation of image {record['file_name']} has no bbox")
             box = clip_box(annotation["bbox"], record["height"], record["width"])
             if box is None:
                 empty += 1

@@ -189,16 +189,30 @@ class Trainer(DefaultTrainer):
         evaluator = COCOEvaluator(
             dataset_name, tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
         )
-        truth = evaluator._coco_api
-        for annotation in truth.dataset["annotations"]:  # which pycocotools must have
-            annotation.setdefault("iscrowd", 0)
-            annotation.setdefault("area", annotation["bbox"][2] * annotation["bbox"][3])
-        if 0 in truth.anns:
-            # To pycocotools a match with annotation 0 is no match.
-            for i, annotation in enumerate(truth.dataset["annotations"]):
-                annotation["id"] = i + 1
-            truth.createIndex()
+        _complete(evaluator._coco_api, dataset_name, cfg.MODEL.MASK_ON)
         return evaluator
+
+
+def _complete(truth: Any, dataset_name: str, masks: bool) -> None:
+    """Give what predictions are scored against (a ``pycocotools.coco.COCO``) all that pycocotools
+    must have; what it cannot score is left out, with a warning."""
+    annotations = [
+        annotation
+        for annotation in truth.dataset["annotations"]
+        if len(annotation["bbox"]) == 4 and (annotation.get("segmentation") or not masks)
+    ]
+    if dropped := len(truth.dataset["annotations"]) - len(annotations):
+        logger.warning("%s: %d instances are not scored: no mask, or no box", dataset_name, dropped)
+    for annotation in annotations:
+        _, _, width, height = annotation["bbox"]
+        annotation.setdefault("iscrowd", 0)
+        annotation.setdefault("area", width * height)
+    if 0 in truth.anns:
+        # To pycocotools a match with annotation 0 is no match.
+        for i, annotation in enumerate(annotations):
+            annotation["id"] = i + 1
+    truth.dataset["annotations"] = annotations
+    truth.createIndex()
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
