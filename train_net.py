@@ -18,7 +18,7 @@ import torch
 
 # First, as it says how to get Detectron2 where it is missing.
 from e3va.detectron2 import (  # isort: split
-    SafeCheckpointer,
+    CompleteCheckpointer,
     Trainer,
     WeightAverage,
     load_config,
@@ -50,12 +50,14 @@ def main(args: argparse.Namespace) -> dict[str, Any]:
     """Train, or evaluate alone; returns the metrics by task ("bbox", "segm", "sem_seg")."""
     cfg = setup(args)
     if args.eval_only:
-        if not (args.resume or cfg.MODEL.WEIGHTS):
-            raise ValueError("--eval-only needs MODEL.WEIGHTS, or --resume: the heads are random")
         model = Trainer.build_model(cfg)
-        rest = SafeCheckpointer(model, cfg.OUTPUT_DIR).resume_or_load(
-            cfg.MODEL.WEIGHTS, resume=args.resume
-        )
+        checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR)
+        if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
+            raise ValueError(
+                "--eval-only needs MODEL.WEIGHTS, or --resume and a checkpoint in "
+                f"{cfg.OUTPUT_DIR}: the heads are random"
+            )
+        rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
         if cfg.SOLVER.EMA.DECAY:
             if "ema" not in rest:

@@ -163,5 +163,8 @@ def test_export_needs_no_other_weights(trained, tmp_path, suffix):
         assert load_file(target).keys() == model.state_dict().keys()
     with pytest.raises(ValueError, match=r"another model: 6 tensors have other shapes"):
         load_model(load_config(str(CONFIG), ["MODEL.DEVICE", "cpu", *alone]))
+    other = ["MODEL.TUNING.METHOD", "lorand", *alone]
+    with pytest.raises(ValueError, match=r"another model: 1\d\d tensors are missing"):
+        load_model(load_config(str(weights.parent / "config.yaml"), other))
     with pytest.raises(ValueError, match=r"exported as \.safetensors or \.pth"):
         main(["export", str(tmp_path / "whole.onnx"), *options(weights)])

@@ -569,6 +569,19 @@ def test_train_evaluate_resume(tmp_path, train_net):
     assert steps == 5
 
 
+def test_only_what_was_trained_is_evaluated(tmp_path, train_net):
+    def fails(message, *more, resume=False):
+        opts = overrides(tmp_path, write_coco(tmp_path / "data"), *more)
+        with pytest.raises(ValueError, match=message):
+            train_net.main(arguments(opts, eval_only=True, resume=resume))
+
+    fails("--eval-only needs MODEL.WEIGHTS")
+    fails(f"a checkpoint in {tmp_path}", resume=True)
+    trunk = dict(FrozenSwin(swin_config("swin_digits")).named_parameters())
+    save_file(trunk, tmp_path / "trunk.safetensors")
+    fails("of another model: .* are missing", "MODEL.WEIGHTS", tmp_path / "trunk.safetensors")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_mixed_precision_on_cpu(tiny, dtype):
     trainer = Trainer(tiny("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", dtype))

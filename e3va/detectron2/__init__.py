@@ -16,7 +16,7 @@ from e3va.detectron2.backbone import (
     build_e3va_swin_retinanet_fpn_backbone,
     with_weights,
 )
-from e3va.detectron2.checkpoint import SafeCheckpointer
+from e3va.detectron2.checkpoint import CompleteCheckpointer, SafeCheckpointer
 from e3va.detectron2.config import add_e3va_config, load_config
 from e3va.detectron2.data import register_coco_json, register_datasets
 from e3va.detectron2.semantic import SemanticInference, register_semantic_maps
@@ -25,6 +25,7 @@ from e3va.detectron2.upernet import UPerNetHead
 from e3va.detectron2.voc import VOCTreeEvaluator, register_voc_tree
 
 __all__ = [
+    "CompleteCheckpointer",
     "E3VASwinBackbone",
     "SafeCheckpointer",
     "SemanticInference",

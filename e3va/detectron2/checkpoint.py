@@ -81,6 +81,25 @@ class SafeCheckpointer(DetectionCheckpointer):
         return incompatible
 
 
+class CompleteCheckpointer(SafeCheckpointer):
+    """Refuses what others skip with a warning: a head left random would predict nonsense."""
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        incompatible = super()._load_model(checkpoint)
+        missing, wrong = incompatible.missing_keys, incompatible.incorrect_shapes
+        if wrong:
+            name, theirs, ours = wrong[0]
+            what = f"{len(wrong)} tensors have other shapes, such as {name}: {theirs}, not {ours}"
+        elif missing:
+            what = f"{len(missing)} tensors are missing, such as {missing[0]}"
+        else:
+            return incompatible
+        raise ValueError(
+            f"the weights are of another model: {what}. Give the config.yaml that training wrote "
+            "beside them: it knows the method and the number of classes"
+        )
+
+
 def frozen_names(model: nn.Module) -> set[str]:
     """Names of the tensors of the model's trunk that training leaves as they are."""
     prefix, trunk = _trunk(model)

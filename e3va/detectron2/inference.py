@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from e3va.detectron2.checkpoint import SafeCheckpointer
+from e3va.detectron2.checkpoint import CompleteCheckpointer
 from e3va.detectron2.semantic import semantic_inference
 from e3va.files import atomic_path
 
@@ -34,27 +34,13 @@ def load_model(cfg: CfgNode) -> nn.Module:
     """The model of a config with the weights of MODEL.WEIGHTS, ready to predict.
 
     Raises:
-        ValueError: MODEL.WEIGHTS is empty, or of a model of other shapes.
+        ValueError: MODEL.WEIGHTS is empty, or of another model.
     """
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty: name the trained model's file")
     model = build_model(cfg).eval()
-    _Checkpointer(model).load(cfg.MODEL.WEIGHTS)
+    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
     return model
-
-
-class _Checkpointer(SafeCheckpointer):
-    """Refuses what others skip with a warning: a head left random would predict nonsense."""
-
-    def _load_model(self, checkpoint: Any) -> Any:
-        incompatible = super()._load_model(checkpoint)
-        if wrong := incompatible.incorrect_shapes:
-            raise ValueError(
-                f"the weights are of another model: {len(wrong)} tensors have other shapes, such "
-                f"as {wrong[0][0]}, {wrong[0][1]} instead of {wrong[0][2]}. Give the config.yaml "
-                "that training wrote beside them: it knows the number of classes"
-            )
-        return incompatible
 
 
 def predict(
