@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from typing import Any
 
 import torch
@@ -34,15 +35,23 @@ logger = logging.getLogger("e3va.train_net")
 
 
 def setup(args: argparse.Namespace) -> CfgNode:
-    """The frozen config of a run, with its data sets registered and logging set up."""
+    """The frozen config of a run, with its data sets registered and logging set up.
+
+    Evaluation alone writes its log and its config.yaml to "inference", for OUTPUT_DIR/config.yaml
+    is what the model was trained with."""
     cfg = load_config(args.config_file, args.opts)
-    setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="e3va")
+    written = cfg.OUTPUT_DIR
+    if args.eval_only:
+        written = os.path.join(written, "inference")
+    setup_logger(written, comm.get_rank(), name="e3va")
     if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.info("No CUDA device: MODEL.DEVICE is cpu")
     register_datasets(cfg)
+    as_written = cfg.clone()
+    as_written.OUTPUT_DIR = written
+    default_setup(as_written, args)
     cfg.freeze()
-    default_setup(cfg, args)
     return cfg
 
 

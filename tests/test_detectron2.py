@@ -556,10 +556,12 @@ def test_train_evaluate_resume(tmp_path, train_net):
     assert all(saved["model"][f"{prefix}highway.stages.{s}.V"].any() for s in range(4))
     assert saved["iteration"] == 2
 
+    config = (out / "config.yaml").read_text()
     weights = ["MODEL.WEIGHTS", str(out / "model_final.pth")]
     evaluated = train_net.main(arguments(opts + weights, eval_only=True))
     for task in trained:
         assert evaluated[task] == pytest.approx(trained[task], nan_ok=True)
+    assert (out / "config.yaml").read_text() == config  # which predict is given
 
     train_net.main(arguments([*opts, "SOLVER.MAX_ITER", "5"], resume=True))
     assert "Starting training from iteration 3" in (out / "log.txt").read_text()
