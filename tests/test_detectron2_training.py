@@ -172,6 +172,24 @@ def test_a_trunk_that_timm_brings(tmp_path, tiny, monkeypatch):
         Trainer(tiny()).checkpointer.load(str(path))
 
 
+def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, tiny, monkeypatch):
+    trainer = Trainer(tiny())
+    trainer.checkpointer.save("mine")
+    before = (tmp_path / "out/mine.pth").read_bytes()
+
+    def crash(data, file):
+        file.write(b"half of it")
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(torch, "save", crash)
+        trainer.checkpointer.save("mine")
+    assert (tmp_path / "out/mine.pth").read_bytes() == before
+    assert trainer.checkpointer.get_checkpoint_file() == str(tmp_path / "out/mine.pth")
+    trainer.checkpointer.save("mine")
+    assert {f.name for f in (tmp_path / "out").glob("*mine*")} == {"mine.pth"}
+
+
 def test_a_checkpoint_over_another_trunk(tmp_path, tiny):
     trainer = Trainer(tiny())
     trainer.checkpointer.save("mine")

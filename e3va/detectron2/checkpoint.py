@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from e3va.files import atomic_path
 from e3va.trunk import Swin
 from e3va.weights import read_weights, trunk_hash
+
+PARTIAL = ".partial"
+"""Ends the name of a checkpoint while it is being written."""
 
 
 class SafeCheckpointer(DetectionCheckpointer):
@@ -40,13 +46,22 @@ class SafeCheckpointer(DetectionCheckpointer):
         self._frozen_hash = frozen_hash(self.model)
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """As ``DetectionCheckpointer``'s; with the trunk if it is no longer its source's."""
+        """As ``DetectionCheckpointer``'s; with the trunk if it is no longer its source's. A file of
+        the same name is replaced as a whole or not at all."""
         frozen, trunk = frozen_names(self.model), self._trunk_as_loaded()
         if self._source and frozen and trunk:
             state = self.model.state_dict()
             kwargs["model"] = {k: v for k, v in state.items() if k not in frozen}
             kwargs["trunk"] = {"hash": trunk, "source": self._source}
-        super().save(name, **kwargs)
+        super().save(name + PARTIAL, **kwargs)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        """Name a file that has been written, and only now is whole, and make it the last one."""
+        name = last_filename_basename.replace(PARTIAL, "")
+        folder = Path(self.save_dir)
+        os.replace(folder / last_filename_basename, folder / name)
+        with atomic_path(folder / "last_checkpoint") as temporary:
+            temporary.write_text(name)
 
     def _trunk_as_loaded(self) -> str | None:
         """The hash of the trunk as it was when this was made; None if its frozen part has since
