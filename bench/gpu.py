@@ -114,12 +114,12 @@ def _map(values: Any, change: Any) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="draw the ratios: .png, .svg or .pdf")
+    parser.add_argument("--plot", type=Path, default=kernels.PLOT, help="of the ratios")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    speed = ["--seconds", "1", "--dtypes", "bf16"]
-    if options.plot:
-        speed += ["--plot", str(options.plot)]
+    speed = ["--seconds", "1", "--dtypes", "bf16", "--plot", str(options.plot)]
+    if options.json:
+        speed += ["--json", str(options.json)]
     if device.type == "cpu":
         print("no GPU: a dry run of tiny shapes")
         speed = [*speed, "--tiny", "--seconds", "0"]

@@ -3,8 +3,9 @@
     python -m bench.kernels [--json FILE] [--plot FILE]
 
 On a CPU: stage 3 of Swin-B at 800×1344 and the whole trunk, batch 1. On a GPU: stages 1–3 of
-Swin-T, -B and -L at batch 1, 2 and 8. Competitors of one case run interleaved; times are medians.
-A ratio above 1 means that ours is faster; the summary holds the lowest of all cases.
+Swin-T, -B and -L at batch 1, 2 and 8, through torch.compile Swin-B at batch 1 alone. Competitors of one case run
+interleaved; times are medians. A ratio above 1 means that ours is faster; the summary holds the
+lowest of all cases.
 
 sublayer_epilogue, highway_backward: the ops alone, against eager PyTorch; on a GPU with the share
 of the measured copy bandwidth that they reach over the fewest bytes that they could move.
@@ -41,6 +42,7 @@ from e3va.weights import convert_weights
 IMAGE = (800, 1344)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 OURS = "e3va"
+PLOT = Path("output/bench/kernels.png")
 
 Competitors = dict[str, Callable[[], object]]
 
@@ -54,6 +56,8 @@ class Case(NamedTuple):
     batch: int
     dtype: str
     image: tuple[int, int] = IMAGE
+    compiled: bool = False
+    """Whether eager PyTorch through torch.compile, which may take minutes, competes too."""
 
 
 # Baselines ----------------------------------------------------------------------------------------
@@ -153,7 +157,6 @@ def highway(case: Case, device: str) -> Competitors:
     x = [stage_map(case, channels, device) for _ in range(taps)]
     y, G = stage_map(case, channels, device), stage_map(case, channels, device)
     h = y.clone().requires_grad_()
-    compiled = torch.compile(one_at_a_time, fullgraph=True)
 
     def ours() -> Tensor:
         ride = stage.ride()
@@ -169,11 +172,11 @@ def highway(case: Case, device: str) -> Competitors:
         out.backward(G)
         return out
 
-    return {
-        OURS: ours,
-        "eager": lambda: baseline(one_at_a_time),
-        "compile": lambda: baseline(compiled),
-    }
+    competitors: Competitors = {OURS: ours, "eager": lambda: baseline(one_at_a_time)}
+    if case.compiled:
+        compiled = torch.compile(one_at_a_time, fullgraph=True)
+        competitors["compile"] = lambda: baseline(compiled)
+    return competitors
 
 
 def window_attention(case: Case, device: str) -> Competitors:
@@ -185,7 +188,6 @@ def window_attention(case: Case, device: str) -> Competitors:
     qkv_bias = torch.randn(qkv.shape[-1], device=device)
     table = torch.randn((2 * window - 1) ** 2, heads, device=device)
     baselines = [SwinAttention(qkv, heads, window, shift) for shift in (0, window // 2)]
-    compiled = torch.compile(SwinAttention.__call__, fullgraph=True, dynamic=False)
     competitors: Competitors = {
         OURS: lambda: [
             ops.window_attention(qkv, qkv_bias, table, window, b.shift) for b in baselines
@@ -193,7 +195,8 @@ def window_attention(case: Case, device: str) -> Competitors:
         "eager": lambda: [b(qkv, qkv_bias, table, sdpa=False) for b in baselines],
         "sdpa": lambda: [b(qkv, qkv_bias, table, sdpa=True) for b in baselines],
     }
-    if device == "cuda":
+    if case.compiled:
+        compiled = torch.compile(SwinAttention.__call__, fullgraph=True, dynamic=False)
         competitors["compile"] = lambda: [
             compiled(b, qkv, qkv_bias, table, sdpa=False) for b in baselines
         ]
@@ -222,7 +225,7 @@ def trunk_forward(case: Case, device: str) -> Competitors:
         OURS: lambda: ours(image),
         "timm": lambda: theirs.forward_features(image),
     }
-    if device == "cuda":
+    if case.compiled:
         compiled = torch.compile(theirs.forward_features)
         competitors["compile"] = lambda: compiled(image)
     return {name: torch.no_grad()(run) for name, run in competitors.items()}
@@ -309,18 +312,19 @@ def cases(device: str) -> Iterator[Case]:
         for dtype in ("fp32", "bf16"):
             for op in OPS:
                 if op != "trunk_forward":
-                    yield Case(op, "swin_b", 2, 1, dtype)
+                    yield Case(op, "swin_b", 2, 1, dtype, compiled=op == "highway")
             yield Case("trunk_forward", "swin_b", None, 1, dtype)
         return
-    for variant in ("swin_t", "swin_b", "swin_l"):
-        for batch in (1, 2, 8):
+    for batch in (1, 2, 8):
+        for variant in ("swin_b", "swin_t", "swin_l"):
+            compiled = variant == "swin_b" and batch == 1
             for op in OPS:
                 # Of Swin-L at batch 8 the taps of a stage would not fit a small GPU.
                 if op == "trunk_forward" or (op.startswith("highway") and batch > 2):
                     continue
                 for stage in range(3):
-                    yield Case(op, variant, stage, batch, "bf16")
-            yield Case("trunk_forward", variant, None, batch, "bf16")
+                    yield Case(op, variant, stage, batch, "bf16", compiled=compiled)
+            yield Case("trunk_forward", variant, None, batch, "bf16", compiled=compiled)
 
 
 # Measuring ----------------------------------------------------------------------------------------
@@ -391,15 +395,16 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=10.0, help="for a case (default 10)")
     parser.add_argument("--tiny", action="store_true", help="a dry run of tiny shapes")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--plot", type=Path, help="draw the ratios: .png, .svg or .pdf")
+    parser.add_argument("--json", type=Path, help="write to this file, after each case")
+    parser.add_argument("--plot", type=Path, default=PLOT, help=f".png, .svg or .pdf ({PLOT})")
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     todo = [c for c in cases(device) if c.op in options.ops and c.dtype in options.dtypes]
     if options.tiny:
         todo = [c._replace(variant="swin_t", batch=1, image=(224, 256)) for c in todo]
     bandwidth = copy_bandwidth(device) if device == "cuda" else math.nan
-    results = []
+    results: list[dict[str, Any]] = []
+    report: dict[str, Any] = {"environment": environment(), "ratios": {}, "cases": results}
     for case in tqdm(todo, unit="case"):
         torch.manual_seed(0)
         torch.compiler.reset()
@@ -415,14 +420,14 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             f"{case.op:17} {case.variant} {_where(results[-1]):16} {case.dtype}: {shown}"
             f" ({1e3 * seconds[OURS]:.2f} ms)"
         )
-    report = {"environment": environment(), "ratios": summary(results), "cases": results}
+        report["ratios"] = summary(results)
+        if options.json:
+            with atomic_path(options.json) as path:
+                path.write_text(json.dumps(report, indent=1) + "\n")
     for name, ratio in report["ratios"].items():
         print(f"{name:28} {ratio:.2f}")
-    if options.json:
-        with atomic_path(options.json) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
-    if options.plot:
-        plot(results, options.plot)
+    plot(results, options.plot)
+    print(f"the ratios are drawn in {options.plot}")
     return report
 
 

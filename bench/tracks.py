@@ -134,18 +134,24 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--iterations", type=int, default=400, help="of each (default 400)")
     parser.add_argument("--output", type=Path, default=Path("output/tracks"))
-    parser.add_argument("--json", type=Path, help="write the results to this file, by track")
+    parser.add_argument("--json", type=Path, help="write to this file, where other tracks stay")
     options = parser.parse_args(arguments)
     data = write_digits(options.output / "digits", seed=0)
-    report: dict[str, Any] = {"environment": environment(), "iterations": options.iterations}
-    report["tracks"] = {}
+    report: dict[str, Any] = {"tracks": {}}
+    if options.json and options.json.exists():
+        report = json.loads(options.json.read_text())
     for name in options.tracks:
         track, runs = TRACKS[name], {}
         for method in options.methods:
             folder = options.output / name / method
             runs[method] = train(track, method, data, options.iterations, folder)
         results = measure(runs)
-        report["tracks"][name] = {"metric": track.name, "methods": results}
+        report["tracks"][name] = {
+            "metric": track.name,
+            "iterations": options.iterations,
+            "environment": environment(),
+            "methods": results,
+        }
         print(table(track.name, results), flush=True)
         if options.json:
             with atomic_path(options.json) as path:

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 import os
-import resource
 import statistics
 import sys
 import time
@@ -237,6 +236,8 @@ def peak_bytes(device: torch.device) -> int:
     """The most GPU memory allocated since the last reset; on a CPU, resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
