@@ -3,9 +3,9 @@
     python -m bench.kernels [--json FILE] [--plot FILE]
 
 On a CPU: stage 3 of Swin-B at 800×1344 and the whole trunk, batch 1. On a GPU: stages 1–3 of
-Swin-T, -B and -L at batch 1, 2 and 8, through torch.compile Swin-B at batch 1 alone. Competitors of one case run
-interleaved; times are medians. A ratio above 1 means that ours is faster; the summary holds the
-lowest of all cases.
+Swin-T, -B and -L at batch 1, 2 and 8, through torch.compile Swin-B at batch 1 alone. Competitors
+of one case run interleaved; times are medians. A ratio above 1 means that ours is faster; the
+summary holds the lowest of all cases.
 
 sublayer_epilogue, highway_backward: the ops alone, against eager PyTorch; on a GPU with the share
 of the measured copy bandwidth that they reach over the fewest bytes that they could move.

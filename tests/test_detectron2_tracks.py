@@ -21,6 +21,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import PascalVOCDetectionEvaluator
+from detectron2.export import TracingAdapter
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
@@ -260,6 +261,36 @@ def test_lazy_configs(letter, tmp_path):
     stage = model.backbone.bottom_up.swin.highway.stages[0]
     assert (decay[stage.b], decay[stage.c], decay[stage.P]) == (0, 0, 0.05)
     assert decay[model.backbone.bottom_up.swin.norms[0].weight] == 0
+    with torch.no_grad():
+        (found,) = model.eval()([batch[0]])
+    assert found["instances"].image_size == (batch[0]["height"], batch[0]["width"])
+
+
+@pytest.mark.parametrize("config", ["mask_rcnn_e3va", "retinanet_e3va", "upernet_e3va"])
+def test_traced_models_give_equal_results(config, monkeypatch):
+    """Detectron2's tracing, on another image of the traced one's size."""
+    cfg = load_config(str(FOLDER / f"digits/{config}.yaml"), ["MODEL.DEVICE", "cpu"])
+    cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.0
+    model = build_model(cfg).eval()
+    images = [torch.rand(3, 96, 130) * 255 for _ in range(2)]
+    inputs = [[{"image": image}] for image in images]
+
+    def unpasted(model, inputs):
+        return [{"instances": found} for found in model.inference(inputs, do_postprocess=False)]
+
+    infer = unpasted if config.startswith("mask_rcnn") else None  # as Detectron2's tool does
+    adapter = TracingAdapter(model, inputs[0], infer)
+    with torch.no_grad():
+        traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+        (expected,) = infer(model, inputs[1]) if infer else model(inputs[1])
+        (found,) = adapter.outputs_schema(traced(images[1]))
+    if "sem_seg" in expected:
+        torch.testing.assert_close(found["sem_seg"], expected["sem_seg"])
+        return
+    assert len(found["instances"]) == len(expected["instances"]) > 0
+    for name, value in expected["instances"].get_fields().items():
+        ours, theirs = (getattr(v, "tensor", v) for v in (found["instances"].get(name), value))
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-3)
 
 
 def test_tools_of_detectron2_run_on_our_configs(tmp_path):
