@@ -652,6 +652,15 @@ def test_upernet_shapes_and_gradients(size, norm):
     assert losses == {}
 
 
+@pytest.mark.parametrize("norm", ["BN", "naiveSyncBN"])
+def test_upernet_says_what_to_do_with_one_image(norm):
+    head = UPerNetHead(SHAPES, num_classes=5, conv_dim=32, norm=norm, aux_dim=32)
+    maps = {name: p[:1] for name, p in features(8, 8).items()}
+    with pytest.raises(ValueError, match=r"MODEL\.SEM_SEG_HEAD\.NORM GN"):
+        head(maps, torch.zeros(1, 32, 32, dtype=torch.long))
+    assert head.eval()(maps)[0].isfinite().all()
+
+
 def test_upernet_losses():
     """The mean over labelled pixels; the auxiliary one has its weight."""
     head = UPerNetHead(SHAPES, num_classes=5, conv_dim=32, norm="GN", aux_dim=32, dropout=0.0)

@@ -81,3 +81,12 @@ def test_swin_config_out_of_range(arguments, error, message):
 def test_unknown_variant_lists_the_known():
     with pytest.raises(ValueError, match="unknown Swin variant 'swin_xl'; known: swin_t, swin_s"):
         swin_config("swin_xl")
+
+
+def test_every_tap_is_rounded_by_noise_of_its_own():
+    stage = Highway(swin_config("swin_digits"), HighwayConfig(hidden_ratio=1.0)).stages[0]
+    ride, x = stage.ride(), torch.randn(1, 5, 7, 32)
+    for _ in range(2):
+        ride(x, x, None)
+    first, second = ride._x
+    assert not torch.equal(first, second)

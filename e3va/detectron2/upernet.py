@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from detectron2.utils import comm
 from torch import Tensor, nn
 
 
@@ -64,6 +65,7 @@ class UPerNetHead(nn.Module):
         self.ignore_value = ignore_value
         self.loss_weight = loss_weight
         self.pool_scales = tuple(pool_scales)
+        self.norm = norm
         pooled = len(self.pool_scales) * conv_dim
         self.pools = nn.ModuleList(_conv(channels[-1], conv_dim, 1, norm) for _ in pool_scales)
         self.bottleneck = _conv(channels[-1] + pooled, conv_dim, 3, norm)
@@ -103,7 +105,11 @@ class UPerNetHead(nn.Module):
         self, features: dict[str, Tensor], targets: Tensor | None = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """Maps by name, and while training labels [B, H, W] → (None, losses) while training, else
-        (logits [B, classes, 4 · height, 4 · width of the first map], {})."""
+        (logits [B, classes, 4 · height, 4 · width of the first map], {}).
+
+        Raises:
+            ValueError: a batch norm is to train on one image.
+        """
         logits = self.layers(features)
         if not self.training:
             return _upsample(logits, self.common_stride), {}
@@ -121,6 +127,12 @@ class UPerNetHead(nn.Module):
         """Logits at the size of the first map."""
         maps = [features[name] for name in self.in_features]
         top = maps[-1]
+        averaged = self.norm == "BN" or (self.norm.endswith("BN") and comm.get_world_size() == 1)
+        if self.training and averaged and len(top) == 1 and 1 in self.pool_scales:
+            raise ValueError(
+                "a batch norm cannot average over one image pooled to one pixel: set "
+                "MODEL.SEM_SEG_HEAD.NORM GN, or train on more images at a time"
+            )
         pooled = [
             _resize(conv(F.adaptive_avg_pool2d(top, scale)), top.shape[-2:])
             for conv, scale in zip(self.pools, self.pool_scales, strict=True)
