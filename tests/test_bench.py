@@ -102,3 +102,18 @@ def test_tracks(tmp_path, monkeypatch, capsys):
         assert 0 <= numbers.pop("score") <= 100
         assert all(value > 0 for value in numbers.values())
     assert "mIoU" in capsys.readouterr().out
+
+
+def test_taps(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.taps is not run")
+    from bench import taps
+
+    few = functools.partial(taps.write_digits, train=4, val=2)
+    monkeypatch.setattr(taps, "write_digits", few)
+    options = ["--taps", "full", "int4", "--seeds", "3", "--iterations", "1"]
+    file = tmp_path / "taps.json"
+    report = taps.main([*options, "--output", str(tmp_path), "--json", str(file)])
+    assert json.loads(file.read_text()) == report
+    assert all(len(result["mask_ap"]) == 1 for result in report["taps"].values())
+    assert report["taps"]["int4"]["saved_bytes"] < report["taps"]["full"]["saved_bytes"]
+    assert "mask AP" in capsys.readouterr().out

@@ -1,0 +1,55 @@
+"""What keeping the taps in fewer bits does to AP: the demo's E³VA, over several seeds.
+
+    python -m bench.taps [--taps full int4] [--seeds 0 1 2] [--json FILE]
+
+The default storage (e3va.ops.taps.DEFAULT_TAPS) is the smallest whose AP is that of ``full`` to
+within the noise of a seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench.environment import environment
+from e3va.demo.digits import write_digits
+from e3va.demo.engines import train_detectron2
+from e3va.files import atomic_path
+from e3va.measure import saved_bytes
+from e3va.ops.taps import TAPS
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--taps", nargs="+", choices=TAPS, default=list(TAPS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, default=400, help="of each (default 400)")
+    parser.add_argument("--output", type=Path, default=Path("output/taps"))
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    options = parser.parse_args(arguments)
+    coco = write_digits(options.output / "digits", seed=0) / "coco"
+    report: dict[str, Any] = {"environment": environment(), "iterations": options.iterations}
+    report["seeds"], report["taps"] = options.seeds, {name: {} for name in options.taps}
+    for name, result in report["taps"].items():
+        result["mask_ap"] = []
+        for seed in options.seeds:
+            folder = options.output / f"{name}_{seed}"
+            overrides = ["MODEL.E3VA.TAPS", name]
+            run = train_detectron2("e3va", coco, folder, options.iterations, seed, overrides)
+            result["mask_ap"].append(run.metrics["mask_ap"])
+        result["saved_bytes"] = saved_bytes(run.backbone, partial(run.backbone, run.images))
+        each = " ".join(f"{ap:5.1f}" for ap in result["mask_ap"])
+        mean = statistics.mean(result["mask_ap"])
+        print(f"{name:5} mask AP {each}, mean {mean:.1f}; {result['saved_bytes'] / 2**20:.1f} MiB")
+        if options.json:
+            with atomic_path(options.json) as path:
+                path.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    main()
