@@ -118,8 +118,8 @@ def _highway(
         h = reference.highway(h_in, y_in, y_out, s, V, c)
     if taps != "int4" or not t:
         return h, h.new_empty(0), h.new_empty(0)
-    kept, scales = zip(*(compress(t_k, "int8", seed=0) for t_k in t), strict=True)
-    return h, torch.stack(kept), torch.stack(scales)
+    kept, scales = compress(torch.stack(list(t)), "int8", seed=0)
+    return h, kept.view(len(t), *t[0].shape), scales.view(len(t), -1)
 
 
 @_highway.register_fake
@@ -170,8 +170,9 @@ def _highway_backward(
     fp32 or wider. Has no backward of its own."""
     x = [x_k.flatten(0, -2) for x_k in x]
     if taps == "int4":
-        rank = P.shape[-1]
-        t = [expand(kept, scale_k, "int8", rank, G.dtype) for kept, scale_k in zip(*t, strict=True)]
+        kept, scales = t
+        rows = expand(kept.flatten(0, 1), scales.flatten(), "int8", kept.shape[-1], G.dtype)
+        t = rows.view(kept.shape).unbind(0)
     return dispatch.run("highway_backward", G, G.flatten(0, -2), x, scale, taps, t, P, Q, b, U, V)
 
 

@@ -22,8 +22,9 @@ LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 TINY = 1e-30
 """The largest value of a token that is stored as zero."""
 
-CHUNK = 2**22
-"""Values that are compressed or expanded at a time: bounds what is made in between."""
+CHUNK = {"cpu": 2**17, "cuda": 2**22}
+"""Values that are compressed or expanded at a time: what a CPU's cache holds; elsewhere few calls,
+and yet a bound on what is made in between."""
 
 
 def stored_channels(channels: int, taps: str) -> int:
@@ -52,7 +53,7 @@ def compress(x: Tensor, taps: str, seed: int) -> tuple[Tensor, Tensor]:
     tokens, channels = rows.shape
     codes = rows.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
     scale = rows.new_empty(tokens, dtype=torch.float32)
-    for part in _parts(tokens, channels):
+    for part in _parts(rows, channels):
         place = part.start * codes.shape[1]
         codes[part], scale[part] = _compress(rows[part].float(), taps, seed, place)
     return codes, scale
@@ -82,7 +83,7 @@ def _compress(rows: Tensor, taps: str, seed: int, place: int) -> tuple[Tensor, T
 def expand(codes: Tensor, scale: Tensor, taps: str, channels: int, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`compress`: [N, C] in ``dtype``."""
     x = torch.empty(len(codes), channels, dtype=dtype, device=codes.device)
-    for part in _parts(len(codes), channels):
+    for part in _parts(codes, channels):
         values = codes[part]
         if taps == "int4":
             values = torch.cat([values & 15, values >> 4], dim=1)[:, :channels]
@@ -91,9 +92,9 @@ def expand(codes: Tensor, scale: Tensor, taps: str, channels: int, dtype: torch.
     return x
 
 
-def _parts(tokens: int, channels: int) -> Iterator[slice]:
-    step = max(1, CHUNK // max(1, channels))
-    return (slice(first, min(first + step, tokens)) for first in range(0, tokens, step))
+def _parts(rows: Tensor, channels: int) -> Iterator[slice]:
+    step = max(1, CHUNK.get(rows.device.type, CHUNK["cuda"]) // max(1, channels))
+    return (slice(first, min(first + step, len(rows))) for first in range(0, len(rows), step))
 
 
 def random_words(count: int, seed: int, place: int, device: torch.device) -> Tensor:
