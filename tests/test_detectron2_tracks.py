@@ -26,9 +26,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
+from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from e3va import cli
+from e3va import E3VABackbone, FrozenSwin, HighwayConfig, cli, swin_config
 from e3va.detectron2 import (
     SemanticInference,
     Trainer,
@@ -37,6 +38,7 @@ from e3va.detectron2 import (
     register_datasets,
 )
 from e3va.detectron2.data import InstanceCrop, build_mapper
+from e3va.detectron2.flops import HANDLES
 from e3va.detectron2.semantic import SemanticMapper, read_map, semantic_inference
 from e3va.detectron2.train import build_lr_scheduler
 from tests.test_detectron2 import ROOT, step, write_coco
@@ -298,11 +300,15 @@ def test_tools_of_detectron2_run_on_our_configs(tmp_path):
     tool = tmp_path / "tool.py"
     tool.write_text(
         "import sys\n"
+        "from torch import empty\n"
+        "from torch.nn import Identity\n"
+        "from fvcore.nn import FlopCountAnalysis\n"
         "from detectron2.config import get_cfg\n"
         "from detectron2.modeling import BACKBONE_REGISTRY\n"
         "cfg = get_cfg()\n"
         "cfg.merge_from_file(sys.argv[1])\n"
         "assert cfg.MODEL.BACKBONE.NAME in BACKBONE_REGISTRY\n"
+        "assert 'e3va::highway' in FlopCountAnalysis(Identity(), (empty(1),))._op_handles\n"
         "print(__name__, cfg.MODEL.TUNING.METHOD)\n"
     )
 
@@ -313,6 +319,27 @@ def test_tools_of_detectron2_run_on_our_configs(tmp_path):
     done = run(tool, FOLDER / "coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml")
     assert done.stdout.split() == ["__main__", "e3va"], done.stderr
     assert "usage: python -m e3va.detectron2 TOOL.py" in run().stderr
+
+
+def test_flops_of_our_ops():
+    """Those of torchvision's Swin, where attention is made of plain products, and the adapters'."""
+    swin_t = pytest.importorskip("torchvision.models").swin_t(weights=None).features.eval()
+    config, image = swin_config("swin_t"), torch.randn(1, 3, 224, 224)
+    trunk = FrozenSwin(config)
+    expected = FlopCountAnalysis(swin_t, image).total()
+
+    def flops(model):
+        return FlopCountAnalysis(model.eval(), image).set_op_handle(**HANDLES)
+
+    assert flops(trunk).total() == expected
+    adapters = 0
+    highway = HighwayConfig()
+    for s, (taps, C) in enumerate(zip(config.num_taps, config.dims, strict=True)):
+        tokens, r, m = (56 // 2**s) ** 2, highway.rank, highway.hidden(C)
+        adapters += taps * tokens * 2 * (C * r + r * m)
+    ours = flops(E3VABackbone(trunk, highway)).by_operator()
+    alone = flops(trunk).by_operator()
+    assert ours["highway"] + ours["sublayer_epilogue"] - alone["sublayer_epilogue"] == adapters
 
 
 def test_cascade_configs_follow_the_recipe():
