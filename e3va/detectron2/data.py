@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
+from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
 from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import BoxMode
 
 from e3va.data.coco import MIN_SIDE, check_images, clip_box, read_coco
+from e3va.detectron2.catalog import register
 from e3va.detectron2.config import expand_path
 from e3va.detectron2.semantic import SemanticMapper, register_semantic_maps
 from e3va.detectron2.voc import register_voc_tree
@@ -110,7 +112,13 @@ def register_coco_json(cfg: CfgNode) -> None:
             _check_masks(content, json_file, cfg.INPUT.MASK_FORMAT)
         categories[json_file] = _names(content)
         name = f"coco_json:{os.path.abspath(json_file)}"
-        _register(name, json_file, images, cfg.MODEL.MASK_ON)
+        register(
+            name,
+            partial(_load, name, json_file, images, cfg.MODEL.MASK_ON),
+            json_file=json_file,
+            image_root=images,
+            evaluator_type="coco",
+        )
         setattr(cfg.DATASETS, split, (name,))
     if not categories:
         return
@@ -158,14 +166,6 @@ def _check_masks(content: dict[str, Any], json_file: str, mask_format: str) -> N
         raise ValueError(
             f"{json_file} holds masks in run-length encoding: set INPUT.MASK_FORMAT to bitmask"
         )
-
-
-def _register(name: str, json_file: str, images: str, masks: bool) -> None:
-    if name in DatasetCatalog:  # named in an earlier config of this process
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
-    DatasetCatalog.register(name, lambda: _load(name, json_file, images, masks))
-    MetadataCatalog.get(name).set(json_file=json_file, image_root=images, evaluator_type="coco")
 
 
 def _load(name: str, json_file: str, images: str, masks: bool) -> list[dict[str, Any]]:

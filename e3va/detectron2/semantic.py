@@ -7,13 +7,14 @@ import csv
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from detectron2.evaluation import SemSegEvaluator
@@ -23,6 +24,7 @@ from fvcore.transforms.transform import HFlipTransform
 from PIL import Image
 from torch import Tensor, nn
 
+from e3va.detectron2.catalog import register
 from e3va.detectron2.config import expand_path
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,12 @@ def register_semantic_maps(cfg: CfgNode) -> None:
             continue
         records = _pair(Path(root), split, len(classes))
         name = f"semantic_maps:{os.path.abspath(root)}:{split}"
-        if name in DatasetCatalog:  # named in an earlier config of this process
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, lambda records=records: records)
-        MetadataCatalog.get(name).set(
-            stuff_classes=classes, ignore_label=UNLABELLED, evaluator_type="semantic_maps"
+        register(
+            name,
+            partial(list, records),
+            stuff_classes=classes,
+            ignore_label=UNLABELLED,
+            evaluator_type="semantic_maps",
         )
         names.append(name)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(names[:1]), tuple(names[1:])

@@ -5,17 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 from PIL import Image
 
+from e3va.detectron2.catalog import register
 from e3va.detectron2.config import expand_path
 
 logger = logging.getLogger(__name__)
@@ -55,13 +57,14 @@ def register_voc_tree(cfg: CfgNode) -> None:
             usable = [_annotation(box, classes, record) for box in boxes]
             record["annotations"] = [a for a in usable if a]
             dropped += usable.count(None)
-        name = _name(root, split)
-        if name in DatasetCatalog:  # named in an earlier config of this process
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-        DatasetCatalog.register(name, lambda records=records: records)
-        MetadataCatalog.get(name).set(
-            thing_classes=classes, dirname=root, split=split, year=2012, evaluator_type="voc_tree"
+        register(
+            _name(root, split),
+            partial(list, records),
+            thing_classes=classes,
+            dirname=root,
+            split=split,
+            year=2012,
+            evaluator_type="voc_tree",
         )
     if dropped:
         logger.warning("%s: dropped %d boxes without width or height", root, dropped)
