@@ -10,7 +10,6 @@ float64 on the CPU; the run goes on after a wrong one and fails at its end.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor
 
 import e3va
 from bench import kernels
-from e3va.files import atomic_path
+from e3va.files import write_json
 from e3va.ops import dispatch, reference
 from e3va.ops.taps import TAPS, compress
 
@@ -131,8 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{len(checked) - len(wrong)} of {len(checked)} results are right")
         report = kernels.main(speed)
     if options.json:
-        with atomic_path(options.json) as path:
-            path.write_text(json.dumps({**report, "checks": checked}, indent=1) + "\n")
+        write_json(options.json, {**report, "checks": checked})
     if wrong:
         sys.exit(f"{len(wrong)} results are wrong")
 

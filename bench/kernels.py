@@ -18,7 +18,6 @@ frozen Swin against timm's with the same weights under no_grad.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -34,7 +33,7 @@ from tqdm import tqdm
 import e3va
 from bench.environment import environment
 from e3va import ops
-from e3va.files import atomic_path
+from e3va.files import atomic_path, write_json
 from e3va.highway import HighwayStage
 from e3va.ops import dispatch, reference
 from e3va.weights import convert_weights
@@ -422,8 +421,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
         report["ratios"] = summary(results)
         if options.json:
-            with atomic_path(options.json) as path:
-                path.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.json, report)
     for name, ratio in report["ratios"].items():
         print(f"{name:28} {ratio:.2f}")
     plot(results, options.plot)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import e3va
 from bench.environment import environment
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import WEIGHTS, train_detectron2
-from e3va.files import atomic_path
+from e3va.files import write_json
 from e3va.precision import PRECISIONS
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
@@ -98,8 +97,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         ap = f"{report['demo'][name]['mask_ap']:10.1f}" if options.train else ""
         print(f"{name:6}{cells}{ap}")
     if options.json:
-        with atomic_path(options.json) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     return report
 
 

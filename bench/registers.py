@@ -9,7 +9,6 @@ programming guide (compute capabilities). A kernel that spills or does not fit e
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from triton.compiler import ASTSource
 
 from bench.environment import environment
 from e3va.config import SWIN_VARIANTS, HighwayConfig
-from e3va.files import atomic_path
+from e3va.files import write_json
 from e3va.kernels import highway_backward, sublayer_epilogue
 from e3va.kernels.common import padded_rank
 from e3va.ops.taps import DEFAULT_TAPS, LARGEST
@@ -231,8 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
                     )
     if options.json:
         report = {"environment": environment(), "kernels": results}
-        with atomic_path(options.json) as path:
-            path.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
     bad = [r for r in results if r["spilled"] or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")

@@ -12,18 +12,16 @@ steps, as a ratio to the first method.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.environment import environment
-from e3va.files import atomic_path
-from e3va.measure import peak_live_bytes, saved_bytes, trainable_parameters
+from e3va.files import write_json
+from e3va.measure import peak_live_bytes, saved_bytes, step_seconds, trainable_parameters
 
 MIB = 2**20
 DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
@@ -111,15 +109,6 @@ def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tenso
         return sum(model(batch).values())
 
 
-def timed_step(model: Any, batch: list[dict[str, object]], device: str) -> float:
-    """Seconds of one forward and backward."""
-    start = time.perf_counter()
-    loss(model, batch, device).backward()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default=DEFAULT_CONFIG)
@@ -142,12 +131,9 @@ def main() -> None:
             f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
             flush=True,
         )
-    times: dict[str, list[float]] = {method: [] for method in models}
-    for _ in range(arguments.repeats):
-        for method, model in models.items():
-            times[method].append(timed_step(model, batch, device))
-    for method in models:
-        results[method]["seconds_per_step"] = statistics.median(times[method])
+    losses = {method: partial(loss, model, batch, device) for method, model in models.items()}
+    for method, seconds in step_seconds(losses, arguments.repeats).items():
+        results[method]["seconds_per_step"] = seconds
     first = arguments.methods[0]
     for method, result in results.items():
         ratio = result["seconds_per_step"] / results[first]["seconds_per_step"]
@@ -160,8 +146,7 @@ def main() -> None:
             "size": list(arguments.size),
             "methods": results,
         }
-        with atomic_path(arguments.json) as path:
-            path.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(arguments.json, report)
 
 
 if __name__ == "__main__":

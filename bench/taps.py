@@ -9,7 +9,6 @@ within the noise of a seed.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from functools import partial
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from bench.environment import environment
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import train_detectron2
-from e3va.files import atomic_path
+from e3va.files import write_json
 from e3va.measure import saved_bytes
 from e3va.ops.taps import TAPS
 
@@ -46,8 +45,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         mean = statistics.mean(result["mask_ap"])
         print(f"{name:5} mask AP {each}, mean {mean:.1f}; {result['saved_bytes'] / 2**20:.1f} MiB")
         if options.json:
-            with atomic_path(options.json) as path:
-                path.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.json, report)
     return report
 
 

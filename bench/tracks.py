@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,26 +23,47 @@ import e3va
 from bench.environment import environment
 from e3va.backbone import METHODS
 from e3va.demo.digits import write_digits
-from e3va.files import atomic_path
-from e3va.measure import peak_live_bytes, saved_bytes, trainable_parameters
+from e3va.demo.engines import coco_overrides, detectron2_loss
+from e3va.files import write_json
+from e3va.measure import step_costs, step_seconds
 
 CONFIGS = Path(e3va.__file__).parents[1] / "detectron2_configs/digits"
 TIMED_STEPS = 10
 
 
 class Track(NamedTuple):
-    """A config, and where its results have the number that counts."""
+    """A config, what makes it read the digits of a folder, and where its results have the number
+    that counts."""
 
     config: str
+    overrides: Callable[[Path], list[str]]
     task: str
     metric: str
     name: str
 
 
 TRACKS = {
-    "instances": Track("mask_rcnn_e3va.yaml", "segm", "AP", "mask AP"),
-    "boxes": Track("retinanet_e3va.yaml", "bbox", "AP50", "box AP50"),
-    "semantic": Track("upernet_e3va.yaml", "sem_seg", "mIoU", "mIoU"),
+    "instances": Track(
+        "mask_rcnn_e3va.yaml",
+        lambda data: coco_overrides(data / "coco"),
+        task="segm",
+        metric="AP",
+        name="mask AP",
+    ),
+    "boxes": Track(
+        "retinanet_e3va.yaml",
+        lambda data: ["DATASETS.VOC_TREE.ROOT", str(data / "voc")],
+        task="bbox",
+        metric="AP50",
+        name="box AP50",
+    ),
+    "semantic": Track(
+        "upernet_e3va.yaml",
+        lambda data: ["DATASETS.SEMANTIC_MAPS.ROOT", str(data / "semantic")],
+        task="sem_seg",
+        metric="mIoU",
+        name="mIoU",
+    ),
 }
 
 
@@ -57,21 +76,12 @@ class Trained(NamedTuple):
 def train(track: Track, method: str, data: Path, iterations: int, output: Path) -> Trained:
     """One training, on the digits that ``data`` holds."""
     from detectron2.utils.env import seed_all_rng
-    from detectron2.utils.events import EventStorage
 
     from e3va.detectron2 import Trainer, load_config, register_datasets
 
     overrides: list[Any] = ["MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output), "SEED", 0]
     overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 10 * iterations]
-    overrides += ["DATASETS.VOC_TREE.ROOT", str(data / "voc") if track.task == "bbox" else ""]
-    maps = str(data / "semantic") if track.task == "sem_seg" else ""
-    overrides += ["DATASETS.SEMANTIC_MAPS.ROOT", maps]
-    for split, name in (("TRAIN", "train"), ("TEST", "val")):
-        key, coco = f"DATASETS.COCO_JSON.{split}", data / "coco"
-        used = track.task == "segm"
-        file = coco / f"annotations/instances_{name}.json"
-        overrides += [f"{key}_JSON", str(file) if used else ""]
-        overrides += [f"{key}_IMAGES", str(coco / f"images/{name}") if used else ""]
+    overrides += track.overrides(data)
     cfg = load_config(str(CONFIGS / track.config), overrides)
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     register_datasets(cfg)
@@ -81,11 +91,7 @@ def train(track: Track, method: str, data: Path, iterations: int, output: Path) 
     results = trainer.train()
     model = trainer.model.train()
     batch = next(iter(trainer.build_train_loader(cfg)))
-
-    def loss() -> Tensor:
-        with EventStorage():
-            return sum(model(batch).values(), torch.zeros((), device=model.device))
-
+    loss = partial(detectron2_loss, model, batch)
     return Trained(float(results[track.task][track.metric]), model, loss)
 
 
@@ -98,22 +104,11 @@ def measure(runs: dict[str, Trained]) -> dict[str, dict[str, float]]:
         hook = backbone.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         run.loss()
         hook.remove()
-        results[method] = {
-            "score": run.score,
-            "trainable_params": trainable_parameters(backbone),
-            "saved_bytes": saved_bytes(backbone, partial(backbone, seen[0])),
-            "peak_live_bytes": peak_live_bytes(run.model, run.loss),
-        }
-    seconds: dict[str, list[float]] = {method: [] for method in runs}
-    for _ in range(TIMED_STEPS):
-        for method, run in runs.items():
-            start = time.perf_counter()
-            run.loss().backward()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[method].append(time.perf_counter() - start)
-    for method, values in seconds.items():
-        results[method]["seconds_per_iter"] = statistics.median(values)
+        costs = step_costs(run.model, backbone, seen[0], run.loss)
+        results[method] = {"score": run.score, **costs}
+    seconds = step_seconds({method: run.loss for method, run in runs.items()}, TIMED_STEPS)
+    for method, result in results.items():
+        result["seconds_per_iter"] = seconds[method]
     return results
 
 
@@ -154,8 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         }
         print(table(track.name, results), flush=True)
         if options.json:
-            with atomic_path(options.json) as path:
-                path.write_text(json.dumps(report, indent=1) + "\n")
+            write_json(options.json, report)
     return report
 
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from e3va.backbone import E3VABackbone
-from e3va.files import atomic_path
+from e3va.files import atomic_path, write_json
 from e3va.weights import trunk_hash
 
 CONFIG_NAME = "adapter_config.json"
@@ -41,8 +41,7 @@ def save_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> N
     state = {name: value.cpu().contiguous() for name, value in _state(backbone).items()}
     with atomic_path(directory / WEIGHTS_NAME) as temporary:
         safetensors.torch.save_file(state, temporary, {"format": "pt"})
-    with atomic_path(directory / CONFIG_NAME) as temporary:
-        temporary.write_text(json.dumps(_config(backbone), indent=2) + "\n")
+    write_json(directory / CONFIG_NAME, _config(backbone))
 
 
 def load_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> None:

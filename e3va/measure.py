@@ -1,9 +1,12 @@
-"""What training keeps in memory, counted exactly and on any device: used by demo, bench, tests."""
+"""What training costs: memory, counted exactly and on any device, and time; used by demo, bench and
+tests."""
 
 from __future__ import annotations
 
+import statistics
+import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -130,6 +133,33 @@ def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
         result = run()
     del result
     return saved.total
+
+
+def step_costs(
+    module: nn.Module, backbone: nn.Module, images: Any, step: Callable[[], Tensor]
+) -> dict[str, int]:
+    """What a training step of ``module`` costs: "trainable_params" and "saved_bytes" of its
+    ``backbone``, which takes ``images``, and "peak_live_bytes" of all, ``step()`` giving the
+    loss."""
+    return {
+        "trainable_params": trainable_parameters(backbone),
+        "saved_bytes": saved_bytes(backbone, lambda: backbone(images)),
+        "peak_live_bytes": peak_live_bytes(module, step),
+    }
+
+
+def step_seconds(steps: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
+    """Seconds of training steps, by name: each gives the loss, whose backward runs. Medians of
+    interleaved ``repeats``."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step().backward()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def _is_real(leaf: Any) -> bool:

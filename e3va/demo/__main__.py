@@ -8,21 +8,15 @@ Writes report.json, predictions.png and curves.png to output/demo.
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from e3va.demo import engines, plots
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import Trained
-from e3va.files import atomic_path
-from e3va.measure import peak_live_bytes, saved_bytes, trainable_parameters
+from e3va.files import write_json
+from e3va.measure import step_costs, step_seconds
 
 METHODS = ("full", "frozen", "e3va")
 TIMED_STEPS = 10
@@ -54,8 +48,7 @@ def main(arguments: list[str] | None = None) -> None:
         "iterations": options.iterations,
         "methods": measure(runs),
     }
-    with atomic_path(options.output / "report.json") as path:
-        path.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(options.output / "report.json", report)
     detections = {method: run.detections for method, run in runs.items()}
     plots.predictions(options.output / "predictions.png", data / "coco", detections)
     losses = {method: run.losses for method, run in runs.items()}
@@ -72,24 +65,13 @@ ENGINES: dict[str, Callable[[str, Path, Path, int, int], Trained]] = {
 
 def measure(runs: dict[str, Trained]) -> dict[str, dict[str, Any]]:
     """AP, and the cost of a step: bytes, and seconds as medians of interleaved steps."""
-    results: dict[str, dict[str, Any]] = {}
-    for method, run in runs.items():
-        results[method] = {
-            **run.metrics,
-            "trainable_params": trainable_parameters(run.backbone),
-            "saved_bytes": saved_bytes(run.backbone, partial(run.backbone, run.images)),
-            "peak_live_bytes": peak_live_bytes(run.model, run.loss),
-        }
-    seconds: dict[str, list[float]] = {method: [] for method in runs}
-    for _ in range(TIMED_STEPS):
-        for method, run in runs.items():
-            start = time.perf_counter()
-            run.loss().backward()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[method].append(time.perf_counter() - start)
-    for method in runs:
-        results[method]["seconds_per_iter"] = statistics.median(seconds[method])
+    results: dict[str, dict[str, Any]] = {
+        method: {**run.metrics, **step_costs(run.model, run.backbone, run.images, run.loss)}
+        for method, run in runs.items()
+    }
+    seconds = step_seconds({method: run.loss for method, run in runs.items()}, TIMED_STEPS)
+    for method, result in results.items():
+        result["seconds_per_iter"] = seconds[method]
     return results
 
 

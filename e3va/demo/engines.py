@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,6 @@ def train_detectron2(
     """
     from detectron2.engine import HookBase
     from detectron2.utils.env import seed_all_rng
-    from detectron2.utils.events import EventStorage
 
     from e3va.detectron2 import Trainer, load_config, register_coco_json
 
@@ -82,11 +82,7 @@ def train_detectron2(
     overrides += ["SOLVER.HIGHWAY_LR_FACTOR", float(HIGHWAY_LR_FACTOR)]
     overrides += ["SOLVER.HIGHWAY_LR_RATIO", float(HIGHWAY_LR_RATIO)]
     overrides += ["SOLVER.CHECKPOINT_PERIOD", 10 * iterations]
-    for split, name in (("TRAIN", "train"), ("TEST", "val")):
-        key = f"DATASETS.COCO_JSON.{split}"
-        overrides += [f"{key}_JSON", str(coco / f"annotations/instances_{name}.json")]
-        overrides += [f"{key}_IMAGES", str(coco / f"images/{name}")]
-    cfg = load_config(str(config), overrides)
+    cfg = load_config(str(config), [*overrides, *coco_overrides(coco)])
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     register_coco_json(cfg)
     seed_all_rng(seed)
@@ -110,16 +106,11 @@ def train_detectron2(
     results = trainer.train()
     model = trainer.model
     batch = next(iter(trainer.build_train_loader(cfg)))
-
-    def loss() -> Tensor:
-        with EventStorage():
-            return sum(model(batch).values(), torch.zeros((), device=model.device))
-
     return Trained(
         model=model.train(),
         backbone=model.backbone.bottom_up,
         images=model.preprocess_image(batch).tensor,
-        loss=loss,
+        loss=partial(detectron2_loss, model, batch),
         metrics={
             "box_ap": results["bbox"]["AP"],
             "mask_ap": results["segm"]["AP"],
@@ -128,6 +119,24 @@ def train_detectron2(
         detections=json.loads((output / "inference/coco_instances_results.json").read_text()),
         losses=losses,
     )
+
+
+def coco_overrides(coco: Path) -> list[str]:
+    """Of a config, for the COCO tree of the digits: KEY, VALUE, …."""
+    overrides = []
+    for split, name in (("TRAIN", "train"), ("TEST", "val")):
+        key = f"DATASETS.COCO_JSON.{split}"
+        overrides += [f"{key}_JSON", str(coco / f"annotations/instances_{name}.json")]
+        overrides += [f"{key}_IMAGES", str(coco / f"images/{name}")]
+    return overrides
+
+
+def detectron2_loss(model: Any, batch: list[dict[str, Any]]) -> Tensor:
+    """The sum of the losses of a Detectron2 model in training."""
+    from detectron2.utils.events import EventStorage
+
+    with EventStorage():
+        return sum(model(batch).values(), torch.zeros((), device=model.device))
 
 
 def train_torchvision(method: str, coco: Path, output: Path, iterations: int, seed: int) -> Trained:

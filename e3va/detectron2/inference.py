@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from tqdm import tqdm
 
 from e3va.detectron2.checkpoint import CompleteCheckpointer
 from e3va.detectron2.semantic import semantic_inference
-from e3va.files import atomic_path
+from e3va.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +103,7 @@ def predict(
             _save(output / f"{path.stem}_classes.png", labels.numpy())
         _save(output / f"{path.stem}.png", drawing.output.get_image())
         entries.append(entry)
-    with atomic_path(output / PREDICTIONS) as temporary:
-        temporary.write_text(json.dumps(entries, indent=1) + "\n")
+    write_json(output / PREDICTIONS, entries)
     return entries
 
 
