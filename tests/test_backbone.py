@@ -17,6 +17,8 @@ from e3va import (
     swin_config,
 )
 from e3va.measure import LiveBytes, SavedBytes, trainable_parameters
+from e3va.native import build_info
+from e3va.ops import dispatch
 from e3va.ops.taps import TAPS
 from tests import oracles
 from tests.ops.backends import DEVICES
@@ -206,6 +208,30 @@ def test_compiles_without_a_graph_break(taps):
     torch.manual_seed(1)
     loss_of(backbone(image)).backward()
     torch.testing.assert_close(backbone.highway.stages[0].P.grad, gradient)
+
+
+@pytest.mark.skipif("C++" not in build_info().built, reason="the CPU kernels were not built")
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
+    """Falling back to the reference would give the same numbers, slowly."""
+    ran = set()
+
+    def record(op, name, run):
+        def recorded(*arguments):
+            ran.add((op, name))
+            return run(*arguments)
+
+        return recorded
+
+    for op in dispatch.operators():
+        for name, backend in list(dispatch._ops[op].items()):
+            recorded = backend._replace(run=record(op, name, backend.run))
+            monkeypatch.setitem(dispatch._ops[op], name, recorded)
+    backbone = E3VABackbone(FrozenSwin(TINY), HighwayConfig(branches=1, kernel_dim=4))
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        features = backbone(torch.randn(1, 3, 41, 50))
+    loss_of(features).backward()
+    assert ran == {(op, "native") for op in dispatch.operators()}
 
 
 @pytest.mark.parametrize("device", DEVICES)
