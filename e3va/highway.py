@@ -116,22 +116,22 @@ class StageRide:
         self._t: list[Tensor] = []
         self._s: list[Tensor] = []
 
-    @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
-        k = len(self._x)
-        weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
-        adapter = self._stage.P[k], self._Q[k], self._stage.b[k], self._U[k]
-        seed = None if self._seed is None else self._seed + k
-        y, z, t, s, tap, scale = ops.sublayer_epilogue(
-            x, y, weight, bias, eps, *adapter, self._taps, seed
-        )
-        if self._taps == "full":
-            self._x.append(x)
-        else:
-            self._x.append(tap)
-            self._scale.append(scale)
-        self._t.append(t)
-        self._s.append(s)
+        with torch.no_grad():  # as a decorator of __call__ it would stop Dynamo 2.14
+            k = len(self._x)
+            weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
+            adapter = self._stage.P[k], self._Q[k], self._stage.b[k], self._U[k]
+            seed = None if self._seed is None else self._seed + k
+            y, z, t, s, tap, scale = ops.sublayer_epilogue(
+                x, y, weight, bias, eps, *adapter, self._taps, seed
+            )
+            if self._taps == "full":
+                self._x.append(x)
+            else:
+                self._x.append(tap)
+                self._scale.append(scale)
+            self._t.append(t)
+            self._s.append(s)
         return y, z
 
     @torch.no_grad()
