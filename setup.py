@@ -31,9 +31,11 @@ TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of 2.11 and later
 GPU_ARCHITECTURES = (75, 80, 90, 100, 120)  # 80 runs on 86 and 89 too
 COMMON_SOURCES = (
     "csrc/library.cpp",
-    "csrc/cpu/highway_backward.cpp",
+    "csrc/cpu/adapters.cpp",
+    "csrc/cpu/adapters_backward.cpp",
     "csrc/cpu/instruction_set.cpp",
     "csrc/cpu/sublayer_epilogue.cpp",
+    "csrc/cpu/tap_gradient.cpp",
     "csrc/cpu/window_attention.cpp",
 )
 EXTENSION, BUILD_INFO = "e3va._C", "_build_info.json"

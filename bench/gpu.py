@@ -69,29 +69,35 @@ def results(
                 yield op, found, expected
 
     like = torch.empty(0, dtype=dtype)
-    x, y, G = (torch.randn(B, H, W, C).to(dtype) for _ in range(3))
-    P, Q, b, U, V = (
-        weight(ADAPTERS, *size)
-        for size in ((C, rank), (rank, hidden), (hidden,), (hidden, rank), (rank, C))
+    x, y = (torch.randn(B, H, W, C).to(dtype) for _ in range(2))
+    P, Q, b, U = (
+        weight(ADAPTERS, *size) for size in ((C, rank), (rank, hidden), (hidden,), (hidden, rank))
     )
-    adapter = (P[0], Q[0], b[0], U[0])
-    for taps in TAPS:
+    # Codes of a norm would differ where its rounding does.
+    for tap, taps in (*(("output", taps) for taps in TAPS), ("norm", "full")):
         yield from both(
             "sublayer_epilogue",
             reference.sublayer_epilogue,
-            (x, y, weight(C), weight(C), 1e-5, *adapter, taps, 5),
+            (x, y, weight(C), weight(C), 1e-5, P[0], tap, taps, 5),
+        )
+    t, carry = (torch.randn(*n, B * H * W, rank).to(dtype) for n in ((ADAPTERS,), ()))
+    dS = torch.randn(B * H * W, ADAPTERS * rank).to(dtype)
+    u = torch.randn(ADAPTERS + 1, B * H * W, rank).to(dtype)
+    for side, gamma in ((0, None), (3, torch.randn(ADAPTERS, rank)), (7, None)):
+        D = torch.randn(ADAPTERS, rank, side, side) / side if side else None
+        weights = (D, gamma, Q, b, U, (H, W))
+        before = None if gamma is None else carry
+        yield from both("adapters", reference.adapters, (t, before, *weights))
+        kept = u[:ADAPTERS] if gamma is None else u
+        yield from both(
+            "adapters_backward", reference.adapters_backward, (dS, before, kept, *weights)
         )
     maps = [torch.randn(B * H * W, C).to(dtype) for _ in range(ADAPTERS)]
-    t = [(tap.float() @ P_k).to(dtype) for tap, P_k in zip(maps, P, strict=True)]
     for taps in TAPS:
         kept, scale = maps, []
         if taps != "full":
             kept, scale = map(list, zip(*(compress(tap, taps, 5) for tap in maps), strict=True))
-        yield from both(
-            "highway_backward",
-            reference.highway_backward,
-            (G.flatten(0, 2), kept, scale, taps, t, P, Q, b, U, V),
-        )
+        yield from both("tap_gradient", reference.tap_gradient, (kept, scale, taps, t, C))
     for window, shift in ((7, 0), (7, 3), (12, 0), (12, 6)):
         qkv = torch.randn(B, H, W, 3 * C).to(dtype)
         table = torch.randn((2 * window - 1) ** 2, heads)

@@ -7,8 +7,9 @@ Swin-T, -B and -L at batch 1, 2 and 8, through torch.compile Swin-B at batch 1 a
 of one case run interleaved; times are medians. A ratio above 1 means that ours is faster; the
 summary holds the lowest of all cases.
 
-sublayer_epilogue, highway_backward: the ops alone, against eager PyTorch; on a GPU with the share
-of the measured copy bandwidth that they reach over the fewest bytes that they could move.
+sublayer_epilogue, adapters, adapters_backward, tap_gradient: the ops alone, against eager PyTorch;
+on a GPU with the share of the measured copy bandwidth that they reach over the fewest bytes that
+they could move.
 highway: residual adds, norms and all adapters of a stage, forward and backward, against the same
 with one adapter at a time in eager PyTorch and through torch.compile. window_attention: against
 Swin's roll, pad, partition and mask around eager attention, and around SDPA. trunk_forward: the
@@ -36,6 +37,7 @@ from e3va import ops
 from e3va.files import atomic_path, write_json
 from e3va.highway import HighwayStage
 from e3va.ops import dispatch, reference
+from e3va.ops.taps import compress
 from e3va.weights import convert_weights
 
 IMAGE = (800, 1344)
@@ -63,31 +65,45 @@ class Case(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """One adapter, as one would write it: A(x) = GELU(x·P·Q + b)·U·V."""
+    """One adapter, as one would write it: s = GELU((u + D ⋆ u)·Q + b)·U of u = z·P + γ ⊙ state,
+    and s·V."""
 
     def __init__(self, stage: HighwayStage, k: int) -> None:
         super().__init__()
         Q, U = stage.fold()
         weights = {"P": stage.P[k], "Q": Q[k], "b": stage.b[k], "U": U[k], "V": stage.V[k]}
+        weights |= {"D": stage.D[k][:, None], "gamma": stage.gamma[k]}
         for name, weight in weights.items():
             self.register_parameter(name, nn.Parameter(weight.detach().clone()))
 
-    def forward(self, x: Tensor) -> Tensor:
-        P, Q, b, U, V = (weight.to(x) for weight in (self.P, self.Q, self.b, self.U, self.V))
-        return F.gelu(x @ P @ Q + b) @ U @ V
+    def forward(self, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        P, Q, b, U, V, D, gamma = (
+            weight.to(z) for weight in (self.P, self.Q, self.b, self.U, self.V, self.D, self.gamma)
+        )
+        u = z @ P + gamma * state
+        around = F.conv2d(u.permute(0, 3, 1, 2), D, padding=D.shape[-1] // 2, groups=len(D))
+        s = F.gelu((u + around.permute(0, 2, 3, 1)) @ Q + b) @ U
+        return s, s @ V
 
 
 def one_at_a_time(
-    adapters: nn.ModuleList, c: Tensor, norm: nn.LayerNorm, x: list[Tensor], y: Tensor, h: Tensor
+    adapters: nn.ModuleList,
+    c: Tensor,
+    norm: nn.LayerNorm,
+    x: list[Tensor],
+    y: Tensor,
+    h: Tensor,
+    state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """A stage's residual adds, norms and highway, adapter by adapter: (h, z), z the last norm."""
-    z = y
+    """A stage's residual adds, norms and highway, adapter by adapter: the highway and the state."""
     for adapter, x_k in zip(adapters, x, strict=True):
         with torch.no_grad():
             y = y + x_k
             z = F.layer_norm(y, y.shape[-1:], norm.weight.to(y), norm.bias.to(y), norm.eps)
-        h = h + x_k + adapter(x_k)
-    return h + c.to(h), z
+        s, added = adapter(z, state)
+        state = state + s
+        h = h + x_k + added
+    return h + c.to(h), state
 
 
 class SwinAttention:
@@ -145,31 +161,36 @@ def stage_map(case: Case, channels: int, device: str) -> Tensor:
 
 
 def highway(case: Case, device: str) -> Competitors:
+    """A stage between two others: the highway and the state come from one and go to the next."""
     config = e3va.swin_config(case.variant)
     assert case.stage is not None
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device)
     nn.init.normal_(stage.V, std=0.02)
+    nn.init.normal_(stage.D, std=0.2)
     norm = nn.LayerNorm(channels, device=device).requires_grad_(False)
     adapters = nn.ModuleList(Adapter(stage, k) for k in range(taps))
     c = nn.Parameter(torch.zeros(channels, device=device))
     x = [stage_map(case, channels, device) for _ in range(taps)]
     y, G = stage_map(case, channels, device), stage_map(case, channels, device)
     h = y.clone().requires_grad_()
+    rank = stage.P.shape[-1]
+    state = stage_map(case, rank, device).requires_grad_()
+    gradients = [G, stage_map(case, rank, device)]
 
     def ours() -> Tensor:
         ride = stage.ride()
         y_k = y
         for x_k in x:
             y_k, _ = ride(x_k, y_k, norm)
-        out = ride.arrive(h, y, y_k)
-        out.backward(G)
-        return out
+        results = ride.arrive(h, y, y_k, state)
+        torch.autograd.backward(results, gradients)
+        return results[0]
 
     def baseline(run: Callable[..., tuple[Tensor, Tensor]]) -> Tensor:
-        out, _ = run(adapters, c, norm, x, y, h)
-        out.backward(G)
-        return out
+        results = run(adapters, c, norm, x, y, h, state)
+        torch.autograd.backward(results, gradients)
+        return results[0]
 
     competitors: Competitors = {OURS: ours, "eager": lambda: baseline(one_at_a_time)}
     if case.compiled:
@@ -237,38 +258,70 @@ def sublayer_epilogue(case: Case, device: str) -> Competitors:
     stage = HighwayStage(1, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
     norm = nn.LayerNorm(channels, device=device).requires_grad_(False)
     x, y = stage_map(case, channels, device), stage_map(case, channels, device)
-    Q, U = stage.fold()
-    arguments = (x, y, norm.weight, norm.bias, norm.eps, stage.P[0], Q[0], stage.b[0], U[0])
+    arguments = (x, y, norm.weight, norm.bias, norm.eps, stage.P[0], stage.tap)
     return {
         OURS: lambda: ops.sublayer_epilogue(*arguments),
         "eager": lambda: reference.sublayer_epilogue(*arguments),
     }
 
 
-def highway_backward(case: Case, device: str) -> Competitors:
+def adapters(case: Case, device: str) -> Competitors:
+    arguments = adapter_arguments(case, device)
+    return {
+        OURS: lambda: dispatch.run("adapters", arguments[0], *arguments),
+        "eager": lambda: reference.adapters(*arguments),
+    }
+
+
+def adapters_backward(case: Case, device: str) -> Competitors:
+    t, carry, *weights = adapter_arguments(case, device)
+    S, u = reference.adapters(t, carry, *weights)
+    arguments = (torch.randn_like(S), torch.randn_like(carry), u, *weights)
+    return {
+        OURS: lambda: dispatch.run("adapters_backward", S, *arguments),
+        "eager": lambda: reference.adapters_backward(*arguments),
+    }
+
+
+def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
+    """What the adapters of a stage are given."""
     config = e3va.swin_config(case.variant)
     assert case.stage is not None
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
-    nn.init.normal_(stage.V, std=0.02)
-    x = [stage_map(case, channels, device).flatten(0, -2) for _ in range(taps)]
-    G = stage_map(case, channels, device).flatten(0, -2)
+    nn.init.normal_(stage.D, std=0.2)
     Q, U = stage.fold()
-    t = [x_k @ P_k.to(x_k) for x_k, P_k in zip(x, stage.P, strict=True)]
-    arguments = (G, x, [], "full", t, stage.P, Q, stage.b, U, stage.V)
+    maps = [stage_map(case, stage.P.shape[-1], device) for _ in range(taps + 1)]
+    t, carry = torch.stack(maps[1:]).flatten(1, 3), maps[0].flatten(0, 2)
+    size = tuple(maps[0].shape[1:3])
+    return t, carry, stage.D, stage.gamma, Q, stage.b, U, size
+
+
+def tap_gradient(case: Case, device: str) -> Competitors:
+    """Of taps in four bits, against the same expanded."""
+    config = e3va.swin_config(case.variant)
+    assert case.stage is not None
+    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
+    kept, scale = zip(
+        *(compress(stage_map(case, channels, device), "int4", k) for k in range(taps)), strict=True
+    )
+    rank = e3va.HighwayConfig().rank
+    dt = torch.stack([stage_map(case, rank, device) for _ in range(taps)]).flatten(1, 3)
+    arguments = (kept, scale, "int4", dt, channels)
     return {
-        OURS: lambda: dispatch.run("highway_backward", G, *arguments),
-        "eager": lambda: reference.highway_backward(*arguments),
+        OURS: lambda: dispatch.run("tap_gradient", dt, *arguments),
+        "eager": lambda: reference.tap_gradient(*arguments),
     }
 
 
 def least_bytes(case: Case) -> int | None:
     """What an op must read and write at least; None: not told.
 
-    The epilogue reads x and y and writes y' and its norm, t and s; the backward reads the taps, and
-    G twice, and t.
+    The epilogue reads x and y and writes y' and its norm, and t; the adapters read t and write S
+    and what is kept; their backward reads what is kept and dS and writes S and dt; the gradient of
+    taps reads four bits a value, their scales and dt.
     """
-    if case.op not in ("sublayer_epilogue", "highway_backward") or case.stage is None:
+    if case.stage is None:
         return None
     config = e3va.swin_config(case.variant)
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
@@ -276,9 +329,13 @@ def least_bytes(case: Case) -> int | None:
     tokens = case.batch
     for n in case.image:
         tokens *= math.ceil(n / 4 / 2**case.stage)
-    if case.op == "sublayer_epilogue":
-        return tokens * (4 * channels + 2 * rank) * size
-    return tokens * ((taps + 2) * channels + taps * rank) * size
+    per_token = {
+        "sublayer_epilogue": (4 * channels + rank) * size,
+        "adapters": (3 * taps + 2) * rank * size,
+        "adapters_backward": (4 * taps + 3) * rank * size,
+        "tap_gradient": taps * (-(-channels // 2) + 4 + rank * size),
+    }
+    return tokens * per_token[case.op] if case.op in per_token else None
 
 
 def copy_bandwidth(device: str) -> float:
@@ -291,11 +348,16 @@ def copy_bandwidth(device: str) -> float:
 
 OPS: dict[str, Callable[[Case, str], Competitors]] = {
     "sublayer_epilogue": sublayer_epilogue,
-    "highway_backward": highway_backward,
+    "adapters": adapters,
+    "adapters_backward": adapters_backward,
+    "tap_gradient": tap_gradient,
     "highway": highway,
     "window_attention": window_attention,
     "trunk_forward": trunk_forward,
 }
+LIGHT = ("sublayer_epilogue", "window_attention")
+"""Ops that hold no taps of a whole stage."""
+
 RATIOS = {
     "highway_fwd_bwd_vs_eager": ("highway", "eager"),
     "highway_fwd_bwd_vs_compile": ("highway", "compile"),
@@ -319,7 +381,7 @@ def cases(device: str) -> Iterator[Case]:
             compiled = variant == "swin_b" and batch == 1
             for op in OPS:
                 # Of Swin-L at batch 8 the taps of a stage would not fit a small GPU.
-                if op == "trunk_forward" or (op.startswith("highway") and batch > 2):
+                if op == "trunk_forward" or (op not in LIGHT and batch > 2):
                     continue
                 for stage in range(3):
                     yield Case(op, variant, stage, batch, "bf16", compiled=compiled)

@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 from bench.environment import environment
 from e3va.config import SWIN_VARIANTS, HighwayConfig
 from e3va.files import write_json
-from e3va.kernels import highway_backward, sublayer_epilogue
+from e3va.kernels import adapters, sublayer_epilogue, tap_gradient
 from e3va.kernels.common import padded_rank
 from e3va.ops.taps import DEFAULT_TAPS, LARGEST
 
@@ -47,6 +47,9 @@ ARCHITECTURES = {
     120: Limits(99 << 10, 100 << 10, 1536),
 }
 REGISTERS = 64 << 10
+TAPS = 36  # K of the deepest stage
+FORMS = ((0, False), (3, True), (7, True))
+"""(side of D, whether there is a state): none in the published highway, ours, the largest."""
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -65,46 +68,61 @@ def compile_kernels(
 ) -> Iterator[dict[str, Any]]:
     """Every kernel for one shape, and for taps compressed to ``formats``: registers and spilled
     bytes a thread, bytes of shared memory a block, occupancy."""
-    shape = {"RANK": rank, "HIDDEN": hidden, "RANK_TILE": padded_rank(rank)}
-    backward = highway_backward.tiles(dtype, architecture, rank)
-    gradient = highway_backward.tap_tiles(dtype, architecture)
     launches = []
-    for note, norm, adapter, taps in (
-        ("", True, True, "full"),
-        (" (no norm)", False, True, "full"),
-        (" (no adapter)", True, False, "full"),
-        *((f" {taps}", True, True, taps) for taps in formats),
-        *((f" {taps} (no norm)", False, True, taps) for taps in formats if taps == DEFAULT_TAPS),
+    for note, tap, affine, taps in (
+        ("", "output", True, "full"),
+        (" norm", "norm", True, "full"),
+        (" (no norm)", "output", False, "full"),
+        (" (no adapter)", "none", True, "full"),
+        *((f" {taps}", "output", True, taps) for taps in formats),
+        *((f" norm {taps}", "norm", True, taps) for taps in formats),
+        *(
+            (f" {taps} (no norm)", "output", False, taps)
+            for taps in formats
+            if taps == DEFAULT_TAPS
+        ),
     ):
-        tile = sublayer_epilogue.tiles(dtype, architecture, taps)
+        tile = sublayer_epilogue.tiles(dtype, architecture, tap, taps)
         constants = {
-            **shape,
             "CHANNELS": channels,
-            "NORM": norm,
-            "ADAPTER": adapter,
+            "RANK": rank,
+            "AFFINE": affine,
+            "STORED": affine,
+            "TAP": tap,
             "FORMAT": taps,
+            "RANK_TILE": padded_rank(rank),
             "ROWS": tile.rows,
             "CHANNEL_TILE": tile.channels,
-            "HIDDEN_TILE": tile.hidden,
         }
         kernel = sublayer_epilogue.sublayer_epilogue_kernel
         launches.append((f"sublayer_epilogue{note}", kernel, constants, tile.num_warps))
+    for side, state in FORMS if formats else FORMS[:2]:
+        note = f" {side}" + (" state" if state else "")
+        mixing = {"SIDE": side, "STATE": state}
+        tile = adapters.forward_tiles(dtype, architecture, rank)
+        constants = adapter_constants(rank, hidden, tile) | mixing
+        launches.append((f"adapters{note}", adapters.adapters_kernel, constants, tile.num_warps))
+        tile = adapters.rows_tiles(dtype, architecture, rank)
+        constants = adapter_constants(rank, hidden, tile) | mixing | {"NEXT": state, "OWN": True}
+        kernel = adapters.rows_kernel
+        launches.append((f"adapters_backward rows{note}", kernel, constants, tile.num_warps))
+    tile = adapters.weights_tiles(dtype, architecture, rank)
+    constants = adapter_constants(rank, hidden, tile)
+    kernel = adapters.weights_kernel
+    launches.append(("adapters_backward weights", kernel, constants, tile.num_warps))
+    constants = {
+        "TAPS": TAPS,
+        "RANK": rank,
+        "SIDE": HighwayConfig().mixing,
+        "RANK_TILE": padded_rank(rank),
+        "ROWS": adapters.MIXING_ROWS,
+    }
+    launches.append(("adapters_backward mixing", adapters.mixing_kernel, constants, 4))
+    gradient = tap_gradient.tiles(dtype, architecture)
     launches += [
         (
-            f"highway_backward {name}",
-            kernel,
-            {**shape, "TAPS": 36, "ROWS": backward.rows, "HIDDEN_TILE": backward.hidden},
-            backward.num_warps,
-        )
-        for name, kernel in (
-            ("rows", highway_backward.rows_kernel),
-            ("weights", highway_backward.weights_kernel),
-        )
-    ]
-    launches += [
-        (
-            f"highway_backward {taps}",
-            highway_backward.tap_gradient_kernel,
+            f"tap_gradient {taps}",
+            tap_gradient.tap_gradient_kernel,
             {
                 "RANK": rank,
                 "RANK_TILE": padded_rank(rank),
@@ -129,6 +147,17 @@ def compile_kernels(
         }
 
 
+def adapter_constants(rank: int, hidden: int, tile: adapters.Tiles) -> dict[str, Any]:
+    return {
+        "TAPS": TAPS,
+        "RANK": rank,
+        "HIDDEN": hidden,
+        "RANK_TILE": padded_rank(rank),
+        "ROWS": tile.rows,
+        "HIDDEN_TILE": tile.hidden,
+    }
+
+
 def compile_kernel(
     kernel: Any,
     constants: dict[str, Any],
@@ -136,10 +165,12 @@ def compile_kernel(
     architecture: int,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    # The trunk stores its norms in fp32; gradients of parameters are summed in it.
-    wide = ("norm_weight", "norm_bias", "scale", "dP", "dQ", "db", "dU")
+    # The trunk stores its norms in fp32; parameters are in it, unless they are multiplied, and so
+    # are the sums of their gradients and of the state.
+    wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
+    wide |= {"dP", "dD", "dgamma", "dQ", "db", "dU"}
     types = {f"{name}_ptr": "fp32" for name in wide} | {"codes_ptr": "u8"}
-    integers = dict.fromkeys(("tokens", "split_rows", "seed"), "i32")
+    integers = dict.fromkeys(("tokens", "height", "width", "first", "split_rows", "seed"), "i32")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:
@@ -208,7 +239,8 @@ def shapes(formats: Sequence[str]) -> list[tuple[int, int, int, Sequence[str]]]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
-    parser.add_argument("--channels", nargs="+", type=int, help="these only (default: all)")
+    for name in ("--channels", "--ranks"):
+        parser.add_argument(name, nargs="+", type=int, help="these only (default: all)")
     formats = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
     parser.add_argument("--taps", **formats, help="of compressed taps these only (default: all)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
@@ -219,6 +251,8 @@ def main(arguments: list[str] | None = None) -> None:
         for dtype in TYPES:
             for shape in shapes(options.taps) if runs_on(architecture, dtype) else ():
                 if options.channels and shape[0] not in options.channels:
+                    continue
+                if options.ranks and shape[1] not in options.ranks:
                     continue
                 for r in compile_kernels(architecture, dtype, *shape):
                     results.append(r)

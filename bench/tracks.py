@@ -1,23 +1,30 @@
-"""Every tuning method on every track of digits in scenes: accuracy and its cost, in one table.
+"""Every tuning method on every track of digits in scenes, over several seeds: accuracy and cost.
 
-    python -m bench.tracks [--tracks instances boxes semantic] [--methods …] [--json FILE]
+    python -m bench.tracks [--tracks instances boxes semantic] [--methods …] [--seeds 0 1 2]
+        [--json FILE]
 
-Trains detectron2_configs/digits/*.yaml by each method with the same seed and schedule. Parameters
-and bytes saved for backward are the backbone's; peak live bytes are a training step's; seconds per
-iteration are medians of interleaved steps.
+Trains detectron2_configs/digits/*.yaml by each method, all with one schedule. A method's learning
+rate is the best of a grid, multiples of the config's, by its score on the tuning scenes with the
+first seed; the other seeds follow at that rate, and what is reported is scored on the validation
+scenes. Tracks on real images, which $E3VA_DATA holds, have no tuning split and take the config's
+rate. With --json results are kept as they come, and a run that was stopped is continued.
+
+Parameters and bytes saved for backward are the backbone's; peak live bytes are a training step's;
+seconds per iteration are medians of interleaved steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 import e3va
 from bench.environment import environment
@@ -27,129 +34,216 @@ from e3va.demo.engines import coco_overrides, detectron2_loss
 from e3va.files import write_json
 from e3va.measure import step_costs, step_seconds
 
-CONFIGS = Path(e3va.__file__).parents[1] / "detectron2_configs/digits"
+CONFIGS = Path(e3va.__file__).parents[1] / "detectron2_configs"
+RATES = (0.5, 1.0, 2.0)
 TIMED_STEPS = 10
 
 
 class Track(NamedTuple):
-    """A config, what makes it read the digits of a folder, and where its results have the number
-    that counts."""
+    """A config, what makes it read the digits of a folder and test on a split ("val", "tune"),
+    where its results have the number that counts, and iterations after which full fine-tuning gains
+    no more."""
 
     config: str
-    overrides: Callable[[Path], list[str]]
+    overrides: Callable[[Path, str], list[str]] | None
     task: str
     metric: str
     name: str
+    iterations: int
 
 
 TRACKS = {
     "instances": Track(
-        "mask_rcnn_e3va.yaml",
-        lambda data: coco_overrides(data / "coco"),
+        "digits/mask_rcnn_e3va.yaml",
+        lambda data, split: coco_overrides(data / "coco", split),
         task="segm",
         metric="AP",
         name="mask AP",
+        iterations=1000,
     ),
     "boxes": Track(
-        "retinanet_e3va.yaml",
-        lambda data: ["DATASETS.VOC_TREE.ROOT", str(data / "voc")],
+        "digits/retinanet_e3va.yaml",
+        lambda data, split: [
+            *("DATASETS.VOC_TREE.ROOT", str(data / "voc")),
+            *("DATASETS.VOC_TREE.TEST_SPLIT", split),
+        ],
         task="bbox",
         metric="AP50",
         name="box AP50",
+        iterations=2500,
     ),
     "semantic": Track(
-        "upernet_e3va.yaml",
-        lambda data: ["DATASETS.SEMANTIC_MAPS.ROOT", str(data / "semantic")],
+        "digits/upernet_e3va.yaml",
+        lambda data, split: [
+            *("DATASETS.SEMANTIC_MAPS.ROOT", str(data / "semantic")),
+            *("DATASETS.SEMANTIC_MAPS.TEST_SPLIT", {"val": "validation", "tune": "tuning"}[split]),
+        ],
         task="sem_seg",
         metric="mIoU",
         name="mIoU",
+        iterations=1000,
     ),
+    "nuclei": Track("real/nuclei_mask_rcnn_e3va.yaml", None, "segm", "AP", "mask AP", 800),
+    "indoor": Track("real/indoor_semseg_upernet_e3va.yaml", None, "sem_seg", "mIoU", "mIoU", 800),
 }
+DIGITS = [name for name, track in TRACKS.items() if track.overrides]
 
 
-class Trained(NamedTuple):
-    score: float
-    model: nn.Module
-    loss: Callable[[], Tensor]
+class Setting(NamedTuple):
+    """What all runs of a track share."""
+
+    track: Track
+    data: Path
+    iterations: int
+    output: Path
 
 
-def train(track: Track, method: str, data: Path, iterations: int, output: Path) -> Trained:
-    """One training, on the digits that ``data`` holds."""
-    from detectron2.utils.env import seed_all_rng
+def load(setting: Setting, method: str, split: str = "val", overrides: tuple[Any, ...] = ()) -> Any:
+    """The registered config of a method, tested on a split."""
+    from e3va.detectron2 import load_config, register_datasets
 
-    from e3va.detectron2 import Trainer, load_config, register_datasets
-
-    overrides: list[Any] = ["MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output), "SEED", 0]
-    overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", 10 * iterations]
-    overrides += track.overrides(data)
-    cfg = load_config(str(CONFIGS / track.config), overrides)
+    track = setting.track
+    settings = ["MODEL.TUNING.METHOD", method, "SOLVER.MAX_ITER", setting.iterations]
+    settings += ["SOLVER.CHECKPOINT_PERIOD", 10 * setting.iterations]
+    settings += ["OUTPUT_DIR", str(setting.output / method), *overrides]
+    settings += track.overrides(setting.data, split) if track.overrides else []
+    cfg = load_config(str(CONFIGS / track.config), settings)
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     register_datasets(cfg)
-    seed_all_rng(0)
-    output.mkdir(parents=True, exist_ok=True)
+    return cfg
+
+
+def train(setting: Setting, method: str, seed: int, rate: float) -> dict[str, float]:
+    """One training at ``rate`` times the config's learning rate: its score, and that on the tuning
+    scenes where there are any."""
+    from detectron2.utils.env import seed_all_rng
+
+    from e3va.detectron2 import Trainer
+
+    track = setting.track
+    cfg = load(setting, method, overrides=("SEED", seed))
+    cfg.SOLVER.BASE_LR *= rate
+    seed_all_rng(seed)
+    (setting.output / method).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cfg)
     results = trainer.train()
-    model = trainer.model.train()
-    batch = next(iter(trainer.build_train_loader(cfg)))
-    loss = partial(detectron2_loss, model, batch)
-    return Trained(float(results[track.task][track.metric]), model, loss)
+    run = {"seed": seed, "rate": rate, "score": float(results[track.task][track.metric])}
+    if track.overrides:
+        results = Trainer.test(load(setting, method, "tune"), trainer.model)
+        run["tune"] = float(results[track.task][track.metric])
+    return run
 
 
-def measure(runs: dict[str, Trained]) -> dict[str, dict[str, float]]:
-    """The score and the cost of each method."""
-    results: dict[str, dict[str, float]] = {}
-    for method, run in runs.items():
-        backbone, seen = run.model.backbone, []
+def measure(setting: Setting, methods: list[str]) -> dict[str, dict[str, float]]:
+    """What a step of each method costs."""
+    from detectron2.utils.env import seed_all_rng
+
+    from e3va.detectron2 import Trainer
+
+    costs: dict[str, dict[str, float]] = {}
+    losses = {}
+    for method in methods:
+        cfg = load(setting, method)
+        seed_all_rng(0)
+        model = Trainer.build_model(cfg).train()
+        batch = next(iter(Trainer.build_train_loader(cfg)))
+        losses[method] = partial(detectron2_loss, model, batch)
+        backbone, seen = model.backbone, []
         backbone = getattr(backbone, "bottom_up", backbone)
         hook = backbone.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
-        run.loss()
+        losses[method]()
         hook.remove()
-        costs = step_costs(run.model, backbone, seen[0], run.loss)
-        results[method] = {"score": run.score, **costs}
-    seconds = step_seconds({method: run.loss for method, run in runs.items()}, TIMED_STEPS)
-    for method, result in results.items():
-        result["seconds_per_iter"] = seconds[method]
-    return results
+        costs[method] = {**step_costs(model, backbone, seen[0], losses[method])}
+    for method, seconds in step_seconds(losses, TIMED_STEPS).items():
+        costs[method]["seconds_per_iter"] = seconds
+    return costs
 
 
-def table(name: str, results: dict[str, dict[str, float]]) -> str:
-    rows = [f"{name:12}{'':8}{'trained':>10}{'saved':>10}{'peak live':>11}{'s/iter':>8}"]
-    for method, r in results.items():
-        rows.append(
-            f"{method:12}{r['score']:8.1f}{r['trainable_params'] / 1e6:8.3f} M"
-            f"{r['saved_bytes'] / 2**20:6.1f} MiB{r['peak_live_bytes'] / 2**20:7.1f} MiB"
-            f"{r['seconds_per_iter']:8.3f}"
-        )
+def summarise(entry: dict[str, Any], seeds: list[int]) -> None:
+    """The method's chosen rate, and its scores there, from its runs so far."""
+    first = [run for run in entry["runs"] if run["seed"] == seeds[0]]
+    best = max(first, key=lambda run: run.get("tune", 0))["rate"]
+    runs = {run["seed"]: run for run in entry["runs"] if run["rate"] == best}
+    scores = [runs[seed]["score"] for seed in seeds if seed in runs]
+    entry |= {"rate": best, "scores": scores, "mean": statistics.mean(scores)}
+    entry["std"] = statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def table(name: str, methods: dict[str, dict[str, Any]]) -> str:
+    rows = [f"{name:12}{'mean':>6}{'std':>6}{'rate':>6}{'trained':>10}{'saved':>10}"]
+    rows[0] += f"{'peak live':>12}{'s/iter':>8}  seeds"
+    for method, r in methods.items():
+        spread = "" if r["std"] is None else f"{r['std']:.1f}"
+        row = f"{method:12}{r['mean']:6.1f}{spread:>6}{r['rate']:6.2g}"
+        if "saved_bytes" in r:
+            row += (
+                f"{r['trainable_params'] / 1e6:8.3f} M{r['saved_bytes'] / 2**20:6.1f} MiB"
+                f"{r['peak_live_bytes'] / 2**20:8.1f} MiB{r['seconds_per_iter']:8.3f}"
+            )
+        rows.append(row + "  " + " ".join(f"{score:.1f}" for score in r["scores"]))
     return "\n".join(rows)
+
+
+def run_track(
+    setting: Setting, options: argparse.Namespace, result: dict[str, Any], keep: Callable[[], None]
+) -> None:
+    """Every method on a track; ``result`` grows, and ``keep`` is called when it has."""
+    methods = result["methods"]
+    rates = options.rates if setting.track.overrides else [1.0]
+    for method in options.methods:
+        entry = methods.setdefault(method, {"runs": []})
+        for seed in options.seeds:
+            for rate in rates if seed == options.seeds[0] else [entry["rate"]]:
+                if any(run["seed"] == seed and run["rate"] == rate for run in entry["runs"]):
+                    continue
+                run = train(setting, method, seed, rate)
+                print(f"{setting.track.name} {method} {run}", flush=True)
+                entry["runs"].append(run)
+                summarise(entry, options.seeds)
+                keep()
+            summarise(entry, options.seeds)
+    for method, costs in measure(setting, list(methods)).items():
+        methods[method] |= costs
+    keep()
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=list(TRACKS))
+    parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=DIGITS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--iterations", type=int, default=400, help="of each (default 400)")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=list(RATES), help="of the config's (0.5 1 2)"
+    )
+    parser.add_argument("--iterations", type=int, help="of each run (default: the track's)")
     parser.add_argument("--output", type=Path, default=Path("output/tracks"))
-    parser.add_argument("--json", type=Path, help="write to this file, where other tracks stay")
+    parser.add_argument(
+        "--json", type=Path, help="keep the results in this file, and go on from it"
+    )
     options = parser.parse_args(arguments)
-    data = write_digits(options.output / "digits", seed=0)
     report: dict[str, Any] = {"tracks": {}}
     if options.json and options.json.exists():
         report = json.loads(options.json.read_text())
-    for name in options.tracks:
-        track, runs = TRACKS[name], {}
-        for method in options.methods:
-            folder = options.output / name / method
-            runs[method] = train(track, method, data, options.iterations, folder)
-        results = measure(runs)
-        report["tracks"][name] = {
-            "metric": track.name,
-            "iterations": options.iterations,
-            "environment": environment(),
-            "methods": results,
-        }
-        print(table(track.name, results), flush=True)
+
+    def keep() -> None:
         if options.json:
             write_json(options.json, report)
+
+    data = write_digits(options.output / "digits", seed=0)
+    for name in options.tracks:
+        track = TRACKS[name]
+        iterations = options.iterations or track.iterations
+        result = report["tracks"].setdefault(
+            name, {"metric": track.name, "iterations": iterations, "methods": {}}
+        )
+        if result["iterations"] != iterations:
+            sys.exit(
+                f"{options.json} holds runs of {result['iterations']} iterations of {name}, not "
+                f"{iterations}: name another file with --json"
+            )
+        result["environment"] = environment()
+        run_track(Setting(track, data, iterations, options.output / name), options, result, keep)
+        print(table(track.name, result["methods"]), flush=True)
     return report
 
 

@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -10,8 +11,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "cpu/highway_backward.h"
+#include "cpu/adapters.h"
+#include "cpu/adapters_backward.h"
 #include "cpu/sublayer_epilogue.h"
+#include "cpu/tap_gradient.h"
 #include "cpu/window_attention.h"
 #ifdef E3VA_CUDA
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -91,102 +94,191 @@ const float* weight(const Tensor& tensor, std::initializer_list<int64_t> shape) 
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
+float* gradient(const Tensor& tensor, const Tensor& parameter) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == ScalarType::Float &&
+                      tensor.numel() == parameter.numel(),
+                  "gradients must be contiguous float32, as large as their parameters");
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
 Taps taps_of(int64_t number) {
   STD_TORCH_CHECK(0 <= number && number <= int64_t(Taps::kInt4), "taps must be in [0, 3]");
   return Taps(number);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sublayer_epilogue_on_cpu(
+// z, kept and scale are empty where they are not asked for.
+std::tuple<Tensor, Tensor> sublayer_epilogue_on_cpu(
     Tensor x, Tensor y, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
-    double eps, std::optional<Tensor> P, std::optional<Tensor> Q, std::optional<Tensor> b,
-    std::optional<Tensor> U, int64_t taps, int64_t seed, Tensor tap, Tensor tap_scale) {
+    double eps, std::optional<Tensor> P, bool norm_tap, int64_t taps, int64_t seed, Tensor z,
+    Tensor kept, Tensor scale) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous() && y.is_contiguous() &&
                       x.numel() == y.numel() && x.scalar_type() == y.scalar_type(),
                   "sublayer_epilogue: x and y must be contiguous and alike");
-  const bool norm = norm_weight.has_value(), adapter = Q.has_value();
-  const int64_t channels = x.size(x.dim() - 1);
-  const int64_t rank = adapter ? Q->size(0) : 0, hidden = adapter ? Q->size(1) : 0;
+  STD_TORCH_CHECK(z.scalar_type() == x.scalar_type() && z.is_contiguous() &&
+                      (z.numel() == 0 || z.numel() == x.numel()),
+                  "sublayer_epilogue: z must be empty or like x");
+  const int64_t channels = x.size(x.dim() - 1), rank = P ? P->size(1) : 0;
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
   Tensor y_out = torch::stable::empty_like(y);
-  Tensor z = norm ? torch::stable::empty_like(y) : torch::stable::new_empty(y, {0});
-  Tensor t = adapter ? torch::stable::new_empty(x, {tokens, rank})
-                     : torch::stable::new_empty(x, {0});
-  Tensor s = torch::stable::empty_like(t);
-  const SublayerEpilogueParams params{x.const_data_ptr(),
-                                      y.const_data_ptr(),
-                                      norm ? weight(*norm_weight, {channels}) : nullptr,
-                                      norm ? weight(norm_bias.value(), {channels}) : nullptr,
-                                      adapter ? weight(P.value(), {channels, rank}) : nullptr,
-                                      adapter ? weight(*Q, {rank, hidden}) : nullptr,
-                                      adapter ? weight(b.value(), {hidden}) : nullptr,
-                                      adapter ? weight(U.value(), {hidden, rank}) : nullptr,
-                                      y_out.mutable_data_ptr(),
-                                      z.mutable_data_ptr(),
-                                      t.mutable_data_ptr(),
-                                      s.mutable_data_ptr(),
-                                      static_cast<uint8_t*>(tap.mutable_data_ptr()),
-                                      static_cast<float*>(tap_scale.mutable_data_ptr()),
-                                      dtype_of(x),
-                                      taps_of(taps),
-                                      uint32_t(seed),
-                                      tokens,
-                                      channels,
-                                      rank,
-                                      hidden,
-                                      float(eps)};
+  Tensor t = P ? torch::stable::new_empty(x, {tokens, rank}) : torch::stable::new_empty(x, {0});
+  const bool norm = norm_weight.has_value();
+  const SublayerEpilogueParams params{
+      x.const_data_ptr(),
+      y.const_data_ptr(),
+      norm ? weight(*norm_weight, {channels}) : nullptr,
+      norm ? weight(norm_bias.value(), {channels}) : nullptr,
+      P ? weight(*P, {channels, rank}) : nullptr,
+      y_out.mutable_data_ptr(),
+      z.numel() ? z.mutable_data_ptr() : nullptr,
+      t.mutable_data_ptr(),
+      static_cast<uint8_t*>(kept.mutable_data_ptr()),
+      static_cast<float*>(scale.mutable_data_ptr()),
+      dtype_of(x),
+      norm_tap,
+      taps_of(taps),
+      uint32_t(seed),
+      tokens,
+      channels,
+      rank,
+      float(eps)};
   torch::stable::parallel_for(
       0, sublayer_epilogue_items(params), 1,
       [&](int64_t begin, int64_t end) { sublayer_epilogue_cpu(params, begin, end); });
-  return {y_out, z, t, s};
+  return {y_out, t};
 }
 
-// Columns [tap * rank, (tap + 1) * rank) of dS and S are this adapter's. Returns dPᵀ, dQ, dUᵀ
-// and db, one after the other.
-Tensor adapter_backward_on_cpu(
-    Tensor x, std::optional<Tensor> scale, int64_t taps, Tensor t, Tensor dS, int64_t tap,
-    int64_t channels, Tensor Q, Tensor b, Tensor U, Tensor S) {
-  STD_TORCH_CHECK(t.dim() == 2 && dS.dim() == 2 && Q.dim() == 2 && x.dim() == 2 &&
-                      t.is_contiguous() && x.is_contiguous(),
-                  "adapter_backward: x, t, dS and Q must be matrices, x and t contiguous ones");
-  const int64_t tokens = t.size(0), rank = t.size(1), hidden = Q.size(1), stride = dS.size(1);
-  const Taps kept = taps_of(taps);
-  STD_TORCH_CHECK(x.size(0) == tokens &&
-                      x.size(1) == (kept == Taps::kInt4 ? (channels + 1) / 2 : channels) &&
-                      (kept != Taps::kFull || x.scalar_type() == t.scalar_type()),
-                  "adapter_backward: x must fit t, taps and channels");
-  for (const Tensor& tensor : {dS, S})
-    STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == t.scalar_type() &&
-                        tensor.dim() == 2 && tensor.size(0) == tokens &&
-                        tensor.size(1) == stride && 0 <= tap && (tap + 1) * rank <= stride,
-                    "adapter_backward: dS and S must be contiguous [tokens, taps * rank]");
-  const int64_t offset = tap * rank * (dtype_of(t) == Dtype::kFloat ? 4 : 2);
-  AdapterBackwardParams params{x.const_data_ptr(),
-                               kept == Taps::kFull ? nullptr : weight(scale.value(), {tokens}),
-                               t.const_data_ptr(),
-                               static_cast<const char*>(dS.const_data_ptr()) + offset,
-                               weight(Q, {rank, hidden}),
-                               weight(b, {hidden}),
-                               weight(U, {hidden, rank}),
-                               static_cast<char*>(S.mutable_data_ptr()) + offset,
-                               nullptr,
-                               dtype_of(t),
-                               kept,
-                               tokens,
-                               channels,
-                               rank,
-                               hidden,
-                               stride};
-  const int64_t chunks = adapter_backward_chunks(params);
-  const int64_t size = (channels + 2 * hidden) * rank + hidden;
-  Tensor partial_sums = torch::stable::new_empty(Q, {chunks, size});
-  params.partial_sums = static_cast<float*>(partial_sums.mutable_data_ptr());
-  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
-    adapter_backward_cpu(params, begin, end);
+// A tensor of `like`'s dtype: rows of `tokens`, or of `planes` times as many.
+const void* rows_of(const Tensor& tensor, const Tensor& like, int64_t numel) {
+  STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == like.scalar_type() &&
+                      tensor.numel() == numel,
+                  "adapters: tensors must be contiguous, of one dtype, and of sizes that fit");
+  return tensor.const_data_ptr();
+}
+
+// What both passes are told of the parameters.
+template <typename Params>
+void set_adapters(
+    Params& p, const Tensor& t, int64_t tokens, int64_t height, int64_t width,
+    const std::optional<Tensor>& D, const std::optional<Tensor>& gamma, const Tensor& Q,
+    const Tensor& b, const Tensor& U) {
+  STD_TORCH_CHECK(Q.dim() == 3 && height > 0 && width > 0 && tokens % (height * width) == 0,
+                  "adapters: Q and the map's size must fit");
+  p.adapters = Q.size(0), p.rank = Q.size(1), p.hidden = Q.size(2);
+  p.height = height, p.width = width, p.tokens = tokens;
+  p.side = D ? D->size(3) : 0;
+  p.D = D ? weight(*D, {p.adapters, p.rank, p.side, p.side}) : nullptr;
+  p.gamma = gamma ? weight(*gamma, {p.adapters, p.rank}) : nullptr;
+  p.Q = weight(Q, {p.adapters, p.rank, p.hidden});
+  p.b = weight(b, {p.adapters, p.hidden});
+  p.U = weight(U, {p.adapters, p.hidden, p.rank});
+  p.dtype = dtype_of(t);
+}
+
+std::tuple<Tensor, Tensor> adapters_on_cpu(
+    Tensor t, std::optional<Tensor> carry, std::optional<Tensor> D, std::optional<Tensor> gamma,
+    Tensor Q, Tensor b, Tensor U, int64_t height, int64_t width) {
+  STD_TORCH_CHECK(t.dim() == 3, "adapters: t must be [adapters, tokens, rank]");
+  const int64_t tokens = t.size(1);
+  AdaptersParams p{};
+  set_adapters(p, t, tokens, height, width, D, gamma, Q, b, U);
+  p.t = rows_of(t, t, p.adapters * tokens * p.rank);
+  p.carry = carry ? rows_of(*carry, t, tokens * p.rank) : nullptr;
+  Tensor S = torch::stable::new_empty(t, {tokens, p.adapters * p.rank});
+  Tensor u = gamma ? torch::stable::new_empty(t, {p.adapters + 1, tokens, p.rank})
+                   : torch::stable::new_empty(t, {0});
+  Tensor state = torch::stable::new_empty(Q, {gamma ? tokens : 0, adapters_row(p.rank)});
+  p.S = S.mutable_data_ptr();
+  p.u = gamma ? u.mutable_data_ptr() : nullptr;
+  p.state = static_cast<float*>(state.mutable_data_ptr());
+  for (p.adapter = gamma ? -1 : 0; p.adapter < p.adapters; ++p.adapter)
+    torch::stable::parallel_for(
+        0, adapters_items(p), 1,
+        [&](int64_t begin, int64_t end) { adapters_cpu(p, begin, end); });
+  return {S, u};
+}
+
+// The last five are written to: gradients, as the parameters are; those that are not there, empty.
+std::tuple<Tensor, Tensor, Tensor> adapters_backward_on_cpu(
+    Tensor dS, std::optional<Tensor> dcarry, Tensor u, std::optional<Tensor> D,
+    std::optional<Tensor> gamma, Tensor Q, Tensor b, Tensor U, int64_t height, int64_t width,
+    Tensor dD, Tensor dgamma, Tensor dQ, Tensor db, Tensor dU) {
+  STD_TORCH_CHECK(dS.dim() == 2, "adapters_backward: dS must be [tokens, adapters * rank]");
+  const int64_t tokens = dS.size(0);
+  AdaptersBackwardParams p{};
+  set_adapters(p, dS, tokens, height, width, D, gamma, Q, b, U);
+  const int64_t rows = tokens * p.rank, room = tokens * adapters_row(p.rank);
+  p.dS = rows_of(dS, dS, p.adapters * rows);
+  p.dcarry = dcarry ? rows_of(*dcarry, dS, rows) : nullptr;
+  p.u = rows_of(u, dS, (p.adapters + (gamma ? 1 : 0)) * rows);
+  Tensor S = torch::stable::empty_like(dS);
+  Tensor dt = torch::stable::new_empty(dS, {p.adapters, tokens, p.rank});
+  Tensor dbefore = gamma ? torch::stable::new_empty(dS, {tokens, p.rank})
+                         : torch::stable::new_empty(dS, {0});
+  Tensor rooms = torch::stable::new_empty(Q, {gamma ? 4 : 2, room});
+  float* first = static_cast<float*>(rooms.mutable_data_ptr());
+  p.S = S.mutable_data_ptr();
+  p.dt = dt.mutable_data_ptr();
+  p.dbefore = dbefore.mutable_data_ptr();
+  p.dmixed[0] = first;
+  p.dmixed[1] = first + room;
+  p.state = gamma ? first + 2 * room : nullptr;
+  p.dstate = gamma ? first + 3 * room : nullptr;
+  p.dD = D ? gradient(dD, *D) : nullptr;
+  p.dgamma = gamma ? gradient(dgamma, *gamma) : nullptr;
+  p.dQ = gradient(dQ, Q);
+  p.db = gradient(db, b);
+  p.dU = gradient(dU, U);
+  const int64_t chunks = adapters_backward_chunks(p);
+  Tensor partial_sums = torch::stable::new_empty(Q, {chunks, adapters_backward_sums(p)});
+  p.partial_sums = static_cast<float*>(partial_sums.mutable_data_ptr());
+  for (p.adapter = p.adapters - 1; p.adapter >= -1; --p.adapter) {
+    torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+      adapters_backward_cpu(p, begin, end);
+    });
+    adapters_backward_sum(p);
+  }
+  return {S, dt, dbefore};
+}
+
+Tensor tap_gradient_on_cpu(
+    std::vector<Tensor> tap, std::vector<Tensor> scale, int64_t taps, Tensor dt,
+    int64_t channels, Tensor like) {
+  STD_TORCH_CHECK(dt.dim() == 3 && dt.is_contiguous() && int64_t(tap.size()) == dt.size(0),
+                  "tap_gradient: dt must be contiguous, [taps, tokens, rank]");
+  TapGradientParams p{};
+  p.adapters = dt.size(0), p.tokens = dt.size(1), p.rank = dt.size(2), p.channels = channels;
+  p.dt = dt.const_data_ptr();
+  p.dtype = dtype_of(dt);
+  p.taps = taps_of(taps);
+  const bool full = p.taps == Taps::kFull;
+  STD_TORCH_CHECK(full ? scale.empty() : scale.size() == tap.size(),
+                  "tap_gradient: scales must go with the taps");
+  const int64_t stored = p.taps == Taps::kInt4 ? (channels + 1) / 2 : channels;
+  std::vector<const void*> rows;
+  std::vector<const float*> scales;
+  for (size_t k = 0; k < tap.size(); ++k) {
+    STD_TORCH_CHECK(tap[k].is_contiguous() && tap[k].dim() == 2 && tap[k].size(0) == p.tokens &&
+                        tap[k].size(1) == stored &&
+                        (!full || tap[k].scalar_type() == dt.scalar_type()),
+                    "tap_gradient: taps must be contiguous and fit dt and channels");
+    rows.push_back(tap[k].const_data_ptr());
+    if (!full) scales.push_back(weight(scale[k], {p.tokens}));
+  }
+  p.tap = rows.data();
+  p.scale = scales.data();
+  const int64_t items = tap_gradient_items(p);
+  Tensor partial_sums = torch::stable::new_empty(like, {items, p.rank * channels});
+  Tensor dP = torch::stable::new_empty(like, {p.adapters, channels, p.rank});
+  p.partial_sums = static_cast<float*>(partial_sums.mutable_data_ptr());
+  p.dP = static_cast<float*>(dP.mutable_data_ptr());
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    tap_gradient_cpu(p, begin, end);
   });
-  Tensor sums = torch::stable::new_empty(Q, {size});
-  adapter_backward_sum(params, static_cast<float*>(sums.mutable_data_ptr()));
-  return sums;
+  torch::stable::parallel_for(0, p.adapters, 1, [&](int64_t begin, int64_t end) {
+    tap_gradient_sum(p, begin, end);
+  });
+  return dP;
 }
 
 #ifdef E3VA_CUDA
@@ -213,17 +305,26 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "-> Tensor");
   m.def(
       "sublayer_epilogue(Tensor x, Tensor y, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-      "Tensor? P, Tensor? Q, Tensor? b, Tensor? U, int taps, int seed, Tensor(a!) tap, "
-      "Tensor(b!) tap_scale) -> (Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? P, bool norm_tap, int taps, int seed, Tensor(a!) z, Tensor(b!) kept, "
+      "Tensor(c!) scale) -> (Tensor, Tensor)");
   m.def(
-      "adapter_backward(Tensor x, Tensor? scale, int taps, Tensor t, Tensor dS, int tap, "
-      "int channels, Tensor Q, Tensor b, Tensor U, Tensor(a!) S) -> Tensor");
+      "adapters(Tensor t, Tensor? carry, Tensor? D, Tensor? gamma, Tensor Q, Tensor b, Tensor U, "
+      "int height, int width) -> (Tensor, Tensor)");
+  m.def(
+      "adapters_backward(Tensor dS, Tensor? dcarry, Tensor u, Tensor? D, Tensor? gamma, Tensor Q, "
+      "Tensor b, Tensor U, int height, int width, Tensor(a!) dD, Tensor(b!) dgamma, "
+      "Tensor(c!) dQ, Tensor(d!) db, Tensor(e!) dU) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "tap_gradient(Tensor[] tap, Tensor[] scale, int taps, Tensor dt, int channels, Tensor like) "
+      "-> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(e3va_native, CPU, m) {
   m.impl("window_attention", TORCH_BOX(&window_attention_on_cpu));
   m.impl("sublayer_epilogue", TORCH_BOX(&sublayer_epilogue_on_cpu));
-  m.impl("adapter_backward", TORCH_BOX(&adapter_backward_on_cpu));
+  m.impl("adapters", TORCH_BOX(&adapters_on_cpu));
+  m.impl("adapters_backward", TORCH_BOX(&adapters_backward_on_cpu));
+  m.impl("tap_gradient", TORCH_BOX(&tap_gradient_on_cpu));
 }
 
 #ifdef E3VA_CUDA

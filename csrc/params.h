@@ -19,36 +19,72 @@ struct WindowAttentionParams {
 struct SublayerEpilogueParams {
   const void* x;             // [tokens, channels]
   const void* y;             // [tokens, channels]
-  const float* norm_weight;  // [channels], or null: no norm
+  const float* norm_weight;  // [channels], or null: no weight and bias
   const float* norm_bias;    // [channels]
   const float* P;            // [channels, rank]; null: no adapter
-  const float* Q;            // [rank, hidden]
-  const float* b;            // [hidden]
-  const float* U;            // [hidden, rank]
   void* y_out;               // [tokens, channels]
-  void* z;                   // [tokens, channels]
+  void* z;                   // [tokens, channels], or null: not asked for
   void* t;                   // [tokens, rank]
-  void* s;                   // [tokens, rank]
-  uint8_t* tap;              // [tokens, channels], or [tokens, (channels + 1) / 2] of kInt4
-  float* tap_scale;          // [tokens]
-  Dtype dtype;               // of x, y, y_out, z, t and s
+  uint8_t* kept;             // [tokens, channels], or [tokens, (channels + 1) / 2] of kInt4
+  float* scale;              // [tokens]
+  Dtype dtype;               // of x, y, y_out, z and t
+  bool norm_tap;             // whether the tap is the norm, not x
   Taps taps;
   uint32_t seed;             // of kInt4's stochastic rounding
-  int64_t tokens, channels, rank, hidden;
+  int64_t tokens, channels, rank;
   float eps;
 };
 
-struct AdapterBackwardParams {
-  const void* x;        // the tap: [tokens, channels], or as SublayerEpilogueParams stores it
-  const float* scale;   // [tokens] of a stored tap
-  const void* t;        // [tokens, rank]
-  const void* dS;       // [tokens, rank], rows `stride` apart
-  const float* Q;       // [rank, hidden]
-  const float* b;       // [hidden]
-  const float* U;       // [hidden, rank]
-  void* S;              // [tokens, rank], rows `stride` apart
-  float* partial_sums;  // [chunks, (channels + 2 * hidden) * rank + hidden]: dPᵀ, dQ, dUᵀ, db
-  Dtype dtype;          // of t, dS and S, and of a full tap
+// The adapters of a stage, one after the other. Tokens are those of maps [batch, height, width].
+struct AdaptersParams {
+  const void* t;       // [adapters, tokens, rank]
+  const void* carry;   // [tokens, rank], the state before the stage, or null: zero
+  const float* D;      // [adapters, rank, side, side], or null: no mixing
+  const float* gamma;  // [adapters, rank], or null: no state
+  const float* Q;      // [adapters, rank, hidden]
+  const float* b;      // [adapters, hidden]
+  const float* U;      // [adapters, hidden, rank]
+  void* S;             // [tokens, adapters * rank]
+  void* u;             // [adapters + 1, tokens, rank], the last the state after; null: no state
+  float* state;        // [tokens, adapters_row(rank)], room for it
+  Dtype dtype;         // of t, carry, S and u
+  int64_t adapters, height, width, tokens, rank, hidden, side;
+  int64_t adapter;     // the one to be computed
+};
+
+struct AdaptersBackwardParams {
+  const void* dS;       // [tokens, adapters * rank]
+  const void* dcarry;   // [tokens, rank], of the state after the stage, or null: zero
+  const void* u;        // [adapters, tokens, rank], and one more with a state
+  const float* D;       // as AdaptersParams has them
+  const float* gamma;
+  const float* Q;
+  const float* b;
+  const float* U;
+  void* S;              // [tokens, adapters * rank]
+  void* dt;             // [adapters, tokens, rank]
+  void* dbefore;        // [tokens, rank], of the state before the stage
+  float* state;         // [tokens, adapters_row(rank)], room for it
+  float* dstate;        // … and for its gradient
+  float* dmixed[2];     // … and for that of what Q multiplies, of every other adapter
+  float* partial_sums;  // [chunks, adapters_backward_sums]
+  float* dD;            // gradients of the parameters, laid out as these are
+  float* dgamma;
+  float* dQ;
+  float* db;
+  float* dU;
+  Dtype dtype;          // of dS, dcarry, u, S, dt and dbefore
+  int64_t adapters, height, width, tokens, rank, hidden, side;
+  int64_t adapter;      // the one to be computed
+};
+
+struct TapGradientParams {
+  const void* const* tap;     // [adapters] of [tokens, channels], or as they are kept
+  const float* const* scale;  // [adapters] of [tokens], of kept taps
+  const void* dt;             // [adapters, tokens, rank]
+  float* partial_sums;        // [adapters, parts, rank, channels]
+  float* dP;                  // [adapters, channels, rank]
+  Dtype dtype;                // of dt, and of full taps
   Taps taps;
-  int64_t tokens, channels, rank, hidden, stride;
+  int64_t adapters, tokens, channels, rank;
 };

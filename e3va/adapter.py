@@ -18,7 +18,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from e3va.backbone import E3VABackbone
+from e3va.config import HighwayConfig
 from e3va.files import atomic_path, write_json
+from e3va.highway import FORM
 from e3va.weights import trunk_hash
 
 CONFIG_NAME = "adapter_config.json"
@@ -68,6 +70,7 @@ def load_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> N
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     own = _state(backbone)
+    state.setdefault(f"highway.{FORM}", own[f"highway.{FORM}"])  # the config has told
     unfit = sorted(state.keys() ^ own.keys()) + sorted(
         name for name in state.keys() & own.keys() if state[name].shape != own[name].shape
     )
@@ -107,6 +110,9 @@ def _check_config(path: Path, wanted: dict[str, Any]) -> None:
     sections = ("trunk", "highway")
     if not isinstance(found, dict) or not all(isinstance(found.get(s), dict) for s in sections):
         raise ValueError(f"{path} is no adapter's config: it lacks {' or '.join(sections)}")
+    # An adapter from before there were others is of the published form.
+    form = dataclasses.asdict(HighwayConfig().published())
+    found["highway"] = {key: form[key] for key in ("tap", "mixing", "state")} | found["highway"]
     unknown = sorted(found.keys() - wanted.keys())
     unfit = []
     for section in sections:

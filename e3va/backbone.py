@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from e3va import ops
 from e3va.config import HighwayConfig, SwinConfig
 from e3va.highway import Highway
-from e3va.ops.reference import norm_parameters
+from e3va.ops.reference import norm_parameters, pool_2x2
 from e3va.ops.taps import DEFAULT_TAPS
 from e3va.peers import PEERS, build_adapters, ride, trained_weights
 from e3va.trunk import FrozenSwin, Swin
@@ -68,7 +68,7 @@ class E3VABackbone(SwinBackbone):
 
     Args:
         trunk: the frozen Swin.
-        config: shape of the highway (default: the paper's).
+        config: form and shape of the highway.
         taps: how the trunk's taps are kept for backward: "full", "fp8", "int8" or "int4".
     """
 
@@ -91,16 +91,18 @@ class E3VABackbone(SwinBackbone):
         x = image.to(trunk.compute_dtype())
         with torch.autocast(image.device.type, enabled=False):
             y = h = trunk.embed(x)
+            carry: Tensor | None = None
             stages: Iterable[Any] = self.highway.stages
             norms: Iterable[Any] = self.norms
             for s, (stage, norm) in enumerate(zip(stages, norms, strict=True)):
                 ride = stage.ride()
                 y_in, y = y, trunk.stage(s, y, ride)
-                h = ride.arrive(h, y_in, y)
+                h, carry = ride.arrive(h, y_in, y, carry)
                 merging = trunk.merging(s)
                 p, h = ops.stage_exit(h, norm.weight, norm.bias, norm.eps, *(merging or ()))
                 if merging:
                     y = trunk.merge(s, y)
+                    carry = None if carry is None else pool_2x2(carry)
                 maps.append(p)
         return self._features(maps, image)
 
@@ -135,7 +137,7 @@ class PeerBackbone(SwinBackbone):
         return self._features([norm(h) for h, norm in outputs], image)
 
 
-METHODS = ("full", "frozen", *PEERS, "e3va")
+METHODS = ("full", "frozen", *PEERS, "e3va_paper", "e3va")
 
 
 def build_backbone(
@@ -150,11 +152,11 @@ def build_backbone(
     """The backbone of a tuning method, with random weights.
 
     Args:
-        method: "full" (everything is trained), "frozen" (nothing is), "e3va", or one of
-            :data:`e3va.peers.PEERS`.
+        method: "full" (everything is trained), "frozen" (nothing is), "e3va", "e3va_paper" (its
+            published form), or one of :data:`e3va.peers.PEERS`.
         swin: architecture of the trunk.
-        highway: shape of the highway; only for "e3va".
-        taps: how its taps are kept for backward; only for "e3va".
+        highway: shape of the highway and, for "e3va", its form.
+        taps: how its taps are kept for backward.
         dtype: storage of a frozen trunk's weights (default float32).
         drop_path: stochastic depth; only for "full".
 
@@ -166,7 +168,9 @@ def build_backbone(
         return SwinBackbone(Swin(swin, drop_path))
     if method == "frozen":
         return SwinBackbone(FrozenSwin(swin, dtype))
-    if method == "e3va":
+    if method == "e3va_paper":
+        highway = (highway or HighwayConfig()).published()
+    if method in ("e3va", "e3va_paper"):
         return E3VABackbone(FrozenSwin(swin, dtype), highway, taps)
     if method in PEERS:
         return PeerBackbone(method, Swin(swin).to(dtype))

@@ -94,26 +94,49 @@ def swin_config(variant: str, window_size: int = 7) -> SwinConfig:
     return dataclasses.replace(SWIN_VARIANTS[variant], window_size=window_size)
 
 
+TAPPED = ("output", "norm")
+"""What an adapter may read."""
+
+MIXING = (0, 3, 5, 7)
+"""Sides of the kernels that an adapter may look around with; 0: it does not."""
+
+
 @dataclass(frozen=True)
 class HighwayConfig:
-    """Shape of the dual low-rank adapters of the gradient highway (arXiv 2306.09729, sec. 3).
+    """Form and shape of the dual low-rank adapters of the gradient highway.
 
-    An adapter is ``GELU(x @ P @ Q + b) @ U @ V`` with P [C, α], Q [α, m], U [m, α], V [α, C],
-    rank ``α = branches * kernel_dim`` and hidden width ``m = hidden_ratio * C``.
+    Adapter k of a stage reads a tap, looks around in its low rank, hears what the adapters before
+    it said, and adds ``s_k @ V_k`` to the highway:
+
+        u_k = tap_k @ P_k + γ_k * c,  s_k = GELU((u_k + D_k ⋆ u_k) @ Q_k + b_k) @ U_k,  c += s_k
+
+    with P [C, α], D [α, side, side] a depth-wise convolution over the map, Q [α, m], U [m, α],
+    V [α, C], rank ``α = branches * kernel_dim`` and hidden width ``m = hidden_ratio * C``. The
+    published form (arXiv 2306.09729, sec. 3) taps outputs, with neither D nor c: see
+    :meth:`published`.
 
     Attributes:
         branches: low-rank branches summed in each projection. Default 2 (the paper's).
         kernel_dim: side of each branch's inner kernel g. Default 8 (the paper's).
         hidden_ratio: m / C, in (0, 1]. Default 0.5 (the paper's).
+        tap: "output", a frozen sub-layer's output before its residual add (the paper's), or "norm"
+            (the default), what the next sub-layer reads: the norm of the residual stream.
+        mixing: side of the convolution D, 3 (the default), 5 or 7; 0: none (the paper's).
+        state: whether there is a state c, which travels from stage to stage by 2×2 mean pooling
+            (default); False: none (the paper's).
 
     Raises:
-        TypeError: ``branches`` or ``kernel_dim`` is not an integer, or ``hidden_ratio`` no number.
+        TypeError: ``branches`` or ``kernel_dim`` is not an integer, ``hidden_ratio`` no number, or
+            ``state`` no bool.
         ValueError: a value is out of range.
     """
 
     branches: int = 2
     kernel_dim: int = 8
     hidden_ratio: float = 0.5
+    tap: str = "norm"
+    mixing: int = 3
+    state: bool = True
 
     def __post_init__(self) -> None:
         _check_positive_int("branches", self.branches)
@@ -122,6 +145,17 @@ class HighwayConfig:
             raise TypeError(f"hidden_ratio must be a number, got {self.hidden_ratio!r}")
         if not 0 < self.hidden_ratio <= 1:
             raise ValueError(f"hidden_ratio must be in (0, 1], got {self.hidden_ratio}")
+        if self.tap not in TAPPED:
+            raise ValueError(f"tap must be one of {', '.join(TAPPED)}, got {self.tap!r}")
+        if self.mixing not in MIXING or isinstance(self.mixing, bool):
+            sides = ", ".join(map(str, MIXING))
+            raise ValueError(f"mixing must be one of {sides}, got {self.mixing!r}")
+        if not isinstance(self.state, bool):
+            raise TypeError(f"state must be True or False, got {self.state!r}")
+
+    def published(self) -> HighwayConfig:
+        """The same shape in the published form."""
+        return dataclasses.replace(self, tap="output", mixing=0, state=False)
 
     @property
     def rank(self) -> int:

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from e3va import ops
-from e3va.config import HighwayConfig, SwinConfig
-from e3va.ops import reference
+from e3va.config import TAPPED, HighwayConfig, SwinConfig
 from e3va.ops.taps import DEFAULT_TAPS, TAPS
 
-PARAMETERS = ("P", "g", "Q", "b", "U", "g_up", "V", "c")
-BIASES = ("b", "c")
+PARAMETERS = ("P", "D", "gamma", "g", "Q", "b", "U", "g_up", "V", "c")
+NO_DECAY = ("gamma", "b", "c")
 OUTPUTS = ("V", "c")
-"""Names of a stage's parameters; of its biases; of what writes to the highway, zero at first."""
+"""Names of a stage's parameters; of those that do not decay; of what writes to the highway, zero at
+first."""
+
+FORM = "form"
+"""Name of the buffer that tells how the adapters of a highway are built."""
+
+EPS = 1e-5
+"""Of the norm that is tapped after a stage's last sub-layer, as of Swin's own norms."""
 
 
 class Highway(nn.Module):
     """The adapters of all stages of a Swin, all that is trained of an E³VA backbone but its norms.
 
+    Its buffer ``form`` (int64 [3]) tells what an adapter taps, the side of its convolution and
+    whether there is a state. Weights of another form are refused, those that come without it are of
+    the published one.
+
     Args:
         trunk: architecture of the trunk beside it.
-        config: shape of the adapters (default: the paper's).
+        config: form and shape of the adapters.
         taps: how the trunk's taps are kept for backward, one of :data:`e3va.ops.taps.TAPS`.
 
     Raises:
         ValueError: a stage's channels do not fit the config, or ``taps`` is unknown.
     """
+
+    form: Tensor
 
     def __init__(
         self, trunk: SwinConfig, config: HighwayConfig | None = None, taps: str = DEFAULT_TAPS
@@ -35,26 +49,49 @@ class Highway(nn.Module):
         if taps not in TAPS:
             raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
         self.config = config or HighwayConfig()
+        self.register_buffer(FORM, _form(self.config))
         self.stages = nn.ModuleList(
             HighwayStage(adapters, dim, self.config, taps)
             for adapters, dim in zip(trunk.num_taps, trunk.dims, strict=True)
         )
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        if any(name.startswith(f"{prefix}stages.") for name in state_dict):
+            form = state_dict.setdefault(prefix + FORM, _form(self.config.published()))
+            if not torch.equal(form.cpu(), self.form.cpu()):
+                raise ValueError(
+                    f"the weights are of a highway with {_describe(form)}, this one has "
+                    f"{_describe(self.form)}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _form(config: HighwayConfig) -> Tensor:
+    return torch.tensor([TAPPED.index(config.tap), config.mixing, config.state], device="cpu")
+
+
+def _describe(form: Tensor) -> str:
+    tap, mixing, state = form.tolist()
+    return f"tap={TAPPED[tap]!r}, mixing={mixing}, state={bool(state)}"
+
 
 class HighwayStage(nn.Module):
-    """The K adapters of one stage, ``A_k(x) = GELU(x·P_k·g_k·Q_k + b_k)·U_k·g'_k·V_k``, stacked.
+    """The K adapters of one stage, stacked; what they compute stands in :class:`HighwayConfig`.
 
     ``g`` [K, branches, d, d] and ``g_up`` are the inner kernels of the low-rank branches; they are
     folded into Q and U once per step. V and c are zero at first: the highway then carries the
-    trunk's own features.
+    trunk's own features. So is D; gamma is one.
 
-    Parameters (C channels, α rank, m hidden, d kernel_dim): P [K, C, α], g [K, branches, d, d],
-    Q [K, α, m], b [K, m], U [K, m, α], g_up [K, branches, d, d], V [K, α, C], c [C].
+    Parameters (C channels, α rank, m hidden, d kernel_dim): P [K, C, α], D [K, α, side, side] or
+    None, gamma [K, α] or None, g [K, branches, d, d], Q [K, α, m], b [K, m], U [K, m, α],
+    g_up [K, branches, d, d], V [K, α, C], c [C].
 
     Args:
         adapters: K, two per Swin block.
         channels: C.
-        config: shape of the adapters.
+        config: form and shape of the adapters.
         taps: how the taps are kept for backward.
     """
 
@@ -62,10 +99,13 @@ class HighwayStage(nn.Module):
         self, adapters: int, channels: int, config: HighwayConfig, taps: str = DEFAULT_TAPS
     ) -> None:
         super().__init__()
+        self.tap = config.tap
         self.taps = taps
-        rank, hidden = config.rank, config.hidden(channels)
+        rank, hidden, side = config.rank, config.hidden(channels), config.mixing
         kernel = (adapters, config.branches, config.kernel_dim, config.kernel_dim)
         self.P = nn.Parameter(torch.empty(adapters, channels, rank))
+        self.D = nn.Parameter(torch.empty(adapters, rank, side, side)) if side else None
+        self.gamma = nn.Parameter(torch.empty(adapters, rank)) if config.state else None
         self.g = nn.Parameter(torch.empty(kernel))
         self.Q = nn.Parameter(torch.empty(adapters, rank, hidden))
         self.b = nn.Parameter(torch.empty(adapters, hidden))
@@ -76,7 +116,8 @@ class HighwayStage(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections that keep the variance, inner kernels the identity, V, b and c zero."""
+        """Projections that keep the variance, inner kernels the identity, gamma one, D, V, b and c
+        zero."""
         for weight in (self.P, self.Q, self.U):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         for kernel in (self.g, self.g_up):
@@ -84,6 +125,10 @@ class HighwayStage(nn.Module):
                 kernel.copy_(torch.eye(kernel.shape[-1]))
         for weight in (self.b, self.V, self.c):
             nn.init.zeros_(weight)
+        if self.D is not None:
+            nn.init.zeros_(self.D)
+        if self.gamma is not None:
+            nn.init.ones_(self.gamma)
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Q and U with the inner kernels multiplied in: [K, α, m] and [K, m, α]."""
@@ -100,54 +145,62 @@ class HighwayStage(nn.Module):
 class StageRide:
     """One pass of the highway along a stage of the trunk.
 
-    As the trunk's epilogue it completes each sub-layer while feeding the next adapter;
+    As the trunk's epilogue it completes each sub-layer while projecting its tap down;
     :meth:`arrive` then gives the highway after the stage.
     """
 
     def __init__(self, stage: HighwayStage) -> None:
         self._stage = stage
-        self._Q, self._U = stage.fold()
+        self.tap = stage.tap
         # Without a backward to come nothing needs to be made smaller.
         self._taps = stage.taps if torch.is_grad_enabled() else "full"
         # From PyTorch's own generator, so that torch.manual_seed makes a run repeatable.
         self._seed = torch.randint(2**31, (), device="cpu") if self._taps == "int4" else None
-        self._x: list[Tensor] = []
+        self._kept: list[Tensor] = []
         self._scale: list[Tensor] = []
         self._t: list[Tensor] = []
-        self._s: list[Tensor] = []
 
     def __call__(self, x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # as a decorator of __call__ it would stop Dynamo 2.14
-            k = len(self._x)
-            weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, 0.0)
-            adapter = self._stage.P[k], self._Q[k], self._stage.b[k], self._U[k]
+            k = len(self._t)
+            weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, EPS)
             seed = None if self._seed is None else self._seed + k
-            y, z, t, s, tap, scale = ops.sublayer_epilogue(
-                x, y, weight, bias, eps, *adapter, self._taps, seed
+            y, z, t, kept, scale = ops.sublayer_epilogue(
+                x, y, weight, bias, eps, self._stage.P[k], self.tap, self._taps, seed
             )
             if self._taps == "full":
-                self._x.append(x)
+                self._kept.append(x if self.tap == "output" else z)
             else:
-                self._x.append(tap)
+                self._kept.append(kept)
                 self._scale.append(scale)
             self._t.append(t)
-            self._s.append(s)
         return y, z
 
     @torch.no_grad()
-    def follow(self, x: Tensor) -> None:
-        """Feed the next adapter alone, where another highway's pass completes the sub-layer."""
-        k = len(self._x)
-        t = x.flatten(0, -2) @ self._stage.P[k].to(x)
-        activation = reference.adapter_activation(t, self._Q[k], self._stage.b[k])
-        self._x.append(x)
-        self._t.append(t)
-        self._s.append(activation @ self._U[k].to(x))
+    def follow(self, x: Tensor, z: Tensor) -> None:
+        """Take the next tap alone, from the sub-layer's output and the norm after it, where another
+        highway's pass completes the sub-layer."""
+        tap = x if self.tap == "output" else z
+        self._kept.append(tap)
+        self._t.append(tap.flatten(0, -2) @ self._stage.P[len(self._t)].to(tap))
 
-    def arrive(self, h: Tensor, y_in: Tensor, y_out: Tensor) -> Tensor:
-        """h after the stage, from h before it and the frozen stage's input and output, each
-        [B, H, W, C]; see :func:`e3va.ops.highway`."""
+    def arrive(
+        self, h: Tensor, y_in: Tensor, y_out: Tensor, carry: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The highway and the state after the stage, from those before it (no state: zero) and the
+        frozen stage's input and output, each [B, H, W, C]; see :func:`e3va.ops.highway`."""
         stage = self._stage
-        parameters = stage.P, self._Q, stage.b, self._U, stage.V, stage.c
-        kept = self._x, self._t, self._s
-        return ops.highway(h, y_in, y_out, *kept, *parameters, self._scale, self._taps)
+        Q, U = stage.fold()
+        return ops.highway(
+            h,
+            y_in,
+            y_out,
+            self._kept,
+            self._t,
+            *(stage.P, Q, stage.b, U, stage.V, stage.c),
+            D=stage.D,
+            gamma=stage.gamma,
+            carry=carry,
+            scale=self._scale,
+            taps=self._taps,
+        )

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch
+from e3va.ops.sublayer_epilogue import returns_norm
 from e3va.ops.taps import TAPS, stored_channels, stored_dtype
 
 _FOLDER = Path(__file__).parent
@@ -96,59 +97,73 @@ def sublayer_epilogue(
     norm_bias: Tensor | None,  # [C]
     eps: float,
     P: Tensor | None = None,  # [C, r]
-    Q: Tensor | None = None,  # [r, m]
-    b: Tensor | None = None,  # [m]
-    U: Tensor | None = None,  # [m, r]
+    tap: str = "output",
     taps: str = "full",
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    norm, adapter = (
-        [None if v is None else _weight(v) for v in group]
-        for group in ((norm_weight, norm_bias), (P, Q, b, U))
-    )
-    if P is None or taps == "full":
-        tap, scale = x.new_empty(0), torch.empty(0)
-    else:
+    z, kept, scale = x.new_empty(0), x.new_empty(0), torch.empty(0)
+    if returns_norm(norm_weight, P, tap, taps):
+        z = x.new_empty(x.shape)
+    if P is not None and taps != "full":
         tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-        tap = torch.empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
+        kept = torch.empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
         scale = torch.empty(tokens)
-    results = torch.ops.e3va_native.sublayer_epilogue(
-        x.contiguous(), y.contiguous(), *norm, eps, *adapter, TAPS.index(taps), seed, tap, scale
+    weights = _given(norm_weight), _given(norm_bias), eps, _given(P)
+    storage = tap == "norm", TAPS.index(taps), seed
+    y_out, t = torch.ops.e3va_native.sublayer_epilogue(
+        x.contiguous(), y.contiguous(), *weights, *storage, z, kept, scale
     )
-    return *results, tap, scale
+    return y_out, z, t, kept, scale
 
 
-@dispatch.register("highway_backward", "native", why_not=_cpu_why_not)
-def highway_backward(
-    G: Tensor,  # [N, C]
-    x: Sequence[Tensor],  # K × [N, C], or as stored
-    scale: Sequence[Tensor],  # K × [N], or none
-    taps: str,
-    t: Sequence[Tensor],  # K × [N, r]
-    P: Tensor,  # [K, C, r]
+@dispatch.register("adapters", "native", why_not=_cpu_why_not)
+def adapters(
+    t: Tensor,  # [K, N, r]
+    carry: Tensor | None,  # [N, r]
+    D: Tensor | None,  # [K, r, side, side]
+    gamma: Tensor | None,  # [K, r]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
-    V: Tensor,  # [K, r, C]
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    before = None if carry is None else carry.contiguous()
+    weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
+    return torch.ops.e3va_native.adapters(t.contiguous(), before, *weights, *size)
+
+
+@dispatch.register("adapters_backward", "native", why_not=_cpu_why_not)
+def adapters_backward(
+    dS: Tensor,  # [N, K·r]
+    dcarry: Tensor | None,  # [N, r]
+    u: Tensor,  # [K, N, r], and one more with a state
+    D: Tensor | None,  # [K, r, side, side]
+    gamma: Tensor | None,  # [K, r]
+    Q: Tensor,  # [K, r, m]
+    b: Tensor,  # [K, m]
+    U: Tensor,  # [K, m, r]
+    size: tuple[int, int],
 ) -> tuple[Tensor, ...]:
-    channels = P.shape[1]
-    dS = G @ V.flatten(0, 1).to(G).t()  # [N, K·r]
-    S = torch.empty_like(dS)
-    Qs, bs, Us = _weight(Q), _weight(b), _weight(U)
-    gradients = []
-    for k, (x_k, t_k) in enumerate(zip(x, t, strict=True)):
-        scale_k = scale[k] if scale else None
-        tap = x_k.contiguous(), scale_k, TAPS.index(taps), t_k.contiguous()
-        flat = torch.ops.e3va_native.adapter_backward(*tap, dS, k, channels, Qs[k], bs[k], Us[k], S)
-        gradients.append(flat.split([P[k].numel(), Q[k].numel(), U[k].numel(), b[k].numel()]))
-    dP, dQ, dU, db = (torch.stack(each) for each in zip(*gradients, strict=True))
-    return (
-        dP.view(P.mT.shape).mT.contiguous().to(P.dtype),
-        dQ.view(Q.shape).to(Q.dtype),
-        db.to(b.dtype),
-        dU.view(U.mT.shape).mT.contiguous().to(U.dtype),
-        (S.t() @ G).view(V.shape).to(V.dtype),
-        G.sum(0, dtype=torch.float32).to(V.dtype),
+    after = None if dcarry is None else dcarry.contiguous()
+    weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
+    sums = [torch.empty(0 if w is None else w.shape) for w in weights]
+    results = torch.ops.e3va_native.adapters_backward(
+        dS.contiguous(), after, u.contiguous(), *weights, *size, *sums
+    )
+    return *results, *sums
+
+
+@dispatch.register("tap_gradient", "native", why_not=_cpu_why_not)
+def tap_gradient(
+    tap: Sequence[Tensor],  # K × [N, C], or as kept
+    scale: Sequence[Tensor],  # K × [N], or none
+    taps: str,
+    dt: Tensor,  # [K, N, r]
+    channels: int,
+) -> Tensor:
+    rows = [tap_k.contiguous() for tap_k in tap]
+    return torch.ops.e3va_native.tap_gradient(
+        rows, list(scale), TAPS.index(taps), dt.contiguous(), channels, torch.empty(0)
     )
 
 
@@ -171,3 +186,7 @@ def window_attention(
 
 def _weight(tensor: Tensor) -> Tensor:
     return tensor.float().contiguous()
+
+
+def _given(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _weight(tensor)

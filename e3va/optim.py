@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from e3va.highway import OUTPUTS, PARAMETERS, HighwayStage
+from e3va.highway import NO_DECAY, OUTPUTS, PARAMETERS, HighwayStage
 
-# Biases and tables that have more than one dimension: those of the stacked adapters and of Swin.
-NO_DECAY_NAMES = frozenset({"b", "relative_position_bias_table"})
+# Some of them have more than one dimension: those of the stacked adapters, and Swin's tables.
+NO_DECAY_NAMES = frozenset({*NO_DECAY, "relative_position_bias_table"})
 
 
 def parameter_groups(
@@ -33,6 +33,7 @@ def parameter_groups(
         for stage in model.modules()
         if isinstance(stage, HighwayStage)
         for name in PARAMETERS
+        if getattr(stage, name) is not None
     }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from e3va import ops
 from e3va.backbone import E3VABackbone
+from e3va.highway import StageRide
+from e3va.ops.reference import pool_2x2
 from e3va.weights import trunk_hash
 
 
@@ -78,22 +80,32 @@ def shared_forward(backbones: Sequence[E3VABackbone], image: Tensor) -> list[dic
     with torch.autocast(image.device.type, enabled=False):
         y = trunk.embed(x)
         h = [y] * len(backbones)
+        carries: list[Tensor | None] = [None] * len(backbones)
         for s in range(trunk.config.num_stages):
             stages: list[Any] = [backbone.highway.stages[s] for backbone in backbones]
             rides = [stage.ride() for stage in stages]
+            # One that taps norms makes the norm after the last sub-layer, too.
+            first, *others = sorted(rides, key=lambda ride: ride.tap != "norm")
 
             def complete(
-                x: Tensor, y: Tensor, norm: nn.LayerNorm | None, rides: list = rides
+                x: Tensor,
+                y: Tensor,
+                norm: nn.LayerNorm | None,
+                first: StageRide = first,
+                others: list[StageRide] = others,
             ) -> tuple[Tensor, Tensor]:
-                for ride in rides[1:]:
-                    ride.follow(x)
-                return rides[0](x, y, norm)
+                y, z = first(x, y, norm)
+                for ride in others:
+                    ride.follow(x, z)
+                return y, z
 
             y_in, y = y, trunk.stage(s, y, complete)
             merging = trunk.merging(s)
             for i, (backbone, ride) in enumerate(zip(backbones, rides, strict=True)):
                 norm: Any = backbone.norms[s]
-                arrived = ride.arrive(h[i], y_in, y)
+                arrived, carry = ride.arrive(h[i], y_in, y, carries[i])
+                if merging and carry is not None:
+                    carries[i] = pool_2x2(carry)
                 p, h[i] = ops.stage_exit(
                     arrived, norm.weight, norm.bias, norm.eps, *(merging or ())
                 )

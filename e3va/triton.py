@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,9 +41,27 @@ def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return sublayer_epilogue(x, *arguments)
 
 
-@dispatch.register("highway_backward", "triton", why_not=why_not)
-def highway_backward(G: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from e3va.kernels.highway_backward import highway_backward
+@dispatch.register("adapters", "triton", why_not=why_not)
+def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    from e3va.kernels.adapters import adapters
 
-    with torch.cuda.device_of(G):
-        return highway_backward(G, *arguments)
+    with torch.cuda.device_of(t):
+        return adapters(t, *arguments)
+
+
+@dispatch.register("adapters_backward", "triton", why_not=why_not)
+def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    from e3va.kernels.adapters import adapters_backward
+
+    with torch.cuda.device_of(dS):
+        return adapters_backward(dS, *arguments)
+
+
+@dispatch.register("tap_gradient", "triton", why_not=why_not)
+def tap_gradient(
+    tap: Sequence[Tensor], scale: Sequence[Tensor], taps: str, dt: Tensor, channels: int
+) -> Tensor:
+    from e3va.kernels.tap_gradient import tap_gradient
+
+    with torch.cuda.device_of(dt):
+        return tap_gradient(tap, scale, taps, dt, channels)

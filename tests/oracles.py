@@ -7,17 +7,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def adapter(x: Tensor, P: Tensor, Q: Tensor, b: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """A(x) = GELU(x·P·Q + b)·U·V."""
-    return F.gelu(x @ P @ Q + b) @ U @ V
+def mixed(u: Tensor, D: Tensor) -> Tensor:
+    """u + D ⋆ u of a map [B, H, W, α] that ends with zeros, one shift of the map at a time."""
+    H, W, reach = *u.shape[1:3], D.shape[-1] // 2
+    padded = F.pad(u, (0, 0, reach, reach, reach, reach))
+    for i in range(D.shape[-1]):
+        for j in range(D.shape[-1]):
+            u = u + D[:, i, j] * padded[:, i : i + H, j : j + W]
+    return u
 
 
-def highway(h_in: Tensor, x: list[Tensor], P, Q, b, U, V, c: Tensor) -> Tensor:
-    """h_out = h_in + Σ_k (x_k + A_k(x_k)) + c."""
+def adapters(
+    taps: list[Tensor], P, Q, b, U, D=None, gamma=None, carry: Tensor | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """What each adapter of a stage says, s_k [B, H, W, α], and the state after it."""
+    said, state = [], taps[0].new_zeros(*taps[0].shape[:-1], P.shape[-1])
+    if carry is not None:
+        state = state + carry
+    for k, tap in enumerate(taps):
+        u = tap @ P[k]
+        if gamma is not None:
+            u = u + gamma[k] * state
+        if D is not None:
+            u = mixed(u, D[k])
+        said.append(F.gelu(u @ Q[k] + b[k]) @ U[k])
+        state = state + said[k]
+    return said, state
+
+
+def highway(
+    h_in: Tensor, x: list[Tensor], P, Q, b, U, V, c: Tensor, D=None, gamma=None, carry=None, taps=()
+) -> tuple[Tensor, Tensor]:
+    """h_out = h_in + Σ_k (x_k + s_k·V_k) + c, and the state after the stage. ``taps``: what the
+    adapters read, if not x."""
+    said, state = adapters(taps or x, P, Q, b, U, D, gamma, carry)
     h = h_in + c
-    for k, x_k in enumerate(x):
-        h = h + x_k + adapter(x_k, P[k], Q[k], b[k], U[k], V[k])
-    return h
+    for x_k, s_k, V_k in zip(x, said, V, strict=True):
+        h = h + x_k + s_k @ V_k
+    return h, state
 
 
 def lorand_projection(A: Tensor, g: Tensor, B: Tensor) -> Tensor:

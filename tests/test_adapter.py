@@ -1,10 +1,12 @@
 import copy
+import dataclasses
 import json
 import os
 import shutil
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
 
 from e3va import (
@@ -91,7 +93,14 @@ def test_the_config_says_what_the_adapter_belongs_to(saved):
             "window_size": 4,
             "mlp_ratio": 4.0,
         },
-        "highway": {"branches": 1, "kernel_dim": 4, "hidden_ratio": 0.5},
+        "highway": {
+            "branches": 1,
+            "kernel_dim": 4,
+            "hidden_ratio": 0.5,
+            "tap": "norm",
+            "mixing": 3,
+            "state": True,
+        },
     }
 
 
@@ -161,6 +170,39 @@ def test_names_a_damaged_file(name, content, saved, trunk):
 def test_says_that_a_config_is_no_adapters(content, saved, trunk):
     (saved / "adapter_config.json").write_text(content)
     assert_refuses(fresh(trunk), saved, ValueError, "is no adapter's config")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(tap="output"), "highway.tap is norm, here output"),
+        (dict(mixing=5), "highway.mixing is 3, here 5"),
+        (dict(state=False), "highway.state is True, here False"),
+    ],
+)
+def test_refuses_a_highway_of_another_form(change, message, saved, trunk):
+    other = dataclasses.replace(HIGHWAY, **change)
+    assert_refuses(fresh(trunk, other), saved, ValueError, message)
+
+
+def test_an_adapter_that_tells_no_form_is_of_the_published_one(trunk, tmp_path):
+    backbone = fresh(trunk, HIGHWAY.published())
+    libraries.randomise(backbone.highway)
+    save_adapter(backbone, tmp_path)
+
+    def forget(config):
+        for key in ("tap", "mixing", "state"):
+            del config["highway"][key]
+
+    edit(tmp_path, forget)
+    path = tmp_path / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(path)
+    del state["highway.form"]
+    safetensors.torch.save_file(state, path)
+    again = fresh(trunk, HIGHWAY.published())
+    load_adapter(again, tmp_path)
+    assert torch.equal(again.highway.stages[0].P, backbone.highway.stages[0].P)
+    assert_refuses(fresh(trunk), tmp_path, ValueError, "highway.tap is output, here norm")
 
 
 def test_refuses_weights_of_another_adapter(saved, trunk, tmp_path):

@@ -40,12 +40,18 @@ def wake(backbone):
     """Move the highway away from its initialisation, so that every gradient is non-zero."""
     for stage in backbone.highway.stages:
         torch.nn.init.normal_(stage.V, std=0.1)
+        if stage.D is not None:
+            torch.nn.init.normal_(stage.D, std=0.1)
     return backbone
+
+
+SMALL = HighwayConfig(branches=1, kernel_dim=4)
+FORMS = [SMALL, SMALL.published(), HighwayConfig(1, 4, mixing=0), HighwayConfig(1, 4, state=False)]
 
 
 @pytest.fixture
 def backbone():
-    return E3VABackbone(randomised(FrozenSwin(TINY)), HighwayConfig(branches=1, kernel_dim=4))
+    return E3VABackbone(randomised(FrozenSwin(TINY)), SMALL)
 
 
 def loss_of(features):
@@ -55,7 +61,9 @@ def loss_of(features):
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_equals_the_frozen_network_at_initialisation(backbone, size, dtype):
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_equals_the_frozen_network_at_initialisation(form, size, dtype):
+    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), form)
     frozen = SwinBackbone(backbone.trunk)
     image = torch.randn(2, 3, *size)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -76,7 +84,7 @@ def test_only_highway_and_norms_train_and_the_trunk_stays_to_the_bit(backbone):
         loss_of({k: p * torch.randn_like(p) for k, p in backbone(image).items()}).backward()
         optimizer.step()
     for name, value in backbone.state_dict().items():
-        if name.startswith("trunk."):
+        if name.startswith("trunk.") or name == "highway.form":
             assert torch.equal(value, before[name]), name
         else:
             assert not torch.equal(value, before[name]), name
@@ -97,12 +105,10 @@ def test_every_trainable_parameter_gets_a_gradient(backbone):
             assert parameter.grad is None, name
 
 
-def test_gradients_equal_autograd_through_the_unfused_network():
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_gradients_equal_autograd_through_the_unfused_network(form):
     """The oracle runs a trainable Swin, adapters one at a time and plain layers, in float64."""
-    backbone = E3VABackbone(
-        randomised(FrozenSwin(TINY)), HighwayConfig(branches=1, kernel_dim=4), taps="full"
-    )
-    backbone = wake(backbone).double()
+    backbone = wake(E3VABackbone(randomised(FrozenSwin(TINY)), form, taps="full")).double()
     trunk = Swin(TINY).double()
     trunk.load_state_dict(backbone.trunk.state_dict(), strict=False)
     image = torch.randn(1, 3, 45, 37, dtype=torch.float64)
@@ -110,20 +116,25 @@ def test_gradients_equal_autograd_through_the_unfused_network():
 
     def loss_of_oracle():
         y = h = trunk.embed(image)
-        loss = 0.0
+        loss, carry = 0.0, None
         for s, stage in enumerate(backbone.highway.stages):
             if s:
                 y, h = trunk.merge(s - 1, y), trunk.merge(s - 1, h)
+                carry = F.avg_pool2d(carry.permute(0, 3, 1, 2), 2, ceil_mode=True)
+                carry = carry.permute(0, 2, 3, 1)
             Q, U = stage.fold()
-            taps = []
+            xs, taps = [], []
 
-            def keep(x, y, norm, taps=taps):
-                taps.append(x.detach())
+            def keep(x, y, norm, xs=xs, taps=taps):
                 y = y + x
-                return y, y if norm is None else norm(y)
+                z = F.layer_norm(y, y.shape[-1:]) if norm is None else norm(y)
+                xs.append(x.detach())
+                taps.append((x if form.tap == "output" else z).detach())
+                return y, z
 
             y = trunk.stage(s, y, keep).detach()
-            h = oracles.highway(h, taps, stage.P, Q, stage.b, U, stage.V, stage.c)
+            parameters = stage.P, Q, stage.b, U, stage.V, stage.c, stage.D, stage.gamma
+            h, carry = oracles.highway(h, xs, *parameters, carry, taps)
             norm = backbone.norms[s]
             p = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias).permute(0, 3, 1, 2)
             loss = loss + (p * weights[f"p{s}"]).sum()
@@ -139,31 +150,33 @@ def test_gradients_equal_autograd_through_the_unfused_network():
         torch.testing.assert_close(a, e, msg=lambda text, name=name: f"{name}: {text}")
 
 
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
 @pytest.mark.parametrize("taps", TAPS)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_saved_bytes_are_exactly_as_designed(autocast, taps):
+def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
     """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e, or a
-    byte or half of one a value and 4 for each token's scale, t K·N·α·e, or beside int4 taps a byte
-    a value and such a scale, and the feature p N·C·e, which a neck keeps too. Beside these the
-    output norm's statistics 2·N·4 and the folded Q and U 2·K·α·m·4. Nothing of width m
-    per token, nothing of the trunk but its taps."""
+    byte or half of one a value and 4 for each token's scale, u K·N·α·e, or beside int4 taps a byte
+    a value and such a scale, the state once more as much as one u, and the feature p N·C·e, which a
+    neck keeps too. Beside these the output norm's statistics 2·N·4 and the folded Q and U
+    2·K·α·m·4. Nothing of width m per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
     stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
-    backbone = E3VABackbone(FrozenSwin(TINY), HighwayConfig(branches=1, kernel_dim=4), taps)
+    backbone = E3VABackbone(FrozenSwin(TINY), form, taps)
     config = backbone.highway.config
     image = torch.randn(2, 3, 41, 50)
     expected = 0
     for s, (K, C) in enumerate(zip(TINY.num_taps, TINY.dims, strict=True)):
         N = 2 * math.ceil(41 / 2 ** (s + 2)) * math.ceil(50 / 2 ** (s + 2))
-        t = config.rank + 4 if taps == "int4" else config.rank * e
-        expected += K * N * (stored(C) + t) + N * C * e
+        u = config.rank + 4 if taps == "int4" else config.rank * e
+        expected += K * N * stored(C) + (K + config.state) * N * u + N * C * e
         expected += 2 * N * 4 + 2 * K * config.rank * config.hidden(C) * 4
     with SavedBytes([backbone]) as saved, torch.autocast("cpu", autocast, enabled=bool(autocast)):
         backbone(image)
     assert saved.total == expected
 
 
-def test_nothing_of_the_trunk_but_taps_is_saved(backbone):
+def test_nothing_of_the_trunk_but_taps_is_saved():
+    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), SMALL.published(), "full")
     image = torch.randn(1, 3, 41, 50)
     with SavedBytes([backbone]) as saved:
         features = backbone(image)
@@ -191,10 +204,9 @@ def test_keeps_far_less_alive_than_full_fine_tuning():
 
 
 @pytest.mark.parametrize("taps", ["full", "int4"])
-def test_compiles_without_a_graph_break(taps):
-    backbone = E3VABackbone(
-        randomised(FrozenSwin(TINY)), HighwayConfig(branches=1, kernel_dim=4), taps
-    )
+@pytest.mark.parametrize("form", FORMS[:2], ids=str)
+def test_compiles_without_a_graph_break(taps, form):
+    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), form, taps)
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 41, 50)
     ours, theirs = compiled(image), wake(backbone)(image)
@@ -227,7 +239,7 @@ def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
         for name, backend in list(dispatch._ops[op].items()):
             recorded = backend._replace(run=record(op, name, backend.run))
             monkeypatch.setitem(dispatch._ops[op], name, recorded)
-    backbone = E3VABackbone(FrozenSwin(TINY), HighwayConfig(branches=1, kernel_dim=4))
+    backbone = E3VABackbone(FrozenSwin(TINY), SMALL)
     with torch.autocast("cpu", dtype, enabled=dtype is not None):
         features = backbone(torch.randn(1, 3, 41, 50))
     loss_of(features).backward()

@@ -28,12 +28,8 @@ def test_the_gpu_suite_runs_dry(tmp_path, capsys):
     assert {"device", "commit", *versions} <= set(report["environment"])
     assert set(report["ratios"]) == RATIOS
     assert all(ratio > 0 for ratio in report["ratios"].values())
-    assert len(report["cases"]) == 5
-    assert {c["op"] for c in report["checks"]} == {
-        "sublayer_epilogue",
-        "highway_backward",
-        "window_attention",
-    }
+    assert len(report["cases"]) == len(kernels.OPS)
+    assert {c["op"] for c in report["checks"]} == set(ops.dispatch.operators())
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert "dry run" in capsys.readouterr().out
 
@@ -52,9 +48,11 @@ def test_the_driver_is_named(kind, tmp_path, monkeypatch):
 def test_fewest_bytes_and_lowest_ratios():
     case = kernels.Case("sublayer_epilogue", "swin_b", 2, 2, "bf16")
     tokens = 2 * 50 * 84
-    assert kernels.least_bytes(case) == tokens * (8 * 512 + 4 * 16)
-    backward = tokens * (2 * 36 * 512 + 4 * 512 + 2 * 36 * 16)
-    assert kernels.least_bytes(case._replace(op="highway_backward")) == backward
+    assert kernels.least_bytes(case) == tokens * (8 * 512 + 2 * 16)
+    gradient = tokens * 36 * (256 + 4 + 2 * 16)
+    assert kernels.least_bytes(case._replace(op="tap_gradient")) == gradient
+    # t read, S and u written, of which there is one more, and the state before.
+    assert kernels.least_bytes(case._replace(op="adapters")) == tokens * 2 * 16 * (3 * 36 + 2)
     assert kernels.least_bytes(case._replace(op="window_attention")) is None
     results = [{"op": "trunk_forward", "ratios": {"timm": ratio}} for ratio in (2.0, 1.5, 3.0)]
     assert kernels.summary(results) == {"trunk_forward_vs_timm": 1.5}
@@ -84,24 +82,39 @@ def test_competitors_compute_the_same(op, stage):
 
 
 def test_tracks(tmp_path, monkeypatch, capsys):
-    """Two methods on one track, two iterations each: every number is there."""
+    """Two methods on one track, two iterations each: every number is there, and a second call only
+    adds the seed that is missing."""
     pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.tracks is not run")
     from bench import tracks
 
-    few = functools.partial(tracks.write_digits, train=4, val=2)
+    few = functools.partial(tracks.write_digits, train=4, val=2, tune=2)
     monkeypatch.setattr(tracks, "write_digits", few)
-    options = ["--tracks", "semantic", "--methods", "norm", "e3va", "--iterations", "2"]
     file = tmp_path / "tracks.json"
     file.write_text('{"tracks": {"boxes": {}}}')
-    report = tracks.main([*options, "--output", str(tmp_path), "--json", str(file)])
+    options = ["--tracks", "semantic", "--methods", "norm", "e3va", "--iterations", "2"]
+    options += ["--rates", "1", "2", "--output", str(tmp_path), "--json", str(file)]
+    trained = []
+    train = tracks.train
+    monkeypatch.setattr(tracks, "train", lambda *a: trained.append(a[1:]) or train(*a))
+    tracks.main([*options, "--seeds", "0"])
+    assert trained == [(m, 0, rate) for m in ("norm", "e3va") for rate in (1.0, 2.0)]
+    trained.clear()
+    report = tracks.main([*options, "--seeds", "0", "5"])
+    methods = report["tracks"]["semantic"]["methods"]
+    assert trained == [(method, 5, methods[method]["rate"]) for method in ("norm", "e3va")]
     assert json.loads(file.read_text()) == report
     assert report["tracks"].keys() == {"boxes", "semantic"}
-    methods = report["tracks"]["semantic"]["methods"]
     assert methods["e3va"]["saved_bytes"] < methods["norm"]["saved_bytes"]
     for numbers in methods.values():
-        assert 0 <= numbers.pop("score") <= 100
-        assert all(value > 0 for value in numbers.values())
+        best = max((run for run in numbers["runs"] if not run["seed"]), key=lambda run: run["tune"])
+        assert numbers["rate"] == best["rate"]
+        assert len(numbers["scores"]) == 2 and numbers["scores"][0] == best["score"]
+        assert numbers["mean"] == pytest.approx(sum(numbers["scores"]) / 2)
+        for key in ("trainable_params", "saved_bytes", "peak_live_bytes", "seconds_per_iter"):
+            assert numbers[key] > 0
     assert "mIoU" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="holds runs of 2 iterations of semantic, not 3"):
+        tracks.main([*options, "--iterations", "3"])
 
 
 def test_taps(tmp_path, monkeypatch, capsys):

@@ -484,7 +484,7 @@ def test_optimizer_groups(tiny, method, kind):
     undecayed = {id(p) for m in norms for p in m.parameters() if p.requires_grad} | {
         id(p)
         for n, p in model.named_parameters()
-        if "position_bias" in n or n.endswith((".bias", ".b", ".c"))
+        if "position_bias" in n or n.endswith((".bias", ".b", ".c", ".gamma"))
     }
     for p, group in grouped:
         assert group["weight_decay"] == (0.0 if id(p) in undecayed else 0.05)

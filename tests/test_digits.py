@@ -21,7 +21,9 @@ SIZE = (70, 91)
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
-    return digits.write_digits(tmp_path_factory.mktemp("d") / "digits", train=5, val=3, size=SIZE)
+    return digits.write_digits(
+        tmp_path_factory.mktemp("d") / "digits", train=5, val=3, tune=2, size=SIZE
+    )
 
 
 def files(root):
@@ -64,13 +66,13 @@ def test_photographs_are_disjoint():
 
 
 def test_same_seed_same_bytes(tree, tmp_path):
-    again = digits.write_digits(tmp_path / "again", train=5, val=3, size=SIZE)
-    other = digits.write_digits(tmp_path / "other", train=5, val=3, size=SIZE, seed=1)
+    again = digits.write_digits(tmp_path / "again", train=5, val=3, tune=2, size=SIZE)
+    other = digits.write_digits(tmp_path / "other", train=5, val=3, tune=2, size=SIZE, seed=1)
     assert files(again) == files(tree)
     assert files(other) != files(tree)
 
 
-@pytest.mark.parametrize("split, count", [("train", 5), ("val", 3)])
+@pytest.mark.parametrize("split, count", [("train", 5), ("val", 3), ("tune", 2)])
 def test_coco(tree, split, count):
     content, by_image = annotations(tree, split)
     assert [c["name"] for c in content["categories"]] == list("0123456789")
@@ -89,7 +91,9 @@ def test_coco(tree, split, count):
             assert (x + w, y + h) == (columns[-1] + 1, rows[-1] + 1)
 
 
-@pytest.mark.parametrize("split, ade", [("train", "training"), ("val", "validation")])
+@pytest.mark.parametrize(
+    "split, ade", [("train", "training"), ("val", "validation"), ("tune", "tuning")]
+)
 def test_voc_and_semantic_maps_show_the_same_scenes(tree, split, ade):
     content, by_image = annotations(tree, split)
     stems = (tree / f"voc/ImageSets/Main/{split}.txt").read_text().split()
@@ -129,10 +133,10 @@ def test_a_digit_is_visible():
 
 
 def test_existing_folders(tree, tmp_path):
-    assert digits.write_digits(tree, train=5, val=3, size=SIZE) == tree  # kept as it is
-    replaced = digits.write_digits(tmp_path / "d", train=2, val=1, size=SIZE)
+    assert digits.write_digits(tree, train=5, val=3, tune=2, size=SIZE) == tree  # kept as it is
+    replaced = digits.write_digits(tmp_path / "d", train=2, val=1, tune=1, size=SIZE)
     assert len(list((replaced / "coco/images/train").iterdir())) == 2
-    digits.write_digits(replaced, train=1, val=1, size=SIZE)
+    digits.write_digits(replaced, train=1, val=1, tune=1, size=SIZE)
     assert len(list((replaced / "coco/images/train").iterdir())) == 1
     (tmp_path / "mine").mkdir()
     with pytest.raises(FileExistsError, match="mine exists and holds no digits in scenes"):
@@ -157,6 +161,6 @@ def test_bad_arguments(tmp_path, arguments, error, message):
 
 
 def test_command_line(tmp_path, capsys):
-    digits.main(["--output", str(tmp_path / "d"), "--train", "1", "--val", "1"])
+    digits.main(["--output", str(tmp_path / "d"), "--train", "1", "--val", "1", "--tune", "1"])
     assert capsys.readouterr().out.strip() == str(tmp_path / "d")
     assert (tmp_path / "d/coco/annotations/instances_val.json").is_file()

@@ -10,17 +10,54 @@ from tests import oracles
 def test_parameter_counts_of_the_paper(variant, count):
     """The paper's 1.20 M and 1.79 M, less one output bias per adapter, plus one per stage."""
     swin = swin_config(variant)
-    highway = Highway(swin)
+    highway = Highway(swin, HighwayConfig().published())
     assert trainable_parameters(highway) == count
     biases = sum(taps * dim for taps, dim in zip(swin.num_taps, swin.dims, strict=True))
     published = {"swin_b": 1.203e6, "swin_l": 1.799e6}[variant]
     assert count + biases - sum(swin.dims) == pytest.approx(published, abs=500)
 
 
+def test_mixing_and_state_add_a_few_parameters():
+    """48 adapters of rank 16: a 3×3 kernel and a gain for each of their channels."""
+    count = trainable_parameters(Highway(swin_config("swin_b")))
+    assert count == 1_181_312 + 48 * 16 * (3 * 3 + 1)
+
+
 def test_parameters_of_a_stage_are_stacked():
     highway = Highway(swin_config("swin_b"))
-    assert len(list(highway.parameters())) == 4 * 8
+    assert len(list(highway.parameters())) == 4 * 10
     assert highway.stages[2].P.shape == (36, 512, 16)
+    published = Highway(swin_config("swin_b"), HighwayConfig().published())
+    assert len(list(published.parameters())) == 4 * 8
+
+
+@pytest.mark.parametrize(
+    "theirs, ours, message",
+    [
+        (
+            {},
+            dict(tap="output"),
+            "with tap='norm', mixing=3, state=True, this one has tap='output'",
+        ),
+        (dict(state=False), {}, "state=False, this one has tap='norm', mixing=3, state=True"),
+        (dict(mixing=5), {}, "mixing=5, state=True, this one"),
+    ],
+)
+def test_weights_of_another_form_are_refused(theirs, ours, message):
+    swin = swin_config("swin_digits")
+    theirs, ours = (Highway(swin, HighwayConfig(2, 8, 1.0, **c)) for c in (theirs, ours))
+    with pytest.raises(ValueError, match=message):
+        ours.load_state_dict(theirs.state_dict(), strict=False)
+
+
+def test_weights_that_tell_no_form_are_of_the_published_one():
+    config = HighwayConfig(2, 8, 1.0)
+    swin = swin_config("swin_digits")
+    published = Highway(swin, config.published())
+    state = {name: v for name, v in published.state_dict().items() if name != "form"}
+    published.load_state_dict(dict(state))
+    with pytest.raises(ValueError, match="tap='output', mixing=0, state=False, this one has"):
+        Highway(swin, config).load_state_dict(dict(state), strict=False)
 
 
 def test_fold_is_the_lorand_form():
@@ -44,6 +81,10 @@ def test_fold_is_the_lorand_form():
         (dict(branches=True), TypeError, "branches must be an integer"),
         (dict(hidden_ratio=0), ValueError, r"hidden_ratio must be in \(0, 1\]"),
         (dict(hidden_ratio=1.5), ValueError, r"hidden_ratio must be in \(0, 1\]"),
+        (dict(tap="input"), ValueError, "tap must be one of output, norm, got 'input'"),
+        (dict(mixing=4), ValueError, "mixing must be one of 0, 3, 5, 7, got 4"),
+        (dict(mixing=False), ValueError, "mixing must be one of 0, 3, 5, 7, got False"),
+        (dict(state=1), TypeError, "state must be True or False, got 1"),
         (dict(hidden_ratio=float("nan")), ValueError, r"hidden_ratio must be in \(0, 1\]"),
     ],
 )
@@ -88,5 +129,5 @@ def test_every_tap_is_rounded_by_noise_of_its_own():
     ride, x = stage.ride(), torch.randn(1, 5, 7, 32)
     for _ in range(2):
         ride(x, x, None)
-    first, second = ride._x
+    first, second = ride._kept
     assert not torch.equal(first, second)

@@ -58,5 +58,5 @@ def test_trainable_parameters():
     trunk = FrozenSwin(SwinConfig(16, (1,), (1,), 3))
     backbone = E3VABackbone(trunk, HighwayConfig(1, 4))
     assert trainable_parameters(trunk) == 0
-    per_tap = 2 * 16 * 4 + 2 * 4 * 8 + 8 + 2 * 4 * 4
+    per_tap = 2 * 16 * 4 + 2 * 4 * 8 + 8 + 2 * 4 * 4 + 4 * 3 * 3 + 4
     assert trainable_parameters(backbone) == 2 * per_tap + 16 + 2 * 16

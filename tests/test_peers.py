@@ -329,7 +329,7 @@ def test_the_trunk_loads_the_same_files(method, tmp_path):
 
 
 def test_wrong_names_and_missing_peft(monkeypatch):
-    assert ("full", "frozen", *PEERS, "e3va") == METHODS
+    assert ("full", "frozen", *PEERS, "e3va_paper", "e3va") == METHODS
     with pytest.raises(ValueError, match=f"'dtl'; known: {', '.join(METHODS)}$"):
         build_backbone("dtl", TINY)
     monkeypatch.setitem(sys.modules, "peft", None)

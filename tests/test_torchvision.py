@@ -229,9 +229,9 @@ def test_norms_biases_and_tables_do_not_decay():
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
     names = {id(p): name for name, p in model.named_parameters()}
     decaying = {names[id(p)].rpartition(".")[2] for p in decay["params"]}
-    assert decaying == {"weight", "P", "g", "Q", "U", "g_up", "V"}
+    assert decaying == {"weight", "P", "D", "g", "Q", "U", "g_up", "V"}
     assert {names[id(p)].rpartition(".")[2] for p in rest["params"]} == {
-        "weight", "bias", "b", "c", "relative_position_bias_table"
+        "weight", "bias", "gamma", "b", "c", "relative_position_bias_table"
     }  # fmt: skip
     grouped = [id(p) for p in (*decay["params"], *rest["params"])]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)

@@ -14,12 +14,17 @@
 namespace {
 
 #ifdef __x86_64__
-// AMX and AVX-512's conversions to bfloat16, which every processor with AMX has.
+// AVX-512's dot products of bfloat16, and its conversions to it.
+bool have_dots() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
+}
+
+// AMX for bfloat16, which the system hands out on request.
 bool have_tiles() {
 #ifdef __linux__
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a >> 5 & 1)) return false;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
@@ -36,7 +41,8 @@ InstructionSet detect() {
       !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
       !__builtin_cpu_supports("avx512vl"))
     return InstructionSet::kAvx2;
-  return asked == "avx512" || !have_tiles() ? InstructionSet::kAvx512 : InstructionSet::kTiles;
+  if (asked == "avx512" || !have_dots()) return InstructionSet::kAvx512;
+  return asked == "avx512_bf16" || !have_tiles() ? InstructionSet::kDots : InstructionSet::kTiles;
 }
 #else
 InstructionSet detect() { return InstructionSet::kDefault; }

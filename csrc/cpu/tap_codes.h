@@ -1,8 +1,4 @@
 // Taps in fewer bits: what e3va/ops/taps.py defines, to the last bit.
-#pragma once
-#include <bit>
-
-#include "vector.h"
 
 constexpr float kTiny = 1e-30f;  // the largest value of a token that is stored as zero
 constexpr float kLargest[] = {0.0f, 448.0f, 127.0f, 7.0f};  // code, by Taps

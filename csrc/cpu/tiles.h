@@ -1,34 +1,17 @@
-// Tiles of bfloat16 (Intel AMX): C [16, 16] += A [16, 32] · B [32, 16] in fp32. What is inlined here
-// goes into functions of E3VA_TILED_KERNEL only.
-#pragma once
-#include <vector>
+// Products of bfloat16 in tiles, C [16, 16] += A [16, 32] · B [32, 16] in fp32: by Intel AMX, or by
+// AVX-512's dot products. Part of the namespace of AVX-512, as are the kernels that use it.
 
-#include "vector.h"
+#ifdef E3VA_INSTRUCTIONS
+#include E3VA_INSTRUCTIONS  // tests run them on any processor
+#else
+#include "instructions.h"
+#endif
 
 constexpr int kTileSide = 16;   // rows of A and C, columns of B and C
 constexpr int kTileDepth = 32;  // columns of A, rows of B
 
 // Two rows of B: bfloat16s in the low and high half of each word.
 typedef std::vector<uint32_t> Panels;
-
-E3VA_INLINE Halves to_bfloat16(Floats x) {
-  Halves y;
-  asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x));
-  return y;
-}
-
-// In one instruction: GCC makes four of a conversion.
-E3VA_INLINE Words widened(Halves x) {
-  Words y;
-  asm("vpmovzxwd %1, %0" : "=v"(y) : "v"(x));
-  return y;
-}
-
-E3VA_INLINE Words widened(Bytes x) {
-  Words y;
-  asm("vpmovzxbd %1, %0" : "=v"(y) : "v"(x));
-  return y;
-}
 
 // bfloat16 that the processor itself converts; of what is subnormal it makes zero.
 struct NativeBFloat16 : BFloat16 {};
@@ -49,51 +32,6 @@ E3VA_INLINE Halves halves(const BFloat16* at) { return *reinterpret_cast<const H
 
 E3VA_INLINE Words& words(uint32_t* at) { return *reinterpret_cast<Words*>(at); }
 
-// Of each half word the lowest four bits, less 8, as bfloat16.
-E3VA_INLINE Words signed_nibbles(Words codes) {
-  static constexpr uint16_t kTable[32] = {
-      // once more, as the lowest five bits are looked up
-      0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000,
-      0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0, 0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040,
-      0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-  Words values;
-  asm("vpermw %2, %1, %0" : "=v"(values) : "v"(codes), "m"(kTable));
-  return values;
-}
-
-template <int kTile>
-E3VA_INLINE void tile_load(const void* from, int64_t stride) {
-  asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(from), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-E3VA_INLINE void tile_store(void* to, int64_t stride) {
-  asm volatile("tilestored %%tmm%c2, (%0,%1,1)" : : "r"(to), "r"(stride), "i"(kTile) : "memory");
-}
-
-template <int kTile>
-E3VA_INLINE void tile_zero() {
-  asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
-}
-
-template <int kC, int kA, int kB>
-E3VA_INLINE void tile_dot() {
-  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
-}
-
-// While one lives the thread's tiles are 16 rows of 64 bytes.
-struct TileShapes {
-  E3VA_INLINE TileShapes() {
-    struct {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shapes;
-    asm volatile("ldtilecfg %0" : : "m"(shapes));
-  }
-  E3VA_INLINE ~TileShapes() { asm volatile("tilerelease"); }
-};
-
 // B [k, n] in panels of 16 columns, k a multiple of 32: what gemm_tiles takes.
 E3VA_INLINE Panels pack(const float* B, int64_t k, int64_t n) {
   const int64_t depth = round_up(k, kTileDepth);
@@ -109,61 +47,88 @@ E3VA_INLINE Panels pack(const float* B, int64_t k, int64_t n) {
   return panels;
 }
 
-// C [m, n] (+)= A [m, k] · B in blocks of kI × kJ tiles, that divide m and n; 32 divides k. Rows of
-// A are lda apart, those of C ldc.
-template <int kI, int kJ>
-E3VA_INLINE void gemm_tiles(
-    const BFloat16* A, int64_t lda, const uint32_t* B, float* C, int64_t ldc, int64_t m,
-    int64_t n, int64_t k, bool accumulate) {
-  static_assert(kI * kJ <= 6);
-  const int64_t panel = k / 2 * kTileSide, step = kTileDepth / 2 * kTileSide;
-  for (int64_t i = 0; i < m; i += kI * kTileSide)
-    for (int64_t j = 0; j < n; j += kJ * kTileSide) {
-      float* c = C + i * ldc + j;
-      auto each = [&]<int... kT>(std::integer_sequence<int, kT...>, auto do_tile) {
-        (do_tile(std::integral_constant<int, kT>{}), ...);
-      };
-      constexpr auto tiles = std::make_integer_sequence<int, kI * kJ>{};
-      auto at = [&](int tile) { return c + tile / kJ * kTileSide * ldc + tile % kJ * kTileSide; };
-      each(tiles, [&](auto tile) {
-        if (accumulate)
-          tile_load<tile>(at(tile), 4 * ldc);
-        else
-          tile_zero<tile>();
-      });
-      for (int64_t p = 0; p < k / kTileDepth; ++p)
+// How kernels multiply: C [m, n] (+)= A [m, k] · B in blocks of kI × kJ tiles,
+// that divide m and n; 32 divides k. Rows of A are lda apart, those of C ldc. A Scope lives meanwhile.
+struct AmxTiles {
+  typedef TileShapes Scope;
+
+  template <int kI, int kJ>
+  static E3VA_INLINE void gemm(
+      const BFloat16* A, int64_t lda, const uint32_t* B, float* C, int64_t ldc, int64_t m,
+      int64_t n, int64_t k, bool accumulate) {
+    static_assert(kI * kJ <= 6);
+    const int64_t panel = k / 2 * kTileSide, step = kTileDepth / 2 * kTileSide;
+    for (int64_t i = 0; i < m; i += kI * kTileSide)
+      for (int64_t j = 0; j < n; j += kJ * kTileSide) {
+        float* c = C + i * ldc + j;
+        auto each = [&]<int... kT>(std::integer_sequence<int, kT...>, auto do_tile) {
+          (do_tile(std::integral_constant<int, kT>{}), ...);
+        };
+        constexpr auto tiles = std::make_integer_sequence<int, kI * kJ>{};
+        auto at = [&](int tile) {
+          return c + tile / kJ * kTileSide * ldc + tile % kJ * kTileSide;
+        };
         each(tiles, [&](auto tile) {
-          if (tile % kJ == 0)
-            tile_load<6>(A + (i + tile / kJ * kTileSide) * lda + p * kTileDepth, 2 * lda);
-          if (kJ > 1 || tile == 0)
-            tile_load<7>(B + (j / kTileSide + tile % kJ) * panel + p * step, 4 * kTileSide);
-          tile_dot<tile, 6, 7>();
+          if (accumulate)
+            tile_load<tile>(at(tile), 4 * ldc);
+          else
+            tile_zero<tile>();
         });
-      each(tiles, [&](auto tile) { tile_store<tile>(at(tile), 4 * ldc); });
-    }
-}
+        for (int64_t p = 0; p < k / kTileDepth; ++p)
+          each(tiles, [&](auto tile) {
+            if (tile % kJ == 0)
+              tile_load<6>(A + (i + tile / kJ * kTileSide) * lda + p * kTileDepth, 2 * lda);
+            if (kJ > 1 || tile == 0)
+              tile_load<7>(B + (j / kTileSide + tile % kJ) * panel + p * step, 4 * kTileSide);
+            tile_dot<tile, 6, 7>();
+          });
+        each(tiles, [&](auto tile) { tile_store<tile>(at(tile), 4 * ldc); });
+      }
+  }
+};
 
-E3VA_INLINE Floats larger(Floats x, Floats least) {
-  Floats y;
-  asm("vmaxps %1, %2, %0" : "=v"(y) : "v"(x), "v"(least));
-  return y;
-}
+struct DotTiles {
+  struct Scope {
+    E3VA_INLINE Scope() {}
+  };
 
-E3VA_INLINE Floats smaller(Floats x, Floats most) {
-  Floats y;
-  asm("vminps %1, %2, %0" : "=v"(y) : "v"(x), "v"(most));
-  return y;
-}
+  template <int kI, int kJ>
+  static E3VA_INLINE void gemm(
+      const BFloat16* A, int64_t lda, const uint32_t* B, float* C, int64_t ldc, int64_t m,
+      int64_t n, int64_t k, bool accumulate) {
+    constexpr int kRows = 8;
+    static_assert(kTileSide % kRows == 0);
+    const int64_t panel = k / 2 * kTileSide;
+    for (int64_t j = 0; j < n; j += kJ * kTileSide)
+      for (int64_t i = 0; i < m; i += kRows) {
+        Floats total[kRows][kJ] = {};
+        const uint32_t* b = B + j / kTileSide * panel;
+        for (int64_t q = 0; q < k; q += 2, b += kTileSide)
+#pragma GCC unroll 8
+          for (int r = 0; r < kRows; ++r) {
+            uint32_t two;
+            std::memcpy(&two, A + (i + r) * lda + q, sizeof two);
+#pragma GCC unroll 2
+            for (int v = 0; v < kJ; ++v)
+              dot(total[r][v], Words{} + two, *reinterpret_cast<const Words*>(b + v * panel));
+          }
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < kJ; ++v) {
+            float* c = C + (i + r) * ldc + j + v * kTileSide;
+            store(c, accumulate ? load(c) + total[r][v] : total[r][v]);
+          }
+      }
+  }
+};
 
 // exp(x) for x ≤ 0 as bfloat16 needs it, to 1e-4: 2^n times a polynomial of the rest.
 E3VA_INLINE Floats exp_bfloat16(Floats x) {
   const Floats power = larger(x * 1.44269504f, broadcast(-126.0f));
-  Floats n, y;
-  asm("vrndscaleps $0, %1, %0" : "=v"(n) : "v"(power));
-  const Floats r = power - n;
+  const Floats n = whole(power), r = power - n;
   const Floats p = ((r * 0.05550411f + 0.24022651f) * r + 0.69314718f) * r + 1.0f;
-  asm("vscalefps %1, %2, %0" : "=v"(y) : "v"(n), "v"(p));
-  return y;
+  return times_power_of_two(p, n);
 }
 
 // GELU and its derivative as bfloat16 needs them, Φ to 3e-5 and zφ to 7e-5: odd polynomials fitted

@@ -1,19 +1,8 @@
-// What the CPU kernels share: vectors of floats, storage types, elementary functions, one GEMM.
+// What the CPU kernels share: vectors of floats, storage types, elementary functions, one GEMM. Part of
+// the namespace of each instruction set, see instruction_sets.h.
 //
-// Everything is inlined into one function per instruction set (E3VA_KERNEL), so that one build runs
-// at full width on every x86-64. Elsewhere the compiler's default has to do.
-#pragma once
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#include "../params.h"
-#include "instruction_set.h"
-
-#define E3VA_INLINE inline __attribute__((always_inline))
-
-constexpr int kLanes = 16;  // of a vector; what a vector runs along is padded to this
+// Everything is inlined into the one function that E3VA_KERNEL makes for the set, so that it runs at
+// that set's full width.
 
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
@@ -189,59 +178,3 @@ E3VA_INLINE void gemm(
     }
   }
 }
-
-// One entry point over the items [begin, end), compiled per instruction set. `run` is a function
-// template on the storage type, `run_in_tiles` a function for bfloat16, both inlined.
-#define E3VA_RUN_AS_STORED(run, params, begin, end)     \
-  switch ((params).dtype) {                             \
-    case Dtype::kFloat:                                 \
-      return run<float>(params, begin, end);            \
-    case Dtype::kHalf:                                  \
-      return run<Half>(params, begin, end);             \
-    case Dtype::kBFloat16:                              \
-      return run<BFloat16>(params, begin, end);         \
-  }
-
-#define E3VA_TARGET_AVX2 __attribute__((target("avx2,fma")))
-#define E3VA_TARGET_AVX512 \
-  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
-
-#ifdef __x86_64__
-#define E3VA_KERNEL(name, run, Params)                                                      \
-  E3VA_TARGET_AVX512 static void name##_avx512(const Params& p, int64_t begin, int64_t end) { \
-    E3VA_RUN_AS_STORED(run, p, begin, end)                                                  \
-  }                                                                                         \
-  E3VA_TARGET_AVX2 static void name##_avx2(const Params& p, int64_t begin, int64_t end) {   \
-    E3VA_RUN_AS_STORED(run, p, begin, end)                                                  \
-  }                                                                                         \
-  static void name##_default(const Params& p, int64_t begin, int64_t end) {                 \
-    E3VA_RUN_AS_STORED(run, p, begin, end)                                                  \
-  }                                                                                         \
-  void name(const Params& p, int64_t begin, int64_t end) {                                  \
-    if (instruction_set() >= InstructionSet::kAvx512) return name##_avx512(p, begin, end);  \
-    if (instruction_set() >= InstructionSet::kAvx2) return name##_avx2(p, begin, end);      \
-    name##_default(p, begin, end);                                                          \
-  }
-#else
-#define E3VA_KERNEL(name, run, Params)                             \
-  void name(const Params& p, int64_t begin, int64_t end) {         \
-    E3VA_RUN_AS_STORED(run, p, begin, end)                         \
-  }
-#endif
-
-#if defined(__x86_64__) && __has_include(<amxtileintrin.h>)  // the assembler knows tiles, too
-#define E3VA_TILED_KERNEL(name, run, run_in_tiles, Params)                                     \
-  namespace {                                                                                  \
-  E3VA_KERNEL(name##_in_vectors, run, Params)                                                  \
-  E3VA_TARGET_AVX512 void name##_in_tiles(const Params& p, int64_t begin, int64_t end) {       \
-    run_in_tiles(p, begin, end);                                                               \
-  }                                                                                            \
-  }                                                                                            \
-  void name(const Params& p, int64_t begin, int64_t end) {                                     \
-    if (p.dtype == Dtype::kBFloat16 && instruction_set() == InstructionSet::kTiles)            \
-      return name##_in_tiles(p, begin, end);                                                   \
-    name##_in_vectors(p, begin, end);                                                          \
-  }
-#else
-#define E3VA_TILED_KERNEL(name, run, run_in_tiles, Params) E3VA_KERNEL(name, run, Params)
-#endif

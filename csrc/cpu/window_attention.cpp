@@ -1,16 +1,21 @@
 // Window attention on the CPU: gathers one window and head into fp32 scratch, two small GEMMs and a
 // softmax there, scatters the result. Nothing the size of the map is ever made but the output.
+#ifndef E3VA_SOURCE
+#define E3VA_SOURCE "window_attention.cpp"
 #include "window_attention.h"
 
-#include <vector>
+#include "instruction_sets.h"
 
-#include "../window_index.h"
-#include "tiles.h"
-#include "vector.h"
+int64_t window_attention_items(const WindowAttentionParams& p) {
+  const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
+  return p.batch * p.heads * rows.windows * columns.windows;
+}
 
-namespace {
+E3VA_DISPATCH(window_attention_cpu, WindowAttentionParams)
 
-// A GEMM tile: 7 rows, for windows of 7 × 7, and two vectors, for heads of 32.
+#else  // in an instruction set
+
+// A GEMM tile: 7 rows, for windows of 7 × 7, and two vectors.
 constexpr int kTile = 7;
 constexpr int kVectors = 2;
 constexpr float kMasked = -100.0f;
@@ -49,8 +54,8 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
   const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
   const int64_t d = p.head_dim, C = p.heads * d;
-  const int64_t m = round_up(tokens, kTile), ld = round_up(tokens, kVectors * kLanes);
-  const int64_t dl = round_up(d, kVectors * kLanes);
+  const int64_t m = round_up(tokens, kTile), ld = round_up(tokens, 2 * kLanes);
+  const int64_t dl = round_up(d, 2 * kLanes);
   // S is transposed, [keys, queries], and so is what makes it.
   std::vector<float> query(tokens * dl), q(dl * ld), k(m * dl), v(tokens * dl);
   std::vector<float> S(m * ld), inverse(ld), O(m * dl);
@@ -106,6 +111,7 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
   }
 }
 
+#if E3VA_TILED
 // Sixteen rows of sixteen words, transposed in place: blocks of 1, 2, 4, 8 change sides.
 template <int kSide>
 E3VA_INLINE void exchange(Words* rows) {
@@ -118,8 +124,8 @@ E3VA_INLINE void exchange(Words* rows) {
   for (int i = 0; i < kLanes; ++i) {
     if (i & kSide) continue;
     const Words above = rows[i], below = rows[i + kSide];
-    asm("vpermt2d %2, %1, %0" : "=v"(rows[i]) : "v"(upper), "v"(below), "0"(above));
-    asm("vpermt2d %2, %1, %0" : "=v"(rows[i + kSide]) : "v"(lower), "v"(below), "0"(above));
+    rows[i] = permuted(above, below, upper);
+    rows[i + kSide] = permuted(above, below, lower);
   }
 }
 
@@ -133,6 +139,7 @@ E3VA_INLINE float across(Floats x, Reduce reduce) {
 }
 
 // The same for bfloat16 and heads of 32, its products in tiles: rows are queries.
+template <typename Tiles>
 E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int64_t end) {
   constexpr int64_t d = kTileDepth;
   if (p.head_dim != d) return run<BFloat16>(p, begin, end);
@@ -149,7 +156,7 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
   for (int64_t c = 0; c < 3 * C; c += kLanes)
     halves(&padding[c]) = to_bfloat16(load(p.qkv_bias + c));
   const float scale = 1.0f / std::sqrt(float(d));
-  const TileShapes shapes;
+  const typename Tiles::Scope scope;
   int64_t last_window = -1;
   bool mixed = false;
 
@@ -205,7 +212,7 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
       for (int64_t c = 0; c < d; c += kTileSide)
         words(&v_pairs[(c * m + t * kTileSide) / 2]) =
             pair(halves(&v[t * d + c]), halves(&v[(t + 1) * d + c]));
-    gemm_tiles<2, 2>(q.data(), d, k_pairs.data(), S.data(), m, m, m, d, false);
+    Tiles::template gemm<2, 2>(q.data(), d, k_pairs.data(), S.data(), m, m, m, d, false);
     for (int64_t a = 0; a < tokens; ++a) {
       float* scores = &S[a * m];
       Floats top = broadcast(-INFINITY), total = {};
@@ -223,7 +230,7 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
       }
       inverse[a] = 1.0f / across(total, [](float x, float y) { return x + y; });
     }
-    gemm_tiles<2, 2>(weights.data(), m, v_pairs.data(), O.data(), d, m, d, m, false);
+    Tiles::template gemm<2, 2>(weights.data(), m, v_pairs.data(), O.data(), d, m, d, m, false);
     for (int64_t t = 0; t < tokens; ++t) {
       if (token[t] < 0) continue;
       for (int64_t c = 0; c < d; c += kLanes)
@@ -232,11 +239,8 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
   }
 }
 
-}  // namespace
+E3VA_TILED_KERNEL(window_attention_cpu, WindowAttentionParams)
+#endif
 
-int64_t window_attention_items(const WindowAttentionParams& p) {
-  const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
-  return p.batch * p.heads * rows.windows * columns.windows;
-}
-
-E3VA_TILED_KERNEL(window_attention_cpu, run, run_in_tiles, WindowAttentionParams)
+E3VA_KERNEL(window_attention_cpu, WindowAttentionParams)
+#endif

@@ -12,7 +12,7 @@ from e3va.config import swin_config
 from e3va.detectron2 import E3VASwinBackbone, with_weights
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.data import InstanceCrop
-from e3va.highway import BIASES
+from e3va.highway import NO_DECAY
 
 constants = model_zoo.get_config("common/data/constants.py").constants
 
@@ -60,7 +60,7 @@ optimizer.lr = 1e-4
 optimizer.weight_decay = 0.05
 optimizer.params.weight_decay_bias = 0.0
 optimizer.params.overrides = {
-    name: {"weight_decay": 0.0} for name in ("relative_position_bias_table", *BIASES)
+    name: {"weight_decay": 0.0} for name in ("relative_position_bias_table", *NO_DECAY)
 }
 
 train = model_zoo.get_config("common/train.py").train

@@ -2,7 +2,9 @@
 
 Digits and photographs come with scikit-learn (``load_digits``, ``load_sample_images``). The digits
 are split into three disjoint pools: one to pretrain on, one for training scenes, one for
-validation scenes. The photographs are split too: validation scenes lie on their right quarter.
+validation scenes. The photographs are split too: validation scenes lie on their right quarter. What
+is chosen by trying, as a learning rate is, is chosen on tuning scenes, which are neither trained on
+nor reported: their digits are those of the pretraining.
 
     python -m e3va.demo.digits [--output output/demo/digits] [--seed 0]
 """
@@ -52,6 +54,12 @@ class Scene(NamedTuple):
     image: np.ndarray
     masks: np.ndarray
     labels: np.ndarray
+
+
+SPLITS = {"train": "train", "val": "val", "tune": "pretrain"}
+"""Splits of the scenes, each with the pool that its digits are of."""
+
+_ADE20K = {"train": "training", "val": "validation", "tune": "tuning"}
 
 
 def digit_pool(pool: str) -> tuple[np.ndarray, np.ndarray]:
@@ -151,19 +159,21 @@ def write_digits(
     *,
     train: int = 400,
     val: int = 100,
+    tune: int = 100,
     size: tuple[int, int] = (128, 160),
     seed: int = 0,
 ) -> Path:
     """Write the scenes as COCO, Pascal VOC and semantic maps; a tree already there is kept.
 
-    ``root/coco/images/{train,val}``, ``root/coco/annotations/instances_{train,val}.json`` (masks as
-    RLE); ``root/voc`` in the layout of VOC; ``root/semantic`` in that of ADE20K, where 0 is
-    unlabelled and 1 the digit 0. The same arguments give the same bytes.
+    ``root/coco/images/{train,val,tune}``, ``root/coco/annotations/instances_{train,val,tune}.json``
+    (masks as RLE); ``root/voc`` in the layout of VOC; ``root/semantic`` in that of ADE20K, where 0
+    is unlabelled and 1 the digit 0 (training, validation, tuning). The same arguments give the same
+    bytes.
 
     Args:
         root: a folder that is not there yet, or an earlier one of this function, which is
             replaced as a whole if it was written with other arguments.
-        train, val: number of scenes.
+        train, val, tune: number of scenes.
         size: (height, width) of a scene in pixels.
         seed: of everything random.
 
@@ -172,12 +182,14 @@ def write_digits(
         ValueError: a number is out of range.
         FileExistsError: ``root`` holds something else.
     """
-    for name, value, least in (("train", train, 1), ("val", val, 1), ("seed", seed, 0)):
-        _check_int(name, value, least)
+    counts = {"train": train, "val": val, "tune": tune}
+    for name, value in counts.items():
+        _check_int(name, value, 1)
+    _check_int("seed", seed, 0)
     for name, value in zip(("height", "width"), size, strict=True):
         _check_int(name, value, 2 * MIN_DIGIT + 4)
     root = Path(root)
-    manifest = {"train": train, "val": val, "size": list(size), "seed": seed, "format": 1}
+    manifest = {**counts, "size": list(size), "seed": seed, "format": 2}
     if root.exists():
         if not (root / _MANIFEST).is_file():
             raise FileExistsError(f"{root} exists and holds no digits in scenes: choose another")
@@ -186,10 +198,11 @@ def write_digits(
     root.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{root.name}-", dir=root.parent) as temporary:
         new = Path(temporary) / "new"
-        for split, (pool, count) in enumerate((("train", train), ("val", val))):
-            rng = np.random.default_rng([seed, split])
-            scenes = (make_scene(pool, *size, rng) for _ in range(count))
-            _write_split(new, pool, tqdm(scenes, total=count, desc=f"digits {pool}", unit="scene"))
+        for number, (split, pool) in enumerate(SPLITS.items()):
+            rng = np.random.default_rng([seed, number])
+            scenes = (make_scene(pool, *size, rng) for _ in range(counts[split]))
+            bar = tqdm(scenes, total=counts[split], desc=f"digits {split}", unit="scene")
+            _write_split(new, split, bar)
         (new / _MANIFEST).write_text(json.dumps(manifest) + "\n")
         if root.exists():
             root.rename(Path(temporary) / "old")
@@ -200,7 +213,7 @@ def write_digits(
 def _write_split(root: Path, split: str, scenes: Iterator[Scene]) -> None:
     from pycocotools import mask as rle
 
-    ade = {"train": "training", "val": "validation"}[split]
+    ade = _ADE20K[split]
     folders = {
         "coco": root / "coco/images" / split,
         "voc": root / "voc/JPEGImages",
@@ -323,9 +336,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo/digits"))
     parser.add_argument("--train", type=int, default=400, help="scenes (default 400)")
     parser.add_argument("--val", type=int, default=100, help="scenes (default 100)")
+    parser.add_argument("--tune", type=int, default=100, help="scenes (default 100)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    print(write_digits(options.output, train=options.train, val=options.val, seed=options.seed))
+    counts = {split: getattr(options, split) for split in SPLITS}
+    print(write_digits(options.output, **counts, seed=options.seed))
 
 
 if __name__ == "__main__":

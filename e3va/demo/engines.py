@@ -121,10 +121,10 @@ def train_detectron2(
     )
 
 
-def coco_overrides(coco: Path) -> list[str]:
-    """Of a config, for the COCO tree of the digits: KEY, VALUE, …."""
+def coco_overrides(coco: Path, test: str = "val") -> list[str]:
+    """Of a config, for the COCO tree of the digits, tested on a split: KEY, VALUE, …."""
     overrides = []
-    for split, name in (("TRAIN", "train"), ("TEST", "val")):
+    for split, name in (("TRAIN", "train"), ("TEST", test)):
         key = f"DATASETS.COCO_JSON.{split}"
         overrides += [f"{key}_JSON", str(coco / f"annotations/instances_{name}.json")]
         overrides += [f"{key}_IMAGES", str(coco / f"images/{name}")]

@@ -54,7 +54,9 @@ class E3VASwinBackbone(Backbone):
         swin = build_backbone(
             cfg.MODEL.TUNING.METHOD,
             swin_config(e3va.VARIANT, e3va.WINDOW_SIZE),
-            highway=HighwayConfig(e3va.BRANCHES, e3va.KERNEL_DIM, e3va.HIDDEN_RATIO),
+            highway=HighwayConfig(
+                e3va.BRANCHES, e3va.KERNEL_DIM, e3va.HIDDEN_RATIO, e3va.TAP, e3va.MIXING, e3va.STATE
+            ),
             taps=e3va.TAPS,
             dtype=dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE),
             drop_path=e3va.DROP_PATH_RATE,

@@ -21,8 +21,9 @@ _DTYPES = {
 def add_e3va_config(cfg: CfgNode) -> None:
     """Add E³VA's keys, with their defaults, to a Detectron2 config."""
     # How the backbone is tuned: "full" (everything is trained), "frozen" (nothing is), "e3va"
-    # (nothing but the highway beside the frozen trunk, and the output norms), or one of the peers:
-    # "bitfit", "norm", "partial1", "adapter", "adaptformer", "lora", "lorand", "mona".
+    # (nothing but the highway beside the frozen trunk, and the output norms), "e3va_paper" (the
+    # highway in its published form), or one of the peers: "bitfit", "norm", "partial1", "adapter",
+    # "adaptformer", "lora", "lorand", "mona".
     cfg.MODEL.TUNING = CfgNode()
     cfg.MODEL.TUNING.METHOD = "e3va"
 
@@ -47,6 +48,12 @@ def add_e3va_config(cfg: CfgNode) -> None:
     cfg.MODEL.E3VA.BRANCHES = 2
     cfg.MODEL.E3VA.KERNEL_DIM = 8
     cfg.MODEL.E3VA.HIDDEN_RATIO = 0.5
+    # Their form under METHOD "e3va": whether an adapter reads a sub-layer's "output" or the "norm"
+    # after it, the side of its convolution over the map (0, 3, 5 or 7), and whether it hears what
+    # those before it said.
+    cfg.MODEL.E3VA.TAP = "norm"
+    cfg.MODEL.E3VA.MIXING = 3
+    cfg.MODEL.E3VA.STATE = True
     # How the highway keeps the trunk's taps for backward: "full", "fp8", "int8" or "int4".
     cfg.MODEL.E3VA.TAPS = DEFAULT_TAPS
     # Stochastic depth of the last block, under METHOD "full" alone: a frozen trunk has none.

@@ -16,18 +16,15 @@ Handle = Callable[[Sequence[Any], Sequence[Any]], int]
 
 
 def _sublayer_epilogue(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    x, norm_weight, P, Q = (get_shape(inputs[i]) for i in (0, 2, 5, 6))
-    tokens, channels = prod(x[:-1]), x[-1]
-    flops = NORM * tokens * channels if norm_weight else 0
-    if P:
-        rank, hidden = Q
-        flops += tokens * (channels * rank + 2 * rank * hidden)
-    return flops
+    x, norm_weight, P = (get_shape(inputs[i]) for i in (0, 2, 5))
+    tap_is_norm = inputs[6].toIValue() == "norm"
+    flops = NORM * prod(x) if norm_weight or (P and tap_is_norm) else 0
+    return flops + (prod(x) * P[1] if P else 0)
 
 
 def _highway(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    y_out, V = get_shape(inputs[2]), get_shape(inputs[12])
-    return prod(y_out[:-1]) * prod(V)
+    y_out, D, Q, V = (get_shape(inputs[i]) for i in (2, 9, 11, 14))
+    return prod(y_out[:-1]) * (prod(D or [0]) + 2 * prod(Q) + prod(V))
 
 
 def _window_attention(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:

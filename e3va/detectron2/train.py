@@ -36,7 +36,7 @@ from e3va.detectron2.data import build_mapper
 from e3va.detectron2.loader import TrainLoader, batch_share, reseed
 from e3va.detectron2.semantic import build_semantic_evaluator, semantic_inference
 from e3va.detectron2.voc import VOCTreeEvaluator
-from e3va.highway import BIASES, OUTPUTS, PARAMETERS
+from e3va.highway import NO_DECAY, OUTPUTS, PARAMETERS, HighwayStage
 from e3va.measure import trainable_parameters
 
 logger = logging.getLogger(__name__)
@@ -223,10 +223,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """
     solver = cfg.SOLVER
     overrides: dict[str, dict[str, float]] = {"relative_position_bias_table": {"weight_decay": 0.0}}
-    for name in PARAMETERS:
+    highway = any(isinstance(module, HighwayStage) for module in model.modules())
+    for name in PARAMETERS if highway else ():  # a peer's may have the same names
         ratio = solver.HIGHWAY_LR_RATIO if name in OUTPUTS else 1.0
         overrides[name] = {"lr": solver.BASE_LR * solver.HIGHWAY_LR_FACTOR * ratio}
-        if name in BIASES and solver.WEIGHT_DECAY_BIAS is not None:
+        if name in NO_DECAY and solver.WEIGHT_DECAY_BIAS is not None:
             overrides[name]["weight_decay"] = solver.WEIGHT_DECAY_BIAS
     groups = get_default_optimizer_params(
         model,

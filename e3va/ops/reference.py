@@ -22,25 +22,122 @@ def sublayer_epilogue(
     norm_bias: Tensor | None,  # [C]
     eps: float,
     P: Tensor | None = None,  # [C, r]
-    Q: Tensor | None = None,  # [r, m]
-    b: Tensor | None = None,  # [m]
-    U: Tensor | None = None,  # [m, r]
+    tap: str = "output",
     taps: str = "full",
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
     x, y = x.contiguous(), y.contiguous()
     y_out = y + x
-    if norm_weight is None:
-        z = y.new_empty(0)
-    else:
-        z = F.layer_norm(y_out, y.shape[-1:], norm_weight.to(y), _to(norm_bias, y), eps)
-    if P is None or Q is None or b is None or U is None:
-        return y_out, z, *(x.new_empty(0) for _ in range(4))
-    t = x.flatten(0, -2) @ P.to(x)
-    s = adapter_activation(t, Q, b) @ U.to(x)
-    if taps == "full":
-        return y_out, z, t, s, x.new_empty(0), x.new_empty(0)
-    return y_out, z, t, s, *compress(x, taps, seed)
+    z, t, kept, scale = (x.new_empty(0) for _ in range(4))
+    if norm_weight is not None or (P is not None and tap == "norm"):
+        z = F.layer_norm(y_out, y.shape[-1:], _to(norm_weight, y), _to(norm_bias, y), eps)
+    if P is not None:
+        tapped = x if tap == "output" else z
+        t = tapped.flatten(0, -2) @ P.to(x)
+        if taps != "full":
+            kept, scale = compress(tapped, taps, seed)
+            z = z if norm_weight is not None else x.new_empty(0)
+    return y_out, z, t, kept, scale
+
+
+def adapters(
+    t: Tensor,  # [K, N, r]
+    carry: Tensor | None,  # [N, r]
+    D: Tensor | None,  # [K, r, side, side]
+    gamma: Tensor | None,  # [K, r]
+    Q: Tensor,  # [K, r, m]
+    b: Tensor,  # [K, m]
+    U: Tensor,  # [K, m, r]
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    S, u, c = [], [], None
+    if gamma is not None:
+        c = wide(t.new_zeros(t.shape[1:]) if carry is None else carry)
+    for k, t_k in enumerate(t):
+        if c is not None and gamma is not None:
+            t_k = (wide(t_k) + gamma[k].to(c) * c).to(t)
+            u.append(t_k)
+        mixed = t_k if D is None else mix(t_k, D[k], size)
+        s = adapter_activation(mixed, Q[k], b[k]) @ U[k].to(t)
+        S.append(s)
+        if c is not None:
+            c = c + s
+    if c is None:
+        return torch.cat(S, dim=1), t.new_empty(0)
+    return torch.cat(S, dim=1), torch.stack([*u, c.to(t)])
+
+
+def adapters_backward(
+    dS: Tensor,  # [N, K·r]
+    dcarry: Tensor | None,  # [N, r]
+    u: Tensor,  # [K, N, r], and one more with a state
+    D: Tensor | None,  # [K, r, side, side]
+    gamma: Tensor | None,  # [K, r]
+    Q: Tensor,  # [K, r, m]
+    b: Tensor,  # [K, m]
+    U: Tensor,  # [K, m, r]
+    size: tuple[int, int],
+) -> tuple[Tensor, ...]:
+    K, rank, _ = Q.shape
+    S, dt, dcarry_in, *sums = adapters_backward_outputs(dS, u, D, gamma, Q, b, U)
+    dD, dgamma, dQ, db, dU = sums
+    c = dc = None
+    if gamma is not None:
+        c, dc = wide(u[K]), wide(u.new_zeros(u.shape[1:]) if dcarry is None else dcarry)
+    for k in reversed(range(K)):
+        columns = slice(k * rank, (k + 1) * rank)
+        ds = dS[:, columns] if dc is None else (dS[:, columns] + dc).to(dS)
+        mixed = u[k] if D is None else mix(u[k], D[k], size)
+        Q_k, U_k = Q[k].to(u), U[k].to(u)
+        z = torch.addmm(b[k].to(u), mixed, Q_k)
+        a = F.gelu(z)
+        S[:, columns] = a @ U_k
+        dU[k] = a.t() @ ds
+        dz = torch.ops.aten.gelu_backward(ds @ U_k.t(), z)
+        del z, a
+        dQ[k] = mixed.t() @ dz
+        db[k] = _sum_rows(dz)
+        du = dz @ Q_k.t()
+        del dz
+        if D is not None:
+            du, dD[k] = _mix_backward(du, u[k], D[k], size)
+        dt[k] = du
+        if c is not None and dc is not None and gamma is not None:
+            c = c - S[:, columns]
+            dgamma[k] = (du * c).sum(0)
+            dc = dc + gamma[k].to(dc) * du
+    if dc is not None:
+        dcarry_in.copy_(dc)
+    return S, dt, dcarry_in, *sums
+
+
+def adapters_backward_outputs(
+    dS: Tensor, u: Tensor, D: Tensor | None, gamma: Tensor | None, *weights: Tensor
+) -> tuple[Tensor, ...]:
+    """Room for what ``adapters_backward`` returns: S [N, K·r], dt [K, N, r] and dcarry_in [N, r] in
+    the dtype of dS, dD, dgamma, dQ, db, dU in float32 or wider; of what there is not, nothing."""
+    K, sums = len(weights[0]), torch.promote_types(dS.dtype, torch.float32)
+    return (
+        torch.empty_like(dS),
+        u.new_empty(K, *u.shape[1:]),
+        u.new_empty(0 if gamma is None else u.shape[1:]),
+        *(u.new_empty(0 if w is None else w.shape, dtype=sums) for w in (D, gamma, *weights)),
+    )
+
+
+def tap_gradient(
+    tap: Sequence[Tensor],  # K × [N, C], or as kept
+    scale: Sequence[Tensor],  # K × [N], or none
+    taps: str,
+    dt: Tensor,  # [K, N, r]
+    channels: int,
+) -> Tensor:
+    dP = dt.new_empty(len(dt), channels, dt.shape[2], dtype=wide(dt[:0]).dtype)
+    for k, (tap_k, dt_k) in enumerate(zip(tap, dt, strict=True)):
+        if taps != "full":
+            tap_k = expand(tap_k, scale[k], taps, channels, dt.dtype)
+        dP[k] = tap_k.t() @ dt_k
+    return dP
 
 
 def adapter_activation(t: Tensor, Q: Tensor, b: Tensor) -> Tensor:
@@ -48,58 +145,64 @@ def adapter_activation(t: Tensor, Q: Tensor, b: Tensor) -> Tensor:
     return F.gelu(torch.addmm(b.to(t), t, Q.to(t)))
 
 
+def mix(
+    u: Tensor,  # [N, r]
+    D: Tensor,  # [r, side, side]
+    size: tuple[int, int],
+) -> Tensor:
+    """u + D ⋆ u, a depth-wise convolution over the map that ends with zeros: [N, r]."""
+    image = _channels_first(u, size)
+    kernel = D.to(image)[:, None]
+    mixed = image + F.conv2d(image, kernel, padding=D.shape[-1] // 2, groups=len(D))
+    return mixed.permute(0, 2, 3, 1).reshape(u.shape).to(u)
+
+
+def _mix_backward(
+    dmixed: Tensor,  # [N, r]
+    u: Tensor,  # [N, r]
+    D: Tensor,  # [r, side, side]
+    size: tuple[int, int],
+) -> tuple[Tensor, Tensor]:
+    G, image = _channels_first(dmixed, size), _channels_first(u, size)
+    kernel, pad = D.to(image)[:, None], [D.shape[-1] // 2] * 2
+    du, dD, _ = torch.ops.aten.convolution_backward(
+        G, image, kernel, None, [1, 1], pad, [1, 1], False, [0, 0], len(D), [True, True, False]
+    )
+    du = (du + G).permute(0, 2, 3, 1).reshape(u.shape).to(u)
+    return du, dD[:, 0]
+
+
+def _channels_first(rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """[N, r] → [B, r, H, W], in float32 or wider."""
+    H, W = size
+    return wide(rows).reshape(len(rows) // (H * W), H, W, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 or wider: what is summed along the adapters of a stage, and around a token."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def highway(
     h_in: Tensor,  # [..., C]
     y_in: Tensor,  # [..., C]
     y_out: Tensor,  # [..., C]
-    s: Sequence[Tensor],  # K × [N, r]
+    S: Tensor,  # [N, K·r]
     V: Tensor,  # [K, r, C]
     c: Tensor,  # [C]
 ) -> Tensor:
     # h_in == y_in at initialisation: this order makes h_out == y_out to the last bit.
     h = (h_in - y_in).contiguous().add_(y_out).add_(c.to(y_out)).flatten(0, -2)
-    return h.addmm_(torch.cat(list(s), dim=1), V.flatten(0, 1).to(y_out)).view_as(y_out)
+    return h.addmm_(S, V.flatten(0, 1).to(y_out)).view_as(y_out)
 
 
-def highway_backward(
-    G: Tensor,  # [N, C]
-    x: Sequence[Tensor],  # K × [N, C], or as stored
-    scale: Sequence[Tensor],  # K × [N], or none
-    taps: str,
-    t: Sequence[Tensor],  # K × [N, r]
-    P: Tensor,  # [K, C, r]
-    Q: Tensor,  # [K, r, m]
-    b: Tensor,  # [K, m]
-    U: Tensor,  # [K, m, r]
-    V: Tensor,  # [K, r, C]
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rank, channels = V.shape[1:]
-    dS = G @ V.flatten(0, 1).to(G).t()  # [N, K·r]
-    dP, dQ, db, dU, S = [], [], [], [], []
-    for k, (x_k, t_k) in enumerate(zip(x, t, strict=True)):
-        dS_k = dS[:, k * rank : (k + 1) * rank]
-        U_k, Q_k = U[k].to(G), Q[k].to(G)
-        z = torch.addmm(b[k].to(G), t_k, Q_k)
-        a = F.gelu(z)
-        S.append(a @ U_k)
-        dU.append((a.t() @ dS_k).to(U.dtype))
-        dz = torch.ops.aten.gelu_backward(dS_k @ U_k.t(), z)
-        del z, a
-        dQ.append((t_k.t() @ dz).to(Q.dtype))
-        db.append(_sum_rows(dz).to(b.dtype))
-        if taps != "full":
-            x_k = expand(x_k, scale[k], taps, channels, G.dtype)
-        dP.append((x_k.t() @ (dz @ Q_k.t())).to(P.dtype))
-        del dz
-    dV = (torch.cat(S, dim=1).t() @ G).view(-1, rank, channels).to(V.dtype)
-    return (
-        torch.stack(dP),
-        torch.stack(dQ),
-        torch.stack(db),
-        torch.stack(dU),
-        dV,
-        _sum_rows(G).to(V.dtype),
-    )
+def pool_2x2(c: Tensor) -> Tensor:
+    """Means of 2×2 neighbours, at an odd end of those that there are: [B, H, W, r] →
+    [B, ⌈H/2⌉, ⌈W/2⌉, r]. Its backward needs nothing."""
+    for axis in (1, 2):
+        if c.shape[axis] % 2:
+            c = torch.cat([c, c.narrow(axis, -1, 1)], dim=axis)
+    return c.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
 
 
 def output_norm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from e3va.config import TAPPED
 from e3va.ops import dispatch, reference
 from e3va.ops.checks import check_floating, check_frozen, check_same_dtype, check_shape
 from e3va.ops.taps import TAPS, stored_channels, stored_dtype
@@ -19,46 +20,48 @@ def sublayer_epilogue(
     norm_bias: Tensor | None,
     eps: float,
     P: Tensor | None = None,
-    Q: Tensor | None = None,
-    b: Tensor | None = None,
-    U: Tensor | None = None,
+    tap: str = "output",
     taps: str = "full",
     seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Residual add, the next LayerNorm, and the low-rank half of one adapter, or of none.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Residual add, the next LayerNorm, and the projection of one adapter's tap, or of none.
 
-    A fused kernel moves 4·N·C values (x and y read, y' and its norm written), 2·N·α of t and s, and
-    the kept tap; nothing of width m.
+    A fused kernel moves 4·N·C values (x and y read, y' and its norm written), N·α of t, and the
+    kept tap.
 
     Args:
-        x: the tap, a frozen sub-layer's output before its residual add, [..., C].
+        x: a frozen sub-layer's output before its residual add, [..., C].
         y: the residual stream, [..., C], dtype of ``x``.
         norm_weight, norm_bias: the LayerNorm that the next sub-layer begins with, [C];
             None after a stage's last sub-layer.
         eps: that norm's epsilon.
-        P: [C, α]. Q: [α, m]. b: [m]. U: [m, α]. Any floating dtype; computes with them in that of
-            ``x`` or in float32. All None (the default): no adapter.
+        P: [C, α], of any floating dtype; computes with it in that of ``x`` or in float32. None (the
+            default): no adapter.
+        tap: what the adapter reads: "output" (the default), which is ``x``, or "norm", the
+            LayerNorm of ``y + x``, without weight and bias where those are None.
         taps: how the tap is to be kept for backward, one of :data:`e3va.ops.taps.TAPS`.
         seed: an integer, [] on the CPU, of the stochastic rounding of "int4"; default: 0.
 
     Returns:
-        ``y + x`` [..., C]; its LayerNorm [..., C], or an empty tensor without a norm;
-        ``t = x·P`` [N, α]; ``s = GELU(t·Q + b)·U`` [N, α], N the product of the leading sizes;
-        both empty without an adapter. All of the dtype of ``x``. Last the tap as it is to be kept,
-        and its scales, as :func:`e3va.ops.taps.compress` makes them; both empty without an adapter,
-        and with taps "full", where ``x`` itself is kept.
+        ``y + x`` [..., C]; its LayerNorm [..., C], or an empty tensor without a norm, unless it is
+        the tap and to be kept in full; ``t = tap·P`` [N, α], N the product of the leading sizes,
+        empty without an adapter. All of the dtype of ``x``. Last the tap as it is to be kept, and
+        its scales, as :func:`e3va.ops.taps.compress` makes them; both empty without an adapter, and
+        with taps "full", where ``x`` or the LayerNorm itself is kept.
 
     Raises:
         TypeError: a dtype is not floating, or those of ``x`` and ``y`` differ.
-        ValueError: a shape does not fit, an adapter or a norm is incomplete, ``taps`` is unknown.
+        ValueError: a shape does not fit, a norm is incomplete, ``tap`` or ``taps`` is unknown.
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
     norms = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    check_frozen("sublayer_epilogue", x=x, y=y, **norms, P=P, Q=Q, b=b, U=U)
+    check_frozen("sublayer_epilogue", x=x, y=y, **norms, P=P)
     check_same_dtype(x=x, y=y)
     if x.dim() < 2:
         raise ValueError(f"x must have at least two dimensions, got {list(x.shape)}")
     check_shape("y", y, *x.shape)
+    if tap not in TAPPED:
+        raise ValueError(f"tap must be one of {', '.join(TAPPED)}, got {tap!r}")
     if taps not in TAPS:
         raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
     channels = x.shape[-1]
@@ -67,18 +70,10 @@ def sublayer_epilogue(
     for name, norm in norms.items():
         if norm is not None:
             check_shape(name, norm, channels)
-    if P is not None and Q is not None and b is not None and U is not None:
-        check_floating(P=P, Q=Q, b=b, U=U)
-        check_shape("Q", Q, -1, -1)
-        rank, hidden = Q.shape
-        check_shape("P", P, channels, rank)
-        check_shape("b", b, hidden)
-        check_shape("U", U, hidden, rank)
-    elif not (P is Q is b is U is None):
-        raise ValueError("an adapter is P, Q, b and U together: some of them are None")
-    return torch.ops.e3va.sublayer_epilogue(
-        x, y, norm_weight, norm_bias, eps, P, Q, b, U, taps, seed
-    )
+    if P is not None:
+        check_floating(P=P)
+        check_shape("P", P, channels, -1)
+    return torch.ops.e3va.sublayer_epilogue(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed)
 
 
 @torch.library.custom_op("e3va::sublayer_epilogue", mutates_args=())
@@ -89,32 +84,31 @@ def _sublayer_epilogue(
     norm_bias: Tensor | None,
     eps: float,
     P: Tensor | None,
-    Q: Tensor | None,
-    b: Tensor | None,
-    U: Tensor | None,
+    tap: str,
     taps: str,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     number = 0 if seed is None else int(seed.item())
-    return dispatch.run(
-        "sublayer_epilogue", x, x, y, norm_weight, norm_bias, eps, P, Q, b, U, taps, number
-    )
+    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, number
+    return dispatch.run("sublayer_epilogue", x, *arguments)
 
 
 @_sublayer_epilogue.register_fake
-def _(x, y, norm_weight, norm_bias, eps, P, Q, b, U, taps, seed):
+def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed):
     tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-    low_rank = (0,) if P is None else (tokens, P.shape[1])
-    if P is None or taps == "full":
-        tap, scale = x.new_empty(0), x.new_empty(0)
-    else:
-        tap = x.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
+    kept, scale = x.new_empty(0), x.new_empty(0)
+    if P is not None and taps != "full":
+        kept = x.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
         scale = x.new_empty(tokens, dtype=torch.float32)
     return (
         y.new_empty(y.shape),
-        y.new_empty(0) if norm_weight is None else y.new_empty(y.shape),
-        x.new_empty(low_rank),
-        x.new_empty(low_rank),
-        tap,
+        y.new_empty(y.shape if returns_norm(norm_weight, P, tap, taps) else 0),
+        x.new_empty(0 if P is None else (tokens, P.shape[1])),
+        kept,
         scale,
     )
+
+
+def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, taps: str) -> bool:
+    """Whether the op's second result is a norm, not empty."""
+    return norm_weight is not None or (P is not None and tap == "norm" and taps == "full")

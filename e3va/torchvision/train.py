@@ -21,7 +21,7 @@ from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
 
 from e3va.backbone import METHODS, build_backbone
-from e3va.config import HighwayConfig, swin_config
+from e3va.config import MIXING, TAPPED, HighwayConfig, swin_config
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
 from e3va.highway import HighwayStage
@@ -367,6 +367,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     net.add_argument("--kernel-dim", type=int, default=8, help="the adapters' rank is twice that")
     net.add_argument("--taps", choices=TAPS, default=DEFAULT_TAPS, help="as kept for backward")
     net.add_argument("--hidden-ratio", type=float, default=0.5, help="of their hidden width to C")
+    net.add_argument(
+        "--tap", choices=TAPPED, default="norm", help="what method e3va's adapters read"
+    )
+    net.add_argument("--mixing", type=int, choices=MIXING, default=3, help="side of their kernels")
+    net.add_argument("--no-state", action="store_true", help="they do not hear those before them")
     net.add_argument("--weights", type=Path, required=True, help="the trunk's: file or timm:NAME")
     net.add_argument("--trunk-precision", choices=PRECISIONS, help="quantise the frozen trunk")
     net.add_argument("--min-size", type=int, nargs="+", default=[800], help="shorter image side")
@@ -405,7 +410,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     backbone = build_backbone(
         args.method,
         swin_config(args.variant, args.window_size),
-        highway=HighwayConfig(kernel_dim=args.kernel_dim, hidden_ratio=args.hidden_ratio),
+        highway=HighwayConfig(
+            kernel_dim=args.kernel_dim,
+            hidden_ratio=args.hidden_ratio,
+            tap=args.tap,
+            mixing=args.mixing,
+            state=not args.no_state,
+        ),
         taps=args.taps,
     )
     load_trunk(backbone.trunk, args.weights)

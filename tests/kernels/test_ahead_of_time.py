@@ -13,13 +13,17 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are n
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = (
     r"sublayer_epilogue",
+    r"sublayer_epilogue norm",
     r"sublayer_epilogue \(no norm\)",
     r"sublayer_epilogue \(no adapter\)",
     r"sublayer_epilogue int4",
+    r"sublayer_epilogue norm int4",
     r"sublayer_epilogue int4 \(no norm\)",
-    r"highway_backward rows",
-    r"highway_backward weights",
-    r"highway_backward int4",
+    *(rf"adapters {form}" for form in ("0", "3 state", "7 state")),
+    *(rf"adapters_backward rows {form}" for form in ("0", "3 state", "7 state")),
+    r"adapters_backward weights",
+    r"adapters_backward mixing",
+    r"tap_gradient int4",
 )
 
 
@@ -29,7 +33,7 @@ def test_compiles_ahead_of_time_without_spills(architecture):
     command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--channels", "1536", "--taps", "int4"],
+        [*command, "--channels", "1536", "--ranks", "16", "--taps", "int4"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -6,19 +6,19 @@ import torch
 import e3va
 from e3va import ops
 from tests.ops.backends import backend_of
-from tests.ops.test_highway_backward import fused, make_parameters
+from tests.ops.test_highway import fused, make_parameters
 from tests.ops.test_sublayer_epilogue import make_arguments
 
 
 def sublayer_epilogue():
-    return ops.sublayer_epilogue(*make_arguments((2, 3, 5), 24, 4, 12, torch.float32))
+    return ops.sublayer_epilogue(*make_arguments((2, 3, 5), 24, 4, torch.float32))
 
 
 def highway():
     parameters = make_parameters(2, 24, 5, 12, torch.float32)
     h, *x = (torch.randn(2, 3, 5, 24) for _ in range(3))
-    out = fused(h, h, x, parameters)
-    return out, *torch.autograd.grad(out.square().sum(), list(parameters.values()))
+    out, state = fused(h, h, x, parameters)
+    return out, state, *torch.autograd.grad(out.square().sum(), list(parameters.values()))
 
 
 def window_attention():

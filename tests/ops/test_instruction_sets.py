@@ -11,13 +11,13 @@ import pytest
 from e3va.native import build_info
 
 HERE = Path(__file__).parent
-KERNELS = ("sublayer_epilogue", "highway_backward", "taps", "window_attention_native")
+KERNELS = ("sublayer_epilogue", "highway", "taps", "window_attention_native")
 SELECTED = "native and not cuda and not opcheck"
 
 
 @pytest.mark.skipif("C++" not in build_info().built, reason="the CPU kernels were not built")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="one instruction set only")
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+@pytest.mark.parametrize("capability", ["default", "avx2", "avx512", "avx512_bf16"])
 def test_each_passes_the_tests(capability):
     files = [str(HERE / f"test_{name}.py") for name in KERNELS]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", SELECTED, *files]

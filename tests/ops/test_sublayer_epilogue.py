@@ -4,6 +4,8 @@ import torch.nn.functional as F
 
 import e3va
 from e3va import ops
+from e3va.config import TAPPED
+from e3va.ops.taps import compress
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
@@ -15,61 +17,79 @@ def backend(request):
         yield
 
 
-def make_arguments(shape, channels, rank, hidden, dtype, norm=True):
+def make_arguments(shape, channels, rank, dtype, norm=True):
     x, y = (torch.randn(*shape, channels).to(dtype) for _ in range(2))
     weight, bias = (torch.randn(channels), torch.randn(channels)) if norm else (None, None)
-    P = torch.randn(channels, rank) * channels**-0.5
-    Q = torch.randn(rank, hidden) * rank**-0.5
-    U = torch.randn(hidden, rank) * hidden**-0.5
-    return x, y, weight, bias, 1e-5, P, Q, torch.randn(hidden), U
+    return x, y, weight, bias, 1e-5, torch.randn(channels, rank) * channels**-0.5
 
 
-def oracle(x, y, weight, bias, eps, P, Q, b, U):
-    x, y, P, Q, b, U = (tensor.double() for tensor in (x, y, P, Q, b, U))
-    z = y.new_empty(0)
-    if weight is not None:
-        z = F.layer_norm(y + x, y.shape[-1:], weight.double(), bias.double(), eps)
-    t = x.flatten(0, -2) @ P
-    return y + x, z, t, F.gelu(t @ Q + b) @ U
+def oracle(x, y, weight, bias, eps, P, tap="output"):
+    """y', the norm and t in float64; the norm without weight and bias where there is none."""
+    x, y, P = (tensor.double() for tensor in (x, y, P))
+    weight, bias = (None if v is None else v.double() for v in (weight, bias))
+    z = F.layer_norm(y + x, y.shape[-1:], weight, bias, eps)
+    return y + x, z, (x if tap == "output" else z).flatten(0, -2) @ P
 
 
 @pytest.mark.parametrize("shape", UGLY_MAPS, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
-def test_matches_float64(shape, dtype, norm):
-    arguments = make_arguments(shape, 24, 5, 12, dtype, norm)
-    if dtype == torch.float64:
-        arguments = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
-    with torch.no_grad():
-        *results, tap, scale = ops.sublayer_epilogue(*arguments)
-    assert tap.numel() == scale.numel() == 0
-    for name, ours, theirs in zip(("y", "z", "t", "s"), results, oracle(*arguments), strict=True):
-        assert ours.dtype == dtype and ours.shape == theirs.shape
-        assert relative_error(ours, theirs) <= TOLERANCE[dtype], name
+@pytest.mark.parametrize("tap", TAPPED)
+def test_matches_float64(shape, dtype, norm, tap):
+    for channels, rank in ((24, 5), (37, 16)):
+        arguments = make_arguments(shape, channels, rank, dtype, norm)
+        if dtype == torch.float64:
+            arguments = [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
+        with torch.no_grad():
+            *results, kept, scale = ops.sublayer_epilogue(*arguments, tap)
+        assert kept.numel() == scale.numel() == 0
+        expected = oracle(*arguments, tap)
+        if not norm and tap == "output":
+            assert results[1].numel() == 0
+            results, expected = results[::2], expected[::2]
+        for ours, theirs in zip(results, expected, strict=True):
+            assert ours.dtype == dtype and ours.shape == theirs.shape
+            assert relative_error(ours, theirs) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("taps", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
+def test_a_norm_that_is_tapped_is_kept_alone(taps, norm):
+    """After a stage's last sub-layer nobody reads the norm but the adapter."""
+    arguments = make_arguments((2, 3, 7), 24, 5, torch.float32, norm)
+    _, z, t, kept, scale = ops.sublayer_epilogue(*arguments, "norm", taps)
+    assert z.numel() == (42 * 24 if norm else 0) and len(kept) == len(scale) == 42
+    _, full, t_full, *_ = ops.sublayer_epilogue(*arguments, "norm")
+    assert torch.equal(t, t_full)
+    for ours, theirs in zip((kept, scale), compress(full, taps, 0), strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_without_an_adapter(dtype):
-    """The same sums and norms to the last bit, and no t and s."""
-    arguments = make_arguments((2, 3, 7), 24, 5, 12, dtype)
-    y, z, t, s, *_ = ops.sublayer_epilogue(*arguments[:5])
-    for ours, theirs in zip((y, z), ops.sublayer_epilogue(*arguments)[:2], strict=True):
+@pytest.mark.parametrize("tap", TAPPED)
+def test_without_an_adapter(dtype, tap):
+    """The same sums and norms to the last bit, and no t."""
+    arguments = make_arguments((2, 3, 7), 24, 5, dtype)
+    y, z, t, *_ = ops.sublayer_epilogue(*arguments[:5], tap=tap)
+    for ours, theirs in zip((y, z), ops.sublayer_epilogue(*arguments, tap)[:2], strict=True):
         assert torch.equal(ours, theirs)
-    assert t.numel() == s.numel() == 0
+    assert t.numel() == 0
 
 
-def test_opcheck():
+@pytest.mark.parametrize("tap", TAPPED)
+@pytest.mark.parametrize("taps", ["full", "int4"])
+def test_opcheck(tap, taps):
     for norm in (True, False):
-        arguments = (*make_arguments((2, 3, 5), 8, 4, 6, torch.float32, norm), "full", None)
+        arguments = (*make_arguments((2, 3, 5), 8, 4, torch.float32, norm), tap, taps, None)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
-        no_adapter = (*arguments[:5], None, None, None, None, "full", None)
+        no_adapter = (*arguments[:5], None, tap, taps, None)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
         strided = (*(v.mT.contiguous().mT for v in arguments[:2]), *arguments[2:])
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, strided)
 
 
 def test_has_no_backward_and_says_so():
-    x, *rest = make_arguments((1, 2, 2), 8, 4, 6, torch.float32)
+    x, *rest = make_arguments((1, 2, 2), 8, 4, torch.float32)
     with pytest.raises(RuntimeError, match="no backward, but x requires a gradient"):
         ops.sublayer_epilogue(x.requires_grad_(), *rest)
 
@@ -82,13 +102,13 @@ def test_has_no_backward_and_says_so():
         (2, lambda w: w[:-1], ValueError, "norm_weight must have shape"),
         (3, lambda w: None, ValueError, "norm_weight and norm_bias together"),
         (5, lambda P: P[:-1], ValueError, "P must have shape"),
-        (7, lambda b: b[:-1], ValueError, "b must have shape"),
-        (7, lambda b: None, ValueError, "P, Q, b and U together"),
-        (8, lambda U: U.long(), TypeError, "U must be of a floating dtype"),
+        (5, lambda P: P.long(), TypeError, "P must be of a floating dtype"),
+        (6, lambda _: "input", ValueError, "tap must be one of output, norm, got 'input'"),
+        (7, lambda _: "int2", ValueError, "taps must be one of full, fp8, int8, int4"),
     ],
 )
 def test_bad_input(index, spoil, error, message):
-    arguments = list(make_arguments((1, 2, 2), 8, 4, 6, torch.float32))
+    arguments = [*make_arguments((1, 2, 2), 8, 4, torch.float32), "output", "full"]
     arguments[index] = spoil(arguments[index])
     with pytest.raises(error, match=message):
         ops.sublayer_epilogue(*arguments)

@@ -1,0 +1,259 @@
+"""``e3va::highway`` and ``e3va::highway_backward``: the adapters of one stage, all at once.
+
+All adapters of a stage add into one highway, so they share one output gradient G: the forward ends
+with one GEMM, and the backward needs only the taps and what is α wide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from e3va.ops import dispatch, reference
+from e3va.ops.checks import check_floating, check_same_dtype, check_shape
+from e3va.ops.taps import TAPS, compress, expand, stored_channels
+
+for _op in (reference.adapters, reference.adapters_backward, reference.tap_gradient):
+    dispatch.register(_op.__name__, "reference")(_op)
+
+
+def highway(
+    h_in: Tensor,
+    y_in: Tensor,
+    y_out: Tensor,
+    tap: Sequence[Tensor],
+    t: Sequence[Tensor],
+    P: Tensor,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+    c: Tensor,
+    D: Tensor | None = None,
+    gamma: Tensor | None = None,
+    carry: Tensor | None = None,
+    scale: Sequence[Tensor] = (),
+    taps: str = "full",
+) -> tuple[Tensor, Tensor | None]:
+    """h_out = y_out + (h_in − y_in) + Σ_k s_k·V_k + c (arXiv 2306.09729, eq. 5), where
+
+        u_k = t_k + γ_k ⊙ (carry + Σ_{j<k} s_j),  s_k = GELU((u_k + D_k ⋆ u_k)·Q_k + b_k)·U_k.
+
+    ``t`` is what :func:`e3va.ops.sublayer_epilogue` made of the taps with *this* P. Gradients go to
+    ``h_in``, ``carry`` and to the parameters, through t as a function of the taps; the trunk's
+    tensors (y_in, y_out, tap, t) get none. Saved for backward: the taps, u with the state after the
+    last adapter, and the parameters. Beside taps in "int4" u would be a fifth of them, and is kept
+    in "int8".
+
+    A fused backward reads the taps and u once and G twice, and writes gradients of parameters
+    alone, the same bits on every run: fixed chunks of rows are summed by themselves, then in order.
+
+    Args:
+        h_in: the highway before the stage, [B, H, W, C].
+        y_in, y_out: the frozen stage's input and output, [B, H, W, C].
+        tap: K taps, each [B, H, W, C], or as :func:`e3va.ops.sublayer_epilogue` returns them to be
+            kept.
+        t: K, [N, α] each, N = B·H·W.
+        P: [K, C, α]. Q: [K, α, m]. b: [K, m]. U: [K, m, α]. V: [K, α, C]. c: [C]. Of one dtype,
+            which their gradients have too; cast to that of ``y_out`` to compute.
+        D: depth-wise kernels, [K, α, side, side], side odd; None (the default): no mixing.
+        gamma: how much of the state an adapter hears, [K, α]; None (the default): no state.
+        carry: the state before the stage, [B, H, W, α]; None (the default): zero.
+        scale: K scales, [N] each, of taps that are not "full".
+        taps: how ``tap`` is kept, one of :data:`e3va.ops.taps.TAPS`.
+
+    Returns:
+        The highway after the stage, [B, H, W, C], and the state after it, [B, H, W, α], or None
+        without one; dtype of ``y_out``.
+
+    Raises:
+        TypeError: dtypes are not floating, or differ within the two groups above.
+        ValueError: a shape or the number of taps does not fit, or there is a carry without gamma.
+    """
+    if taps not in TAPS:
+        raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
+    full = {f"tap[{k}]": v for k, v in enumerate(tap)} if taps == "full" else {}
+    maps = {"h_in": h_in, "y_in": y_in, **full}
+    check_same_dtype(y_out=y_out, **maps, **_given(carry=carry))
+    check_floating(**{f"t[{k}]": v for k, v in enumerate(t)})
+    check_same_dtype(P=P, Q=Q, b=b, U=U, V=V, c=c, **_given(D=D, gamma=gamma))
+    check_shape("P", P, -1, -1, -1)
+    check_shape("Q", Q, len(P), -1, -1)
+    adapters, channels, rank = P.shape
+    hidden = Q.shape[-1]
+    if not len(tap) == len(t) == adapters:
+        raise ValueError(f"P holds {adapters} adapters, got {len(tap)} taps and {len(t)} t")
+    check_shape("y_out", y_out, -1, -1, -1, channels)
+    for name, tensor in maps.items():
+        check_shape(name, tensor, *y_out.shape)
+    tokens = y_out.shape[:-1].numel()
+    if len(scale) != (0 if taps == "full" else adapters):
+        raise ValueError(f"{adapters} taps {taps!r} do not go with {len(scale)} scales")
+    for k, scale_k in enumerate(scale):
+        check_shape(f"tap[{k}]", tap[k], tokens, stored_channels(channels, taps))
+        check_shape(f"scale[{k}]", scale_k, tokens)
+    for k in range(adapters):
+        check_shape(f"t[{k}]", t[k], tokens, rank)
+    check_shape("Q", Q, adapters, rank, hidden)
+    check_shape("b", b, adapters, hidden)
+    check_shape("U", U, adapters, hidden, rank)
+    check_shape("V", V, adapters, rank, channels)
+    check_shape("c", c, channels)
+    if D is not None:
+        check_shape("D", D, adapters, rank, D.shape[-1], D.shape[-1])
+        if D.shape[-1] % 2 == 0:
+            raise ValueError(f"D must have an odd side, got {D.shape[-1]}")
+    if gamma is not None:
+        check_shape("gamma", gamma, adapters, rank)
+    if carry is not None:
+        check_shape("carry", carry, *y_out.shape[:-1], rank)
+        if gamma is None:
+            raise ValueError("a carry is heard through gamma, which is None")
+    lists = (list(values) for values in (tap, scale, t))
+    h, carry, *_ = torch.ops.e3va.highway(
+        h_in, y_in, y_out, carry, taps, *lists, P, D, gamma, Q, b, U, V, c
+    )
+    return h, None if gamma is None else carry
+
+
+def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}
+
+
+@torch.library.custom_op("e3va::highway", mutates_args=())
+def _highway(
+    h_in: Tensor,
+    y_in: Tensor,
+    y_out: Tensor,
+    carry: Tensor | None,
+    taps: str,
+    tap: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    t: Sequence[Tensor],
+    P: Tensor,
+    D: Tensor | None,
+    gamma: Tensor | None,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+    c: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h_out; the state after the stage [B, H, W, α], if any; u as it is kept: [K, N, α], or with
+    the state [K + 1, N, α], and in int8 its scales [K·N]."""
+    rows = torch.stack(list(t)).to(y_out)
+    before = None if carry is None else carry.flatten(0, -2)
+    S, u = dispatch.run("adapters", y_out, rows, before, D, gamma, Q, b, U, y_out.shape[1:3])
+    with torch.autocast(y_out.device.type, enabled=False):
+        h = reference.highway(h_in, y_in, y_out, S, V, c)
+    if gamma is None:
+        u, after = rows, h.new_empty(0)
+    else:
+        after = u[-1].view(*y_out.shape[:-1], P.shape[2]).clone()
+    if taps != "int4":
+        return h, after, u, h.new_empty(0)
+    kept, kept_scale = compress(u, "int8", seed=0)
+    return h, after, kept.view_as(u), kept_scale
+
+
+@_highway.register_fake
+def _(h_in, y_in, y_out, carry, taps, tap, scale, t, P, D, gamma, Q, b, U, V, c):
+    rows, state = y_out.shape[:-1], gamma is not None
+    shape = len(t) + state, rows.numel(), P.shape[2]
+    h = y_out.new_empty(y_out.shape)
+    after = y_out.new_empty((*rows, P.shape[2]) if state else 0)
+    if taps != "int4":
+        return h, after, y_out.new_empty(shape), h.new_empty(0)
+    kept_scale = h.new_empty(shape[0] * shape[1], dtype=torch.float32)
+    return h, after, h.new_empty(shape, dtype=torch.int8), kept_scale
+
+
+def _setup_context(ctx, inputs, output):
+    _, _, _, carry, ctx.taps, tap, scale, _, *parameters, _ = inputs
+    _, _, kept, kept_scale = output
+    ctx.mark_non_differentiable(kept, kept_scale)
+    ctx.set_materialize_grads(False)
+    ctx.has_carry = carry is not None
+    ctx.save_for_backward(kept, kept_scale, *parameters, *tap, *scale)
+
+
+def _backward(ctx, G, dcarry, *_):
+    kept, kept_scale, P, D, gamma, Q, b, U, V, *saved = ctx.saved_tensors
+    K = len(P)
+    tap, scale = saved[:K], saved[K:]
+    nothing = ([None] * len(values) for values in (tap, scale, tap))
+    if gamma is None:
+        dcarry = None  # of nothing
+    if G is None and dcarry is None:
+        return *[None] * 5, *nothing, *[None] * 8
+    if G is None:
+        G = dcarry.new_zeros(*dcarry.shape[:-1], V.shape[-1])
+    dbefore, dP, dD, dgamma, *grads = torch.ops.e3va.highway_backward(
+        G, dcarry, ctx.taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V
+    )
+    if gamma is not None and not ctx.has_carry:
+        dgamma[0] = 0  # the first adapter heard nothing, up to the rounding of the state after
+    return (
+        G,
+        None,
+        None,
+        dbefore if ctx.has_carry else None,
+        None,
+        *nothing,
+        dP,
+        None if D is None else dD,
+        None if gamma is None else dgamma,
+        *grads,
+    )
+
+
+_highway.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("e3va::highway_backward", mutates_args=())
+def _highway_backward(
+    G: Tensor,
+    dcarry: Tensor | None,
+    taps: str,
+    tap: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    kept: Tensor,
+    kept_scale: Tensor,
+    P: Tensor,
+    D: Tensor | None,
+    gamma: Tensor | None,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dcarry before the stage, dP, dD, dgamma, dQ, db, dU, dV, dc) from G [B, H, W, C], the
+    gradient of the state after it, and what :func:`_highway` keeps; shapes and dtype of the
+    parameters, empty where there is none, accumulated in fp32 or wider. Has no backward."""
+    with torch.autocast(G.device.type, enabled=False):
+        rows, u = G.flatten(0, -2), kept
+        if taps == "int4":
+            u = expand(kept.flatten(0, 1), kept_scale, "int8", kept.shape[-1], G.dtype)
+            u = u.view(kept.shape)
+        after = None if dcarry is None else dcarry.flatten(0, -2)
+        dS = rows @ V.flatten(0, 1).to(G).t()  # [N, K·α]
+        arguments = dS, after, u, D, gamma, Q, b, U, G.shape[1:3]
+        S, dt, dbefore, *sums = dispatch.run("adapters_backward", G, *arguments)
+        del u
+        dV = (S.t() @ rows).view(V.shape).to(V)
+        del S, dS
+        flat = [tap_k.flatten(0, -2) for tap_k in tap]
+        dP = dispatch.run("tap_gradient", G, flat, scale, taps, dt, G.shape[-1])
+        if gamma is not None:
+            dbefore = dbefore.view(*G.shape[:-1], P.shape[2])
+        dc = rows.sum(0, dtype=torch.promote_types(G.dtype, torch.float32))
+        return dbefore, dP.to(P), *(value.to(P) for value in sums), dV, dc.to(V)
+
+
+@_highway_backward.register_fake
+def _(G, dcarry, taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V):
+    dbefore = G.new_empty(0 if gamma is None else (*G.shape[:-1], P.shape[2]))
+    parameters = (P.new_empty(0 if p is None else p.shape) for p in (P, D, gamma, Q, b, U, V))
+    return dbefore, *parameters, V.new_empty(V.shape[-1])

@@ -1,0 +1,226 @@
+"""The Triton kernels against float64 autograd through one adapter at a time."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from e3va.measure import LiveBytes
+from tests import oracles
+from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
+
+triton = pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")
+tl = pytest.importorskip("triton.language")
+common = pytest.importorskip("e3va.kernels.common")
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+FORMS = [(0, "none"), (3, "none"), (0, "zero"), (3, "carry")]
+"""(side of D, whether there is a state, and one from the stage before)."""
+GRADIENTS = ("dbefore", "dD", "dgamma", "dQ", "db", "dU")
+
+
+@pytest.fixture(autouse=True)
+def few_programs(monkeypatch):
+    """The interpreter runs one after the other, a large one as fast as a small one."""
+    from e3va.kernels import adapters
+
+    def enlarged(tiles):
+        def larger(*arguments):
+            tile = tiles(*arguments)
+            return tile._replace(rows=16 * tile.rows)
+
+        return larger
+
+    monkeypatch.setattr(common, "SPLITS", 3)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(adapters, "MIXING_ROWS", 512)
+        for name in ("forward_tiles", "rows_tiles", "weights_tiles"):
+            monkeypatch.setattr(adapters, name, enlarged(getattr(adapters, name)))
+
+
+def make_arguments(shape, K, rank, hidden, dtype, side, state):
+    """t, carry, D, gamma, Q, b, U: maps as ``dtype`` holds them, parameters in float32."""
+    carry = torch.randn(*shape, rank).to(dtype) if state == "carry" else None
+    D = torch.randn(K, rank, side, side) * 0.5 if side else None
+    gamma = None if state == "none" else torch.randn(K, rank) * 0.5
+    Q, U = torch.randn(K, rank, hidden) * rank**-0.5, torch.randn(K, hidden, rank) * hidden**-0.5
+    t = torch.randn(K, *shape, rank).to(dtype)
+    return t, carry, D, gamma, Q, torch.randn(K, hidden) * 0.5, U
+
+
+def oracle(arguments, dS, dcarry):
+    """S, u, and the gradients of (t, carry, D, gamma, Q, b, U); None where there is none."""
+    inputs = [None if v is None else v.double().requires_grad_() for v in arguments]
+    t, carry, D, gamma, Q, b, U = inputs
+    rank = t.shape[-1]
+    identity = torch.eye(rank, dtype=torch.float64).expand(len(t), rank, rank)
+    said, state = oracles.adapters(list(t), identity, Q, b, U, D, gamma, carry)
+    S = torch.cat(said, -1)
+    outputs, gradients = [S], [dS.double().view_as(S)]
+    u = []
+    if gamma is not None:
+        outputs, gradients = [S, state], [*gradients, dcarry.double().view_as(state)]
+        heard = torch.zeros_like(t[0]) if carry is None else carry
+        for k, s_k in enumerate(said):
+            u.append(t[k] + gamma[k] * heard)
+            heard = heard + s_k
+        u.append(heard)
+    given = [v for v in inputs if v is not None]
+    found = iter(torch.autograd.grad(outputs, given, gradients))
+    grads = [None if v is None else next(found) for v in inputs]
+    return S.flatten(0, -2), torch.stack(u).flatten(1, -2) if u else None, grads
+
+
+def check(shape, K, rank, hidden, dtype, side, state, dstate=True, again=1, spoil=lambda v: v):
+    from e3va.kernels.adapters import adapters, adapters_backward
+
+    arguments = make_arguments(shape, K, rank, hidden, dtype, side, state)
+    tokens = shape[0] * shape[1] * shape[2]
+    dS = torch.randn(tokens, K * rank).to(dtype)
+    dcarry = torch.randn(tokens, rank).to(dtype) * dstate
+    S_exact, u_exact, exact = oracle(arguments, dS, dcarry)
+
+    t, carry, *rest = (None if v is None else v.to(DEVICE) for v in arguments)
+    t = spoil(t.flatten(1, -2))
+    carry = None if carry is None else spoil(carry.flatten(0, -2))
+    rest = [None if v is None else spoil(v) for v in rest]
+    forward = t, carry, *rest, shape[1:]
+    S, u = adapters(*forward)
+    assert S.dtype == dtype and S.shape == S_exact.shape
+    assert relative_error(S.cpu(), S_exact) <= TOLERANCE[dtype]
+    if u_exact is None:
+        assert u.numel() == 0
+        u = t
+    else:
+        assert u.dtype == dtype and u.shape == u_exact.shape
+        assert relative_error(u.cpu(), u_exact) <= TOLERANCE[dtype]
+
+    after = spoil(dcarry.to(DEVICE)) if state != "none" and dstate else None
+    backward = spoil(dS.to(DEVICE)), after, spoil(u), *rest, shape[1:]
+    S_again, dt, *ours = results = adapters_backward(*backward)
+    assert relative_error(S_again.cpu(), S_exact) <= TOLERANCE[dtype]
+    assert dt.dtype == dtype and dt.shape == t.shape
+    assert relative_error(dt.cpu(), exact[0].view(t.shape)) <= TOLERANCE[dtype]
+    for name, grad, theirs in zip(GRADIENTS, ours, exact[1:], strict=True):
+        if name == "dbefore" and state != "none":
+            assert grad.dtype == dtype and grad.shape == (tokens, rank)
+            theirs = None if theirs is None else theirs.flatten(0, -2)
+        elif theirs is None:
+            assert grad.numel() == 0, name
+        else:
+            assert grad.dtype == torch.float32 and grad.shape == theirs.shape, name
+        if theirs is not None:
+            if name == "dgamma" and state == "zero":  # the first adapter heard nothing
+                grad, theirs = grad[1:], theirs[1:]
+            assert relative_error(grad.cpu(), theirs) <= TOLERANCE[dtype], name
+    for _ in range(again):
+        repeated = adapters(*forward)[0], *adapters_backward(*backward)
+        assert all(map(torch.equal, (S, *results), repeated))
+
+
+@pytest.mark.parametrize("shape", UGLY_MAPS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side, state", FORMS)
+def test_any_map(shape, dtype, side, state):
+    """Those of several images, too: no neighbour is of another one."""
+    check(shape, 2, 5, 12, dtype, side, state, again=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("side", [5, 7])
+def test_any_side(side, dtype):
+    """Wider than the map, too."""
+    check((2, 3, 4), 2, 4, 12, dtype, side, "zero", again=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("side, state", [(0, "none"), (3, "carry")])
+@pytest.mark.parametrize("K, rank, hidden", [(1, 4, 24), (3, 16, 96), (2, 64, 128), (2, 16, 320)])
+def test_any_adapter(K, rank, hidden, side, state, dtype):
+    check((2, 5, 9), K, rank, hidden, dtype, side, state, again=0)
+
+
+def test_as_many_rows_as_on_a_gpu(monkeypatch):
+    """Rows whose neighbours are another program's."""
+    monkeypatch.undo()
+    check((2, 9, 11), 2, 4, 12, torch.bfloat16, 3, "carry")
+
+
+def test_many_adapters():
+    check((3, 2, 3), 36, 4, 12, torch.float32, 3, "carry")
+
+
+def test_nothing_asks_for_the_state():
+    check((2, 3, 5), 2, 4, 12, torch.float32, 3, "carry", dstate=False)
+
+
+@pytest.mark.parametrize("side, state", [(0, "none"), (3, "carry")])
+def test_strided_input(side, state):
+    check((1, 5, 9), 2, 5, 12, torch.float32, side, state, spoil=lambda v: v.mT.contiguous().mT)
+
+
+def test_takes_parameters_of_the_rows_dtype():
+    from e3va.kernels.adapters import adapters
+
+    t, carry, *parameters = make_arguments((1, 3, 5), 2, 4, 12, torch.bfloat16, 3, "carry")
+    rows = t.flatten(1, -2).to(DEVICE), carry.flatten(0, -2).to(DEVICE)
+    exact = [v.bfloat16().float().to(DEVICE) for v in parameters]
+    narrow = [v.bfloat16() for v in exact]
+    ours, theirs = (adapters(*rows, *values, (3, 5)) for values in (narrow, exact))
+    assert all(map(torch.equal, ours, theirs))
+
+
+def test_launches_and_memory(monkeypatch):
+    """Stage 3 of Swin-B at 800×1344, as on a GPU, but that no kernel runs."""
+    from e3va.kernels import adapters
+
+    monkeypatch.undo()
+    launches = defaultdict(int)
+
+    def pretend(name):
+        def launch(*arguments, **constants):
+            launches[name] += 1
+
+        return defaultdict(lambda: launch)
+
+    for name in ("adapters", "rows", "weights", "mixing"):
+        monkeypatch.setattr(adapters, f"{name}_kernel", pretend(name))
+    K, H, W, C, r, m = 36, 50, 84, 512, 16, 256
+    shapes = (K, H * W, r), (K, r, 3, 3), (K, r), (K, r, m), (K, m), (K, m, r)
+    t, D, gamma, Q, b, U = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
+    tap = torch.zeros(H * W, C, dtype=torch.bfloat16)
+    dS = torch.zeros(H * W, K * r, dtype=torch.bfloat16)
+    with LiveBytes() as memory:
+        u = adapters.adapters(t, None, D, gamma, Q, b, U, (H, W))[1]
+        adapters.adapters_backward(dS, None, u, D, gamma, Q, b, U, (H, W))
+    assert memory.peak < K * tap.nbytes / 4
+    assert launches == {"adapters": K, "rows": K + 1, "weights": 1, "mixing": 1}
+    launches.clear()
+    adapters.adapters(t, None, None, None, Q, b, U, (H, W))
+    adapters.adapters_backward(dS, None, t, None, None, Q, b, U, (H, W))
+    assert launches == {"adapters": 1, "rows": 1, "weights": 1}
+
+
+@triton.jit
+def gelu_kernel(z_ptr, value_ptr, slope_ptr, SIZE: tl.constexpr):
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    value, slope = common.gelu(tl.load(z_ptr + at))
+    tl.store(value_ptr + at, value)
+    tl.store(slope_ptr + at, slope)
+
+
+def test_gelu():
+    """Both results within 1e-6 of float64, and no NaN far out."""
+    z = torch.cat([torch.linspace(-12, 12, 2**14 - 4), torch.tensor([-1e30, -0.0, 0.0, 1e30])])
+    exact = z.double().requires_grad_()
+    expected = F.gelu(exact)
+    (expected_slope,) = torch.autograd.grad(expected.sum(), exact)
+    z = z.to(DEVICE)
+    value, slope = torch.empty_like(z), torch.empty_like(z)
+    gelu_kernel[(len(z) // 1024,)](z, value, slope, SIZE=1024)
+    error = (value.cpu().double() - expected).abs() / exact.abs().clamp_min(1)
+    assert error.max() <= 1e-6 and (value.cpu().double() - expected)[2:-2].abs().max() <= 1e-6
+    assert (slope.cpu().double() - expected_slope).abs().max() <= 1e-6

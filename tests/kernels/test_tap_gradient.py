@@ -1,0 +1,75 @@
+"""The gradient of P from taps as they are kept, against float64."""
+
+import pytest
+import torch
+
+from e3va.ops.taps import TAPS, compress, expand
+from tests.oracles import TOLERANCE, relative_error
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")
+
+pytestmark = pytest.mark.gpu
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def few_splits(monkeypatch):
+    """The interpreter runs one program after the other."""
+    from e3va.kernels import common
+
+    monkeypatch.setattr(common, "SPLITS", 5)
+
+
+def check(K, tokens, channels, rank, dtype, taps, spoil=lambda tensor: tensor):
+    """dt as small as float16 just holds."""
+    from e3va.kernels.tap_gradient import tap_gradient
+
+    x = [torch.randn(tokens, channels).to(dtype) for _ in range(K)]
+    dt = (torch.randn(K, tokens, rank) * 1e-3).to(dtype)
+    kept, scale = x, []
+    if taps != "full":
+        kept, scale = zip(*(compress(x_k, taps, seed=5) for x_k in x), strict=True)
+        expanded = zip(kept, scale, strict=True)
+        x = [expand(*kept_k, taps, channels, torch.float64) for kept_k in expanded]
+    expected = torch.stack([x[k].double().t() @ dt[k].double() for k in range(K)])
+    kept, scale = ([spoil(v.to(DEVICE)) for v in values] for values in (kept, scale))
+    arguments = kept, scale, taps, spoil(dt.to(DEVICE)), channels
+    dP = tap_gradient(*arguments)
+    assert dP.dtype == torch.float32 and dP.shape == (K, channels, rank)
+    assert relative_error(dP.cpu(), expected) <= TOLERANCE[dtype]
+    assert torch.equal(dP, tap_gradient(*arguments))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300, 1000])
+@pytest.mark.parametrize("channels, rank", [(1, 4), (37, 5), (96, 16), (192, 64)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("taps", TAPS)
+def test_any_tap(tokens, channels, rank, dtype, taps):
+    """Parts of several tiles, the last ones short or empty."""
+    check(1, tokens, channels, rank, dtype, taps)
+
+
+@pytest.mark.parametrize("room", [0, 10**5, 10**9])
+def test_parts_of_as_many_taps_as_there_is_room_for(room, monkeypatch):
+    from e3va.kernels import tap_gradient
+
+    monkeypatch.setattr(tap_gradient, "ROOM", room)
+    check(5, 300, 37, 5, torch.float32, "int4")
+
+
+@pytest.mark.parametrize("taps", ["full", "int8"])
+def test_strided_input(taps):
+    def strided(v):
+        return v.mT.contiguous().mT if v.dim() > 1 else v.repeat_interleave(2)[::2]
+
+    check(2, 45, 24, 5, torch.float32, taps, strided)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="16-bit GEMMs round on a CPU")
+def test_full_taps_do_not_overflow_float16():
+    from e3va.kernels.tap_gradient import tap_gradient
+
+    x = torch.full((4096, 8), 16.0, dtype=torch.float16, device=DEVICE)
+    dP = tap_gradient([x], [], "full", x[None], 8)
+    assert (dP == 4096 * 256.0).all()
