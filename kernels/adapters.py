@@ -45,17 +45,21 @@ class Tiles(NamedTuple):
 def forward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     """The fastest tiles on an H100 that spill nowhere, see ``python -m bench.registers``. Tensor
     cores multiply 16 rows: with fewer for each warp, warps would do the same work."""
-    if dtype == torch.float32:
+    if dtype == torch.float32 or architecture < 80:
         return Tiles(16, 32, 4)
-    return Tiles(16, 32, 8) if architecture < 80 else Tiles(16, 64, 1)
+    return Tiles(32, 32, 4) if rank > 32 else Tiles(16, 64, 1)
 
 
 def rows_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     """Those of ``rows_kernel``."""
+    if architecture < 80 and rank > 32:
+        return Tiles(16, 16, 8)
     if dtype == torch.float32:
-        return Tiles(16, 32, 4)
+        return Tiles(16, 32, 8 if architecture >= 100 or rank > 32 else 4)
     if architecture < 80:
         return Tiles(16, 32, 8)
+    if rank > 32:
+        return Tiles(32, 32, 4)
     return Tiles(64, 32 if architecture >= 100 else 64, 4)
 
 

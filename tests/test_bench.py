@@ -55,7 +55,13 @@ def test_fewest_bytes_and_lowest_ratios():
     assert kernels.least_bytes(case._replace(op="adapters")) == tokens * 2 * 16 * (3 * 36 + 2)
     assert kernels.least_bytes(case._replace(op="window_attention")) is None
     results = [{"op": "trunk_forward", "ratios": {"timm": ratio}} for ratio in (2.0, 1.5, 3.0)]
-    assert kernels.summary(results) == {"trunk_forward_vs_timm": 1.5}
+    results += [{"op": "highway", "ratios": {"eager": 2.0, "compile": 1.2}}]
+    results += [{"op": "highway", "ratios": {"eager": 3.0}}]  # not compiled
+    assert kernels.summary(results) == {
+        "trunk_forward_vs_timm": 1.5,
+        "highway_fwd_bwd_vs_eager": 2.0,
+        "highway_fwd_bwd_vs_compile": 1.2,
+    }
 
 
 def test_a_wrong_kernel_fails_the_suite(monkeypatch):

@@ -66,3 +66,12 @@ def test_links_lead_somewhere(page):
 def test_python_is_python(page):
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         compile(block, page.name, "exec")
+
+
+def test_tables_of_results_are_those_of_the_files():
+    from bench import tables
+
+    text = tables.README.read_text()
+    assert tables.rendered(text) == text
+    with pytest.raises(ValueError, match="README has 0 places for the table tracks"):
+        tables.rendered("")

@@ -41,7 +41,7 @@ def check(K, tokens, channels, rank, dtype, taps, spoil=lambda tensor: tensor):
     assert torch.equal(dP, tap_gradient(*arguments))
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 300, 1000])
+@pytest.mark.parametrize("tokens", [0, 1, 300])
 @pytest.mark.parametrize("channels, rank", [(1, 4), (37, 5), (96, 16), (192, 64)])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("taps", TAPS)
