@@ -159,9 +159,9 @@ def measure(setting: Setting, methods: list[str]) -> dict[str, dict[str, float]]
     return costs
 
 
-def summarise(entry: dict[str, Any], seeds: list[int]) -> None:
-    """The method's chosen rate, and its scores there, from its runs so far."""
-    first = [run for run in entry["runs"] if run["seed"] == seeds[0]]
+def summarise(entry: dict[str, Any], seeds: list[int], rates: list[float]) -> None:
+    """The method's chosen rate of ``rates``, and its scores there, from its runs so far."""
+    first = [run for run in entry["runs"] if run["seed"] == seeds[0] and run["rate"] in rates]
     best = max(first, key=lambda run: run.get("tune", 0))["rate"]
     runs = {run["seed"]: run for run in entry["runs"] if run["rate"] == best}
     scores = [runs[seed]["score"] for seed in seeds if seed in runs]
@@ -196,12 +196,13 @@ def run_track(
             for rate in rates if seed == options.seeds[0] else [entry["rate"]]:
                 if any(run["seed"] == seed and run["rate"] == rate for run in entry["runs"]):
                     continue
-                run = train(setting, method, seed, rate)
-                print(f"{setting.track.name} {method} {run}", flush=True)
+                run = {**train(setting, method, seed, rate), "environment": environment()}
+                shown = {key: value for key, value in run.items() if key != "environment"}
+                print(f"{setting.track.name} {method} {shown}", flush=True)
                 entry["runs"].append(run)
-                summarise(entry, options.seeds)
+                summarise(entry, options.seeds, rates)
                 keep()
-            summarise(entry, options.seeds)
+            summarise(entry, options.seeds, rates)
     for method, costs in measure(setting, list(methods)).items():
         methods[method] |= costs
     keep()
@@ -223,7 +224,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     report: dict[str, Any] = {"tracks": {}}
     if options.json and options.json.exists():
-        report = json.loads(options.json.read_text())
+        try:
+            report = json.loads(options.json.read_text())
+            report["tracks"].items()
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            sys.exit(f"{options.json} holds no results to go on from: {error!r}")
 
     def keep() -> None:
         if options.json:

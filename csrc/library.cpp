@@ -198,11 +198,11 @@ std::tuple<Tensor, Tensor> adapters_on_cpu(
   return {S, u};
 }
 
-// The last five are written to: gradients, as the parameters are; those that are not there, empty.
+// The last four are written to: gradients, as the parameters are; those that are not there, empty.
 std::tuple<Tensor, Tensor, Tensor> adapters_backward_on_cpu(
     Tensor dS, std::optional<Tensor> dcarry, Tensor u, std::optional<Tensor> D,
     std::optional<Tensor> gamma, Tensor Q, Tensor b, Tensor U, int64_t height, int64_t width,
-    Tensor dD, Tensor dgamma, Tensor dQ, Tensor db, Tensor dU) {
+    Tensor dD, Tensor dQ, Tensor db, Tensor dU) {
   STD_TORCH_CHECK(dS.dim() == 2, "adapters_backward: dS must be [tokens, adapters * rank]");
   const int64_t tokens = dS.size(0);
   AdaptersBackwardParams p{};
@@ -210,22 +210,20 @@ std::tuple<Tensor, Tensor, Tensor> adapters_backward_on_cpu(
   const int64_t rows = tokens * p.rank, room = tokens * adapters_row(p.rank);
   p.dS = rows_of(dS, dS, p.adapters * rows);
   p.dcarry = dcarry ? rows_of(*dcarry, dS, rows) : nullptr;
-  p.u = rows_of(u, dS, (p.adapters + (gamma ? 1 : 0)) * rows);
+  p.u = rows_of(u, dS, p.adapters * rows);
   Tensor S = torch::stable::empty_like(dS);
   Tensor dt = torch::stable::new_empty(dS, {p.adapters, tokens, p.rank});
   Tensor dbefore = gamma ? torch::stable::new_empty(dS, {tokens, p.rank})
                          : torch::stable::new_empty(dS, {0});
-  Tensor rooms = torch::stable::new_empty(Q, {gamma ? 4 : 2, room});
+  Tensor rooms = torch::stable::new_empty(Q, {gamma ? 3 : 2, room});
   float* first = static_cast<float*>(rooms.mutable_data_ptr());
   p.S = S.mutable_data_ptr();
   p.dt = dt.mutable_data_ptr();
   p.dbefore = dbefore.mutable_data_ptr();
   p.dmixed[0] = first;
   p.dmixed[1] = first + room;
-  p.state = gamma ? first + 2 * room : nullptr;
-  p.dstate = gamma ? first + 3 * room : nullptr;
+  p.dstate = gamma ? first + 2 * room : nullptr;
   p.dD = D ? gradient(dD, *D) : nullptr;
-  p.dgamma = gamma ? gradient(dgamma, *gamma) : nullptr;
   p.dQ = gradient(dQ, Q);
   p.db = gradient(db, b);
   p.dU = gradient(dU, U);
@@ -312,8 +310,8 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "int height, int width) -> (Tensor, Tensor)");
   m.def(
       "adapters_backward(Tensor dS, Tensor? dcarry, Tensor u, Tensor? D, Tensor? gamma, Tensor Q, "
-      "Tensor b, Tensor U, int height, int width, Tensor(a!) dD, Tensor(b!) dgamma, "
-      "Tensor(c!) dQ, Tensor(d!) db, Tensor(e!) dU) -> (Tensor, Tensor, Tensor)");
+      "Tensor b, Tensor U, int height, int width, Tensor(a!) dD, Tensor(b!) dQ, Tensor(c!) db, "
+      "Tensor(d!) dU) -> (Tensor, Tensor, Tensor)");
   m.def(
       "tap_gradient(Tensor[] tap, Tensor[] scale, int taps, Tensor dt, int channels, Tensor like) "
       "-> Tensor");

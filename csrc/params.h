@@ -55,7 +55,7 @@ struct AdaptersParams {
 struct AdaptersBackwardParams {
   const void* dS;       // [tokens, adapters * rank]
   const void* dcarry;   // [tokens, rank], of the state after the stage, or null: zero
-  const void* u;        // [adapters, tokens, rank], and one more with a state
+  const void* u;        // [adapters, tokens, rank]
   const float* D;       // as AdaptersParams has them
   const float* gamma;
   const float* Q;
@@ -64,12 +64,10 @@ struct AdaptersBackwardParams {
   void* S;              // [tokens, adapters * rank]
   void* dt;             // [adapters, tokens, rank]
   void* dbefore;        // [tokens, rank], of the state before the stage
-  float* state;         // [tokens, adapters_row(rank)], room for it
-  float* dstate;        // … and for its gradient
+  float* dstate;        // [tokens, adapters_row(rank)], room for the gradient of the state
   float* dmixed[2];     // … and for that of what Q multiplies, of every other adapter
   float* partial_sums;  // [chunks, adapters_backward_sums]
   float* dD;            // gradients of the parameters, laid out as these are
-  float* dgamma;
   float* dQ;
   float* db;
   float* dU;

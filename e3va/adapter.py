@@ -20,7 +20,7 @@ from torch import Tensor
 from e3va.backbone import E3VABackbone
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path, write_json
-from e3va.highway import FORM
+from e3va.highway import FORM, check_form
 from e3va.weights import trunk_hash
 
 CONFIG_NAME = "adapter_config.json"
@@ -79,6 +79,7 @@ def load_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> N
             f"{path} does not belong to its {CONFIG_NAME}: {len(unfit)} tensors are missing, "
             f"unexpected or of another shape, among them {', '.join(unfit[:3])}"
         )
+    check_form(state[f"highway.{FORM}"], backbone.highway.config)
     backbone.load_state_dict(state, strict=False)
 
 

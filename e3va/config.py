@@ -147,7 +147,7 @@ class HighwayConfig:
             raise ValueError(f"hidden_ratio must be in (0, 1], got {self.hidden_ratio}")
         if self.tap not in TAPPED:
             raise ValueError(f"tap must be one of {', '.join(TAPPED)}, got {self.tap!r}")
-        if self.mixing not in MIXING or isinstance(self.mixing, bool):
+        if self.mixing not in MIXING or type(self.mixing) is not int:
             sides = ", ".join(map(str, MIXING))
             raise ValueError(f"mixing must be one of {sides}, got {self.mixing!r}")
         if not isinstance(self.state, bool):

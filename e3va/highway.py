@@ -17,6 +17,10 @@ OUTPUTS = ("V", "c")
 """Names of a stage's parameters; of those that do not decay; of what writes to the highway, zero at
 first."""
 
+HEARD = 4
+"""Adapters that are heard in full at first. In a stage of more gamma begins at HEARD / K: the state
+would otherwise grow by a factor with each, to thousands in the third stage of a Swin-B."""
+
 FORM = "form"
 """Name of the buffer that tells how the adapters of a highway are built."""
 
@@ -28,8 +32,8 @@ class Highway(nn.Module):
     """The adapters of all stages of a Swin, all that is trained of an E³VA backbone but its norms.
 
     Its buffer ``form`` (int64 [3]) tells what an adapter taps, the side of its convolution and
-    whether there is a state. Weights of another form are refused, those that come without it are of
-    the published one.
+    whether there is a state. Weights of another form are refused; those that come without it, and
+    without D and gamma, are of the published one.
 
     Args:
         trunk: architecture of the trunk beside it.
@@ -59,13 +63,19 @@ class Highway(nn.Module):
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
         if any(name.startswith(f"{prefix}stages.") for name in state_dict):
-            form = state_dict.setdefault(prefix + FORM, _form(self.config.published()))
-            if not torch.equal(form.cpu(), self.form.cpu()):
-                raise ValueError(
-                    f"the weights are of a highway with {_describe(form)}, this one has "
-                    f"{_describe(self.form)}"
-                )
+            told = any(name.endswith((".D", ".gamma")) for name in state_dict)
+            untold = self.config if told else self.config.published()
+            check_form(state_dict.setdefault(prefix + FORM, _form(untold)), self.config)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def check_form(form: Tensor, config: HighwayConfig) -> None:
+    """Raise ValueError unless ``form``, the buffer of some weights, is that of ``config``."""
+    if form.tolist() != _form(config).tolist():
+        raise ValueError(
+            f"the weights are of a highway with {_describe(form)}, this one has "
+            f"{_describe(_form(config))}"
+        )
 
 
 def _form(config: HighwayConfig) -> Tensor:
@@ -73,8 +83,11 @@ def _form(config: HighwayConfig) -> Tensor:
 
 
 def _describe(form: Tensor) -> str:
-    tap, mixing, state = form.tolist()
-    return f"tap={TAPPED[tap]!r}, mixing={mixing}, state={bool(state)}"
+    try:
+        tap, mixing, state = form.tolist()
+        return f"tap={TAPPED[tap]!r}, mixing={mixing}, state={bool(state)}"
+    except (IndexError, TypeError, ValueError):
+        return f"a form that this version does not know, {form.tolist()}"
 
 
 class HighwayStage(nn.Module):
@@ -82,7 +95,7 @@ class HighwayStage(nn.Module):
 
     ``g`` [K, branches, d, d] and ``g_up`` are the inner kernels of the low-rank branches; they are
     folded into Q and U once per step. V and c are zero at first: the highway then carries the
-    trunk's own features. So is D; gamma is one.
+    trunk's own features. So is D; gamma is one, in a deep stage less, see :data:`HEARD`.
 
     Parameters (C channels, α rank, m hidden, d kernel_dim): P [K, C, α], D [K, α, side, side] or
     None, gamma [K, α] or None, g [K, branches, d, d], Q [K, α, m], b [K, m], U [K, m, α],
@@ -116,8 +129,8 @@ class HighwayStage(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections that keep the variance, inner kernels the identity, gamma one, D, V, b and c
-        zero."""
+        """Projections that keep the variance, inner kernels the identity, gamma at most one, D, V,
+        b and c zero."""
         for weight in (self.P, self.Q, self.U):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
         for kernel in (self.g, self.g_up):
@@ -128,7 +141,7 @@ class HighwayStage(nn.Module):
         if self.D is not None:
             nn.init.zeros_(self.D)
         if self.gamma is not None:
-            nn.init.ones_(self.gamma)
+            nn.init.constant_(self.gamma, min(1.0, HEARD / len(self.gamma)))
 
     def fold(self) -> tuple[Tensor, Tensor]:
         """Q and U with the inner kernels multiplied in: [K, α, m] and [K, m, α]."""

@@ -79,7 +79,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = why_not(device, dtype)
     if reason is None and device.type == "cuda" and not dispatch.requested_backends():
-        return "its CUDA kernel has not been measured yet, so it runs only when asked for"
+        return "its CUDA kernel runs only when asked for, so far"
     return reason
 
 
@@ -101,13 +101,13 @@ def sublayer_epilogue(
     taps: str = "full",
     seed: int = 0,
 ) -> tuple[Tensor, ...]:
-    z, kept, scale = x.new_empty(0), x.new_empty(0), torch.empty(0)
+    z, kept, scale = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if returns_norm(norm_weight, P, tap, taps):
         z = x.new_empty(x.shape)
     if P is not None and taps != "full":
         tokens, channels = x.shape[:-1].numel(), x.shape[-1]
         kept = torch.empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
-        scale = torch.empty(tokens)
+        scale = torch.empty(tokens, dtype=torch.float32)
     weights = _given(norm_weight), _given(norm_bias), eps, _given(P)
     storage = tap == "norm", TAPS.index(taps), seed
     y_out, t = torch.ops.e3va_native.sublayer_epilogue(
@@ -136,7 +136,7 @@ def adapters(
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
-    u: Tensor,  # [K, N, r], and one more with a state
+    u: Tensor,  # [K, N, r]
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
     Q: Tensor,  # [K, r, m]
@@ -146,7 +146,8 @@ def adapters_backward(
 ) -> tuple[Tensor, ...]:
     after = None if dcarry is None else dcarry.contiguous()
     weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
-    sums = [torch.empty(0 if w is None else w.shape) for w in weights]
+    D, _, *others = weights
+    sums = [torch.empty(0 if w is None else w.shape, dtype=torch.float32) for w in (D, *others)]
     results = torch.ops.e3va_native.adapters_backward(
         dS.contiguous(), after, u.contiguous(), *weights, *size, *sums
     )
@@ -163,7 +164,7 @@ def tap_gradient(
 ) -> Tensor:
     rows = [tap_k.contiguous() for tap_k in tap]
     return torch.ops.e3va_native.tap_gradient(
-        rows, list(scale), TAPS.index(taps), dt.contiguous(), channels, torch.empty(0)
+        rows, list(scale), TAPS.index(taps), dt.contiguous(), channels, dt.new_empty(0).float()
     )
 
 

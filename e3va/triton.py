@@ -24,7 +24,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and _capability(device) < (8, 0):
         return "this GPU has no bfloat16 arithmetic, which begins with sm_80"
     if not dispatch.requested_backends():
-        return "its Triton kernel has not been measured yet, so it runs only when asked for"
+        return "its Triton kernel runs only when asked for, so far"
     return None
 
 

@@ -15,7 +15,7 @@ part is summed in order by one program, and the parts are added by one reduction
 
 Bytes moved in 16 bits, where what is read around a row comes from cache: forward t and u read, u
 and S written (8KNα), the state (8KNα); backward dS, u and the gradient of mixed read, S, ds, mixed,
-its gradient and dt written (16KNα), the state and its gradient (16KNα); then u and the gradient of
+its gradient and dt written (16KNα), that of the state (8KNα); then u and the gradient of
 mixed for each neighbour, mixed and ds for each slice of m.
 """
 
@@ -115,7 +115,7 @@ def adapters(
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
-    u: Tensor,  # [K, N, r], and one more with a state
+    u: Tensor,  # [K, N, r]
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
     Q: Tensor,  # [K, r, m]
@@ -126,7 +126,7 @@ def adapters_backward(
     dS, u = dS.contiguous(), u.contiguous()
     (K, rank, hidden), tokens = Q.shape, len(dS)
     architecture = architecture_of(dS.device)
-    S, dt = torch.empty_like(dS), u.new_empty(K, tokens, rank)
+    S, dt = torch.empty_like(dS), torch.empty_like(u)
     dbefore = dS.new_empty(0 if gamma is None else (tokens, rank))
     # Where nothing is mixed, or added to the gradient, the tensors coincide.
     mixed, dmixed = (u, dt) if D is None else (torch.empty_like(dt) for _ in range(2))
@@ -135,15 +135,11 @@ def adapters_backward(
     tile = rows_tiles(dS.dtype, architecture, rank)
     programs = triton.cdiv(tokens, tile.rows)
     narrow = _narrow(Q, b, U, dS.dtype)
-    dgamma = _sums(programs, gamma, dS)
     if tokens:
-        state = dstate = S
-        if gamma is not None:
-            state, dstate = _state(u[K], u[0]), _state(dcarry, u[0])
+        dstate = S if gamma is None else _state(dcarry, u[0])
         arguments = (
             dS,
             u,
-            state,
             dstate,
             _by_neighbour(D, S),
             _given(gamma, S),
@@ -153,7 +149,6 @@ def adapters_backward(
             mixed,
             dmixed,
             dt,
-            dgamma,
             dbefore,
             tokens,
             *size,
@@ -199,8 +194,7 @@ def adapters_backward(
                 ROWS=MIXING_ROWS,
             )
         dD = dD.sum(0)
-    dgamma = dgamma if gamma is None else dgamma.sum(0)
-    return S, dt, dbefore, dD, dgamma, dQ.sum(0), db.sum(0), dU.sum(0)
+    return S, dt, dbefore, dD, dQ.sum(0), db.sum(0), dU.sum(0)
 
 
 def _state(begin: Tensor | None, like: Tensor) -> Tensor:
@@ -380,7 +374,6 @@ def adapters_kernel(
 def rows_kernel(
     dS_ptr,  # [N, K·r]
     u_ptr,  # [K, N, r]
-    state_ptr,  # [N, r]
     dstate_ptr,  # [N, r]
     D_ptr,  # [K, side², r]
     gamma_ptr,  # [K, r]
@@ -392,7 +385,6 @@ def rows_kernel(
     mixed_ptr,  # [K, N, r]: with mixing
     dmixed_ptr,  # [K, N, r]: dt without mixing
     dt_ptr,  # [K, N, r]
-    dgamma_ptr,  # [programs, K, r]
     dbefore_ptr,  # [N, r]
     tokens,
     height,
@@ -417,7 +409,6 @@ def rows_kernel(
     inside = (rows < tokens)[:, None] & rank_in[None, :]
     at = rows[:, None] * RANK + ranks[None, :]
     if STATE:
-        state = tl.load(state_ptr + at, mask=inside, other=0.0)
         dstate = tl.load(dstate_ptr + at, mask=inside, other=0.0)
     if NEXT:
         next = tap + 1
@@ -436,8 +427,6 @@ def rows_kernel(
         if SIDE:
             tl.store(dt_ptr + next * tokens * RANK + at, du.to(dtype), mask=inside)
         if STATE:
-            part = tl.program_id(0).to(tl.int64) * TAPS + next
-            tl.store(dgamma_ptr + part * RANK + ranks, tl.sum(du * state, 0), mask=rank_in)
             gamma = tl.load(gamma_ptr + next * RANK + ranks, mask=rank_in, other=0.0)
             dstate += gamma.to(tl.float32)[None, :] * du
     if OWN:
@@ -475,8 +464,6 @@ def rows_kernel(
             dmixed = dot(dz.to(dtype), tl.trans(Q), dmixed)
         tl.store(S_ptr + at_S, s.to(dtype), mask=inside)
         tl.store(dmixed_ptr + at_tap, dmixed.to(dtype), mask=inside)
-        if STATE:
-            tl.store(state_ptr + at, state - s, mask=inside)
     if STATE:
         if OWN:
             tl.store(dstate_ptr + at, dstate, mask=inside)

@@ -155,10 +155,11 @@ def test_gradients_equal_autograd_through_the_unfused_network(form):
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
 def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
     """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e, or a
-    byte or half of one a value and 4 for each token's scale, u K·N·α·e, or beside int4 taps a byte
-    a value and such a scale, the state once more as much as one u, and the feature p N·C·e, which a
-    neck keeps too. Beside these the output norm's statistics 2·N·4 and the folded Q and U
-    2·K·α·m·4. Nothing of width m per token, nothing of the trunk but its taps."""
+    byte or half of one a value and 4 for each token's scale; u K·N·α·e, or beside int4 taps a byte
+    a value and such a scale; the state before the stage N·α·e, if there is one, and in a room with
+    u, where that is kept as it is, the state after; and the feature p N·C·e, which a neck keeps
+    too. Beside these the output norm's statistics 2·N·4 and the folded Q and U 2·K·α·m·4. Nothing
+    of width m per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
     stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
     backbone = E3VABackbone(FrozenSwin(TINY), form, taps)
@@ -168,7 +169,10 @@ def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
     for s, (K, C) in enumerate(zip(TINY.num_taps, TINY.dims, strict=True)):
         N = 2 * math.ceil(41 / 2 ** (s + 2)) * math.ceil(50 / 2 ** (s + 2))
         u = config.rank + 4 if taps == "int4" else config.rank * e
-        expected += K * N * stored(C) + (K + config.state) * N * u + N * C * e
+        expected += K * N * (stored(C) + u) + N * C * e
+        if config.state:
+            states = (s > 0) + (taps != "int4")
+            expected += states * N * config.rank * e
         expected += 2 * N * 4 + 2 * K * config.rank * config.hidden(C) * 4
     with SavedBytes([backbone]) as saved, torch.autocast("cpu", autocast, enabled=bool(autocast)):
         backbone(image)

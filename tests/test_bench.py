@@ -121,6 +121,10 @@ def test_tracks(tmp_path, monkeypatch, capsys):
     assert "mIoU" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds runs of 2 iterations of semantic, not 3"):
         tracks.main([*options, "--iterations", "3"])
+    for garbage in ("", "garbage{", "[]"):
+        file.write_text(garbage)
+        with pytest.raises(SystemExit, match="holds no results to go on from"):
+            tracks.main(options)
 
 
 def test_taps(tmp_path, monkeypatch, capsys):

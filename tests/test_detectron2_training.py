@@ -336,10 +336,10 @@ def test_images_of_unknown_size(tiny, monkeypatch):
 @pytest.mark.parametrize(
     ("then", "now", "message"),
     [
-        (["MODEL.TUNING.METHOD", "frozen"], [], "40 tensors are trained now that were not then"),
+        (["MODEL.TUNING.METHOD", "frozen"], [], "48 tensors are trained now that were not then"),
         (["MODEL.TUNING.METHOD", "full"], [], "no longer trained"),
         ([], ["MODEL.TUNING.METHOD", "full"], "trained now that were not then.*no longer trained"),
-        ([], ["MODEL.E3VA.KERNEL_DIM", 8], "24 tensors are of another shape"),
+        ([], ["MODEL.E3VA.KERNEL_DIM", 8], "32 tensors are of another shape"),
         ([], ["SOLVER.OPTIMIZER", "SGD"], "it was ADAMW, now it is SGD"),
         ([], ["SOLVER.HIGHWAY_LR_RATIO", 1.0], "grouped otherwise"),
     ],

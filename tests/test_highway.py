@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from e3va import Highway, HighwayConfig, SwinConfig, swin_config
+from e3va.highway import HighwayStage
 from e3va.measure import trainable_parameters
 from tests import oracles
 
@@ -21,6 +22,17 @@ def test_mixing_and_state_add_a_few_parameters():
     """48 adapters of rank 16: a 3×3 kernel and a gain for each of their channels."""
     count = trainable_parameters(Highway(swin_config("swin_b")))
     assert count == 1_181_312 + 48 * 16 * (3 * 3 + 1)
+
+
+def test_the_state_of_a_deep_stage_begins_as_small_as_that_of_a_shallow_one():
+    """36 adapters, each of which would make it grow by a fifth."""
+    torch.manual_seed(0)
+    for adapters in (4, 12, 36):
+        stage = HighwayStage(adapters, 128, HighwayConfig())
+        Q, U = stage.fold()
+        taps = [torch.randn(1, 4, 5, 128) for _ in range(adapters)]
+        _, state = oracles.adapters(taps, stage.P, Q, stage.b, U, stage.D, stage.gamma)
+        assert 0.5 < state.square().mean().sqrt() < 10
 
 
 def test_parameters_of_a_stage_are_stacked():
@@ -48,6 +60,12 @@ def test_weights_of_another_form_are_refused(theirs, ours, message):
     theirs, ours = (Highway(swin, HighwayConfig(2, 8, 1.0, **c)) for c in (theirs, ours))
     with pytest.raises(ValueError, match=message):
         ours.load_state_dict(theirs.state_dict(), strict=False)
+
+
+def test_weights_with_d_and_gamma_need_not_tell_their_form():
+    swin, config = swin_config("swin_digits"), HighwayConfig(2, 8, 1.0)
+    state = dict(Highway(swin, config).named_parameters())
+    Highway(swin, config).load_state_dict(state, strict=False)
 
 
 def test_weights_that_tell_no_form_are_of_the_published_one():
@@ -83,6 +101,7 @@ def test_fold_is_the_lorand_form():
         (dict(hidden_ratio=1.5), ValueError, r"hidden_ratio must be in \(0, 1\]"),
         (dict(tap="input"), ValueError, "tap must be one of output, norm, got 'input'"),
         (dict(mixing=4), ValueError, "mixing must be one of 0, 3, 5, 7, got 4"),
+        (dict(mixing=3.0), ValueError, "mixing must be one of 0, 3, 5, 7, got 3.0"),
         (dict(mixing=False), ValueError, "mixing must be one of 0, 3, 5, 7, got False"),
         (dict(state=1), TypeError, "state must be True or False, got 1"),
         (dict(hidden_ratio=float("nan")), ValueError, r"hidden_ratio must be in \(0, 1\]"),

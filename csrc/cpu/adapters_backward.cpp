@@ -17,13 +17,13 @@ constexpr int kTileBlock = 64;              // rows of bfloat16 in tiles
 constexpr int64_t kChunk = 5 * kTileBlock;  // rows; more would leave threads of a small map idle
 
 // The sums of a chunk: dQ [rank, hidden], dUᵀ [rank, hidden], db [hidden] of this adapter, and
-// dDᵀ [side², rank], dgamma [rank] of the one after it.
+// dDᵀ [side², rank] of the one after it.
 struct Sums {
-  int64_t dU, db, dD, dgamma, size;
+  int64_t dU, db, dD, size;
 
   explicit Sums(const AdaptersBackwardParams& p)
       : dU(p.rank * p.hidden), db(2 * dU), dD(db + p.hidden),
-        dgamma(dD + (p.D ? p.side * p.side * p.rank : 0)), size(dgamma + p.rank) {}
+        size(dD + (p.D ? p.side * p.side * p.rank : 0)) {}
 };
 
 }  // namespace
@@ -56,7 +56,6 @@ void adapters_backward_sum(const AdaptersBackwardParams& p) {
     for (int64_t r = 0; r < R; ++r)
       for (int64_t n = 0; n < squared; ++n)
         p.dD[((k + 1) * R + r) * squared + n] = sums[at.dD + n * R + r];
-  if (next && p.gamma) std::copy_n(&sums[at.dgamma], R, p.dgamma + (k + 1) * R);
 }
 
 #else  // in an instruction set
@@ -67,11 +66,11 @@ E3VA_INLINE const float* adapter_D(const AdaptersBackwardParams& p, int64_t k) {
 }
 
 // The second pass over rows [first, last) of adapter k: what neighbours contribute to its gradient,
-// and what goes on to the state. `D_sums` [side², lr] and `gamma_sums` [lr] grow.
+// and what goes on to the state. `D_sums` [side², lr] grow.
 template <typename T>
 E3VA_INLINE void gather(
     const AdaptersBackwardParams& p, int64_t k, const Neighbours& neighbours, const float* gamma,
-    int64_t first, int64_t last, float* __restrict__ D_sums, float* __restrict__ gamma_sums) {
+    int64_t first, int64_t last, float* __restrict__ D_sums) {
   const int64_t R = p.rank, lr = neighbours.lr, mirrored = p.side * p.side - 1;
   const T* u = static_cast<const T*>(p.u) + k * p.tokens * R;
   T* dt = static_cast<T*>(p.dt) + k * p.tokens * R;
@@ -89,7 +88,6 @@ E3VA_INLINE void gather(
       store(&du[r], total);
       if (p.gamma == nullptr) continue;
       const int64_t at = token * lr + r;
-      store(gamma_sums + r, load(gamma_sums + r) + total * load(p.state + at));
       store(p.dstate + at, load(p.dstate + at) + total * load(gamma + r));
     }
     narrow(du.data(), R, dt + token * R);
@@ -105,13 +103,12 @@ E3VA_INLINE void gather_next(
   const int64_t k = p.adapter + 1, R = p.rank, lr = round_up(R, kLanes);
   if (k == p.adapters) return;
   const Neighbours neighbours(p.height, p.width, p.side, R, adapter_D(p, k));
-  std::vector<float> gamma(lr), D_sums(neighbours.D.size()), gamma_sums(lr);
+  std::vector<float> gamma(lr), D_sums(neighbours.D.size());
   if (p.gamma) widen(p.gamma + k * R, R, gamma.data());
-  gather<T>(p, k, neighbours, gamma.data(), first, last, D_sums.data(), gamma_sums.data());
+  gather<T>(p, k, neighbours, gamma.data(), first, last, D_sums.data());
   const Sums at(p);
   for (int64_t n = 0; n < neighbours.side * neighbours.side; ++n)
     narrow(&D_sums[n * lr], R, sums + at.dD + n * R);
-  narrow(gamma_sums.data(), R, sums + at.dgamma);
 }
 
 // ds [lr] of a row: dS and what the state after it gets; before the last adapter that begins here.
@@ -123,23 +120,17 @@ E3VA_INLINE void load_gradient(
   if (p.gamma == nullptr) return;
   float* dstate = p.dstate + token * lr;
   if (p.adapter + 1 == p.adapters) {
-    widen(static_cast<const T*>(p.u) + (p.adapters * p.tokens + token) * R, R,
-          p.state + token * lr);
     std::fill_n(dstate, lr, 0.0f);
     if (p.dcarry) widen(static_cast<const T*>(p.dcarry) + token * R, R, dstate);
   }
   for (int64_t r = 0; r < lr; r += kLanes) store(ds + r, load(ds + r) + load(dstate + r));
 }
 
-// s [lr] of a row to S; the state becomes that before it.
+// s of a row to S.
 template <typename T>
 E3VA_INLINE void store_result(
     const AdaptersBackwardParams& p, int64_t token, const float* __restrict__ s) {
-  const int64_t R = p.rank, lr = round_up(R, kLanes);
-  narrow(s, R, static_cast<T*>(p.S) + (token * p.adapters + p.adapter) * R);
-  if (p.gamma == nullptr) return;
-  float* state = p.state + token * lr;
-  for (int64_t r = 0; r < lr; r += kLanes) store(state + r, load(state + r) - load(s + r));
+  narrow(s, p.rank, static_cast<T*>(p.S) + (token * p.adapters + p.adapter) * p.rank);
 }
 
 template <typename T>

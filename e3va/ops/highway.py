@@ -43,12 +43,12 @@ def highway(
 
     ``t`` is what :func:`e3va.ops.sublayer_epilogue` made of the taps with *this* P. Gradients go to
     ``h_in``, ``carry`` and to the parameters, through t as a function of the taps; the trunk's
-    tensors (y_in, y_out, tap, t) get none. Saved for backward: the taps, u with the state after the
-    last adapter, and the parameters. Beside taps in "int4" u would be a fifth of them, and is kept
-    in "int8".
+    tensors (y_in, y_out, tap, t) get none. Saved for backward: the taps, u, the carry and the
+    parameters. Beside taps in "int4" u is kept in "int8".
 
-    A fused backward reads the taps and u once and G twice, and writes gradients of parameters
-    alone, the same bits on every run: fixed chunks of rows are summed by themselves, then in order.
+    A fused backward reads the taps once and writes nothing wider than α but gradients of
+    parameters, the same bits on every run: fixed chunks of rows are summed by themselves, then in
+    order.
 
     Args:
         h_in: the highway before the stage, [B, H, W, C].
@@ -141,8 +141,8 @@ def _highway(
     V: Tensor,
     c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h_out; the state after the stage [B, H, W, α], if any; u as it is kept: [K, N, α], or with
-    the state [K + 1, N, α], and in int8 its scales [K·N]."""
+    """h_out; the state after the stage [B, H, W, α], if any; u [K, N, α] as it is kept, and in int8
+    its scales [K·N]."""
     rows = torch.stack(list(t)).to(y_out)
     before = None if carry is None else carry.flatten(0, -2)
     S, u = dispatch.run("adapters", y_out, rows, before, D, gamma, Q, b, U, y_out.shape[1:3])
@@ -152,6 +152,7 @@ def _highway(
         u, after = rows, h.new_empty(0)
     else:
         after = u[-1].view(*y_out.shape[:-1], P.shape[2]).clone()
+        u = u[:-1]
     if taps != "int4":
         return h, after, u, h.new_empty(0)
     kept, kept_scale = compress(u, "int8", seed=0)
@@ -161,7 +162,7 @@ def _highway(
 @_highway.register_fake
 def _(h_in, y_in, y_out, carry, taps, tap, scale, t, P, D, gamma, Q, b, U, V, c):
     rows, state = y_out.shape[:-1], gamma is not None
-    shape = len(t) + state, rows.numel(), P.shape[2]
+    shape = len(t), rows.numel(), P.shape[2]
     h = y_out.new_empty(y_out.shape)
     after = y_out.new_empty((*rows, P.shape[2]) if state else 0)
     if taps != "int4":
@@ -175,12 +176,11 @@ def _setup_context(ctx, inputs, output):
     _, _, kept, kept_scale = output
     ctx.mark_non_differentiable(kept, kept_scale)
     ctx.set_materialize_grads(False)
-    ctx.has_carry = carry is not None
-    ctx.save_for_backward(kept, kept_scale, *parameters, *tap, *scale)
+    ctx.save_for_backward(carry, kept, kept_scale, *parameters, *tap, *scale)
 
 
 def _backward(ctx, G, dcarry, *_):
-    kept, kept_scale, P, D, gamma, Q, b, U, V, *saved = ctx.saved_tensors
+    carry, kept, kept_scale, P, D, gamma, Q, b, U, V, *saved = ctx.saved_tensors
     K = len(P)
     tap, scale = saved[:K], saved[K:]
     nothing = ([None] * len(values) for values in (tap, scale, tap))
@@ -191,15 +191,13 @@ def _backward(ctx, G, dcarry, *_):
     if G is None:
         G = dcarry.new_zeros(*dcarry.shape[:-1], V.shape[-1])
     dbefore, dP, dD, dgamma, *grads = torch.ops.e3va.highway_backward(
-        G, dcarry, ctx.taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V
+        G, carry, dcarry, ctx.taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V
     )
-    if gamma is not None and not ctx.has_carry:
-        dgamma[0] = 0  # the first adapter heard nothing, up to the rounding of the state after
     return (
         G,
         None,
         None,
-        dbefore if ctx.has_carry else None,
+        None if carry is None else dbefore,
         None,
         *nothing,
         dP,
@@ -215,6 +213,7 @@ _highway.register_autograd(_backward, setup_context=_setup_context)
 @torch.library.custom_op("e3va::highway_backward", mutates_args=())
 def _highway_backward(
     G: Tensor,
+    carry: Tensor | None,
     dcarry: Tensor | None,
     taps: str,
     tap: Sequence[Tensor],
@@ -229,9 +228,9 @@ def _highway_backward(
     U: Tensor,
     V: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dcarry before the stage, dP, dD, dgamma, dQ, db, dU, dV, dc) from G [B, H, W, C], the
-    gradient of the state after it, and what :func:`_highway` keeps; shapes and dtype of the
-    parameters, empty where there is none, accumulated in fp32 or wider. Has no backward."""
+    """(dcarry before the stage, dP, dD, dgamma, dQ, db, dU, dV, dc) from G [B, H, W, C], the carry,
+    the gradient of the state after the stage, and what :func:`_highway` keeps; shapes and dtype of
+    the parameters, empty where there is none, accumulated in fp32 or wider. Has no backward."""
     with torch.autocast(G.device.type, enabled=False):
         rows, u = G.flatten(0, -2), kept
         if taps == "int4":
@@ -240,8 +239,9 @@ def _highway_backward(
         after = None if dcarry is None else dcarry.flatten(0, -2)
         dS = rows @ V.flatten(0, 1).to(G).t()  # [N, K·α]
         arguments = dS, after, u, D, gamma, Q, b, U, G.shape[1:3]
-        S, dt, dbefore, *sums = dispatch.run("adapters_backward", G, *arguments)
+        S, dt, dbefore, dD, *sums = dispatch.run("adapters_backward", G, *arguments)
         del u
+        dgamma = G.new_empty(0) if gamma is None else _gamma_gradient(carry, S, dt)
         dV = (S.t() @ rows).view(V.shape).to(V)
         del S, dS
         flat = [tap_k.flatten(0, -2) for tap_k in tap]
@@ -249,11 +249,25 @@ def _highway_backward(
         if gamma is not None:
             dbefore = dbefore.view(*G.shape[:-1], P.shape[2])
         dc = rows.sum(0, dtype=torch.promote_types(G.dtype, torch.float32))
-        return dbefore, dP.to(P), *(value.to(P) for value in sums), dV, dc.to(V)
+        return dbefore, *(value.to(P) for value in (dP, dD, dgamma, *sums)), dV, dc.to(V)
+
+
+def _gamma_gradient(carry: Tensor | None, S: Tensor, dt: Tensor) -> Tensor:
+    """Σ dt_k ⊙ (carry + Σ_{j<k} s_j) over the tokens, [K, α]: what an adapter heard is summed anew,
+    from the first on. Taken from the state after the stage, as rounded, by subtraction, it would be
+    lost in that rounding where a stage has many adapters."""
+    K, tokens, rank = dt.shape
+    heard = reference.wide(dt.new_zeros(tokens, rank) if carry is None else carry.flatten(0, -2))
+    heard = heard.clone()
+    dgamma = heard.new_empty(K, rank)
+    for k in range(K):
+        dgamma[k] = (dt[k] * heard).sum(0)
+        heard += S[:, k * rank : (k + 1) * rank]
+    return dgamma
 
 
 @_highway_backward.register_fake
-def _(G, dcarry, taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V):
+def _(G, carry, dcarry, taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V):
     dbefore = G.new_empty(0 if gamma is None else (*G.shape[:-1], P.shape[2]))
     parameters = (P.new_empty(0 if p is None else p.shape) for p in (P, D, gamma, Q, b, U, V))
     return dbefore, *parameters, V.new_empty(V.shape[-1])

@@ -70,7 +70,7 @@ def adapters(
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
-    u: Tensor,  # [K, N, r], and one more with a state
+    u: Tensor,  # [K, N, r]
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
     Q: Tensor,  # [K, r, m]
@@ -80,10 +80,10 @@ def adapters_backward(
 ) -> tuple[Tensor, ...]:
     K, rank, _ = Q.shape
     S, dt, dcarry_in, *sums = adapters_backward_outputs(dS, u, D, gamma, Q, b, U)
-    dD, dgamma, dQ, db, dU = sums
-    c = dc = None
+    dD, dQ, db, dU = sums
+    dc = None
     if gamma is not None:
-        c, dc = wide(u[K]), wide(u.new_zeros(u.shape[1:]) if dcarry is None else dcarry)
+        dc = wide(u.new_zeros(u.shape[1:]) if dcarry is None else dcarry)
     for k in reversed(range(K)):
         columns = slice(k * rank, (k + 1) * rank)
         ds = dS[:, columns] if dc is None else (dS[:, columns] + dc).to(dS)
@@ -102,9 +102,7 @@ def adapters_backward(
         if D is not None:
             du, dD[k] = _mix_backward(du, u[k], D[k], size)
         dt[k] = du
-        if c is not None and dc is not None and gamma is not None:
-            c = c - S[:, columns]
-            dgamma[k] = (du * c).sum(0)
+        if dc is not None and gamma is not None:
             dc = dc + gamma[k].to(dc) * du
     if dc is not None:
         dcarry_in.copy_(dc)
@@ -115,13 +113,13 @@ def adapters_backward_outputs(
     dS: Tensor, u: Tensor, D: Tensor | None, gamma: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, ...]:
     """Room for what ``adapters_backward`` returns: S [N, K·r], dt [K, N, r] and dcarry_in [N, r] in
-    the dtype of dS, dD, dgamma, dQ, db, dU in float32 or wider; of what there is not, nothing."""
-    K, sums = len(weights[0]), torch.promote_types(dS.dtype, torch.float32)
+    the dtype of dS, dD, dQ, db, dU in float32 or wider; of what there is not, nothing."""
+    sums = torch.promote_types(dS.dtype, torch.float32)
     return (
         torch.empty_like(dS),
-        u.new_empty(K, *u.shape[1:]),
+        torch.empty_like(u),
         u.new_empty(0 if gamma is None else u.shape[1:]),
-        *(u.new_empty(0 if w is None else w.shape, dtype=sums) for w in (D, gamma, *weights)),
+        *(u.new_empty(0 if w is None else w.shape, dtype=sums) for w in (D, *weights)),
     )
 
 

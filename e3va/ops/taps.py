@@ -12,7 +12,8 @@ from torch import Tensor
 
 TAPS = ("full", "fp8", "int8", "int4")
 """``full``: in the dtype of the map. ``fp8``: e4m3, round to nearest. ``int8``: round to nearest.
-``int4``: stochastic rounding, so that the gradient of P stays unbiased; t is then kept in int8."""
+``int4``: stochastic rounding, so that the gradient of P stays unbiased; u (see
+:func:`e3va.ops.highway`) is then kept in int8."""
 
 DEFAULT_TAPS = "int4"
 """On the demo its AP is that of ``full`` to within the noise of a seed."""

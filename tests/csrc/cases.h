@@ -163,22 +163,21 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
   auto set = [&](auto& p) {
     p.D = a.side ? D.data() : nullptr, p.gamma = a.state ? gamma.data() : nullptr;
     p.Q = Q.data(), p.b = b.data(), p.U = U.data();
-    p.state = a.state ? state.data() : nullptr;
     p.dtype = dtype, p.adapters = K, p.height = a.height, p.width = a.width, p.tokens = N;
     p.rank = R, p.hidden = M, p.side = a.side;
   };
   AdaptersParams p{};
   set(p);
+  p.state = a.state ? state.data() : nullptr;
   p.t = t.data(), p.carry = a.carry ? carry.data() : nullptr;
   p.S = S.data(), p.u = a.state ? u.data() : nullptr;
   for (p.adapter = a.state ? -1 : 0; p.adapter < K; ++p.adapter)
     in_pieces(adapters_items(p), [&](int64_t begin, int64_t end) { adapters_cpu(p, begin, end); });
 
-  std::fill(state.begin(), state.end(), std::nanf(""));
   auto S_again = unwritten(N * K * R, dtype), dt = unwritten(K * N * R, dtype);
   auto dbefore = unwritten(a.state ? N * R : 0, dtype);
   auto dstate = unwritten(a.state ? room : 0), dmixed_0 = unwritten(room), dmixed_1 = dmixed_0;
-  auto dD = unwritten(D.size()), dgamma = unwritten(a.state ? K * R : 0);
+  auto dD = unwritten(D.size());
   auto dQ = unwritten(Q.size()), db = unwritten(b.size()), dU = unwritten(U.size());
   AdaptersBackwardParams q{};
   set(q);
@@ -186,7 +185,7 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
   q.u = a.state ? u.data() : t.data(), q.S = S_again.data(), q.dt = dt.data();
   q.dbefore = dbefore.data(), q.dstate = a.state ? dstate.data() : nullptr;
   q.dmixed[0] = dmixed_0.data(), q.dmixed[1] = dmixed_1.data();
-  q.dD = a.side ? dD.data() : nullptr, q.dgamma = a.state ? dgamma.data() : nullptr;
+  q.dD = a.side ? dD.data() : nullptr;
   q.dQ = dQ.data(), q.db = db.data(), q.dU = dU.data();
   const int64_t chunks = adapters_backward_chunks(q);
   auto partial_sums = unwritten(chunks * adapters_backward_sums(q));
@@ -195,10 +194,8 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
     in_pieces(chunks, [&](int64_t begin, int64_t end) { adapters_backward_cpu(q, begin, end); });
     adapters_backward_sum(q);
   }
-  // Without a carry the first one's factor is a state of nothing but rounding errors.
-  if (a.state && !a.carry) std::fill_n(dgamma.begin(), R, 0.0f);
   return {{"S", S},   {"u", u},   {"S of backward", S_again}, {"dt", dt}, {"dbefore", dbefore},
-          {"dQ", dQ}, {"db", db}, {"dU", dU},                 {"dD", dD}, {"dgamma", dgamma}};
+          {"dQ", dQ}, {"db", db}, {"dU", dU},                 {"dD", dD}};
 }
 
 struct TapGradient {
