@@ -207,9 +207,11 @@ def test_gradients(device, channels, dtype, tap, taps, tolerance):
         tie += 0.02 if dtype == torch.bfloat16 else 2e-3
     for name in NAMES:
         ours[name] = ours[name].cpu()
-        assert relative_error(ours[name], same[name]) < TOLERANCE[dtype] + tie, name
+        # Both sides round what each adapter says, and gamma's gradient sums that along the stage.
+        rounding = TOLERANCE[dtype] * (2 if name == "gamma" else 1)
+        assert relative_error(ours[name], same[name]) < rounding + tie, name
         rounded_u = 0.015 if taps == "int4" and name not in "Pc" else 0.0
-        allowed = TOLERANCE[dtype] + (tolerance if name == "P" else rounded_u)
+        allowed = rounding + (tolerance if name == "P" else rounded_u)
         assert relative_error(ours[name], exact[name]) < allowed, name
     if taps != "full":
         assert relative_error(ours["P"], exact["P"]) > 1e-4  # it was compressed indeed
