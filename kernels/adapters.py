@@ -55,7 +55,9 @@ def rows_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     if architecture < 80 and rank > 32:
         return Tiles(16, 16, 8)
     if dtype == torch.float32:
-        return Tiles(16, 32, 8 if architecture >= 100 or rank > 32 else 4)
+        if architecture >= 90:
+            return Tiles(16, 32, 8)
+        return Tiles(16, 16, 4 if architecture >= 80 else 8)
     if architecture < 80:
         return Tiles(16, 32, 8)
     if rank > 32:
