@@ -1,0 +1,364 @@
+"""Launches an entry: the threads of many blocks at once, with numpy.
+
+Threads have program counters of their own, at the grain of basic blocks. At each step those of
+least rank (see ``flow.py``) execute one block together; a seeded random schedule lets only some
+warps run at a step. Instructions of a block are never interleaved with those of other warps, which
+the checks of races make up for: they do not depend on the order.
+
+Barrier 0 of all threads that have not returned is modelled; other barriers, calls, generic
+addresses, clusters and texture are not. Blocks are independent: they run in groups, one after the
+other.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from tests.ptx import warps as _warps  # noqa: F401  (fills the table of opcodes)
+from tests.ptx.counters import Counts
+from tests.ptx.floats import Array
+from tests.ptx.flow import ENDS_BLOCK, Flow
+from tests.ptx.memory import Deadlock, Divergence, Fault, GlobalMemory, Race, SharedMemory
+from tests.ptx.opcodes import Active, NotModelled, Operands, Step, translate
+from tests.ptx.parser import Entry, Instruction
+
+WARP = 32
+THREADS = 4096
+"""Of the blocks that run together: as many as stay in a CPU's cache."""
+STEPS = 10**6
+"""Basic blocks after which a launch counts as endless."""
+
+
+class Program:
+    """An entry ready to run: registers by number, symbols placed, instructions translated."""
+
+    def __init__(self, entry: Entry, dynamic_bytes: int = 0):
+        self.entry = entry
+        self.numbers = {name: i for i, name in enumerate(entry.registers)}
+        self.widths = list(entry.registers.values())
+        self.symbols = dict(entry.shared)
+        end = entry.shared_bytes
+        for name, alignment in entry.dynamic.items():
+            end = -(-end // alignment) * alignment
+            self.symbols[name] = end
+        self.shared_bytes = max(16, -(-(end + dynamic_bytes) // 16) * 16)
+        self.flow = Flow(entry)
+        self.grain = _grain(self.flow.blocks)
+        self.blocks: list[tuple[list[Instruction], list[Step], Instruction | None]] = []
+        for block in self.flow.blocks:
+            last = block[-1] if block and block[-1].opcode.startswith(ENDS_BLOCK) else None
+            last = None if last is not None and last.opcode.startswith("bar.warp") else last
+            body = block if last is None else block[:-1]
+            steps = [translate(instruction, self) for instruction in body]
+            self.blocks.append((block, steps, last))
+
+    def launch(
+        self,
+        memory: GlobalMemory,
+        grid: Sequence[int],
+        threads: int,
+        parameters: Sequence[int | float | bytes],
+        *,
+        blocks: Sequence[int] | None = None,
+        counts: Counts | None = None,
+        seed: int | None = None,
+    ) -> None:
+        """Executes the kernel.
+
+        Args:
+            memory: what pointers point to.
+            grid: blocks along up to three axes.
+            threads: of a block, along one axis.
+            parameters: in order; those not given are zero.
+            blocks: these only, by number, x fastest.
+            counts: is added to; without it nothing is counted, which is faster.
+            seed: of a random schedule; without it the order is fixed.
+        """
+        if self.entry.threads not in (None, threads) and threads > self.entry.threads:
+            raise ValueError(f"{self.entry.name} takes {self.entry.threads} threads, got {threads}")
+        grid = (*grid, 1, 1)[:3]
+        numbers = np.arange(np.prod(grid)) if blocks is None else np.asarray(blocks)
+        packed = self._pack(parameters)
+        together = max(1, THREADS // threads)
+        random = None if seed is None else np.random.default_rng(seed)
+        with np.errstate(all="ignore"):
+            for first in range(0, len(numbers), together):
+                some = numbers[first : first + together]
+                Execution(self, memory, grid, threads, packed, some, counts, random).run()
+
+    def _pack(self, values: Sequence[int | float | bytes]) -> bytes:
+        slots = list(self.entry.parameters.values())
+        packed = bytearray(max((slot.offset + slot.size for slot in slots), default=0))
+        for slot, value in zip(slots, values, strict=False):
+            if isinstance(value, float):
+                value = struct.pack("<f", value)
+            elif isinstance(value, int):
+                value = (value & (1 << 8 * slot.size) - 1).to_bytes(slot.size, "little")
+            if len(value) != slot.size:
+                raise ValueError(f"a parameter of {slot.size} bytes, got {len(value)}")
+            packed[slot.offset : slot.offset + slot.size] = value
+        return bytes(packed)
+
+
+def _grain(blocks: list[list[Instruction]]) -> int:
+    """Bytes that every access to shared memory is a multiple of."""
+    grain = 4
+    for block in blocks:
+        for instruction in block:
+            parts = instruction.opcode.split(".")
+            if parts[0] in ("ld", "st") and parts[1].startswith("shared"):
+                grain = min(grain, int(parts[-1][1:]) // 8)
+            elif parts[0] in ("wgmma", "tcgen05"):
+                grain = min(grain, 2)
+    return grain
+
+
+class Execution:
+    """Some blocks of a launch, under way. Its methods are what steps may use."""
+
+    def __init__(
+        self,
+        program: Program,
+        memory: GlobalMemory,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: bytes,
+        blocks: Array,
+        counts: Counts | None,
+        random: np.random.Generator | None,
+    ):
+        if threads % WARP:
+            raise NotModelled(f"blocks of {threads} threads: no whole warps")
+        self.program, self.memory, self.parameters = program, memory, parameters
+        self.counts, self.random = counts, random
+        self.total = total = threads * len(blocks)
+        self.shape = len(blocks), threads
+        self.registers: list[Array | None] = [None] * len(program.widths)
+        self.block = np.repeat(np.arange(len(blocks)), threads)
+        self.grid_block = np.repeat(blocks, threads).astype(np.int32)
+        self.warp = np.tile(np.arange(threads) // WARP, len(blocks))
+        self.shared = SharedMemory(len(blocks), program.shared_bytes, program.grain)
+        self.everyone = np.arange(total)
+        self.rank = np.full(total, program.flow.rank[0])
+        self.alive = np.ones(total, bool)
+        self.waiting = np.zeros(total, bool)
+        self.said = np.zeros(total, bool)  # what a thread brings to a voting barrier
+        self.group = np.zeros(total, np.int32)  # of asynchronous copies, the one being issued
+        self.copies: list[tuple[Array, Array, Array, Array, str]] = []
+        thread = np.tile(np.arange(threads, dtype=np.uint32), len(blocks))
+        x, y, z = (np.uint32(n) for n in grid)
+        number = self.grid_block.astype(np.uint32)
+        zero, one = np.zeros_like(thread), np.ones_like(thread)
+        self._special = {
+            "%tid.x": thread,
+            "%tid.y": zero,
+            "%tid.z": zero,
+            "%ntid.x": one * np.uint32(threads),
+            "%ntid.y": one,
+            "%ntid.z": one,
+            "%laneid": thread % np.uint32(WARP),
+            "%warpid": thread // np.uint32(WARP),
+            "%ctaid.x": number % x,
+            "%ctaid.y": number // x % y,
+            "%ctaid.z": number // x // y,
+            "%nctaid.x": one * x,
+            "%nctaid.y": one * y,
+            "%nctaid.z": one * z,
+        }
+
+    # Registers and threads
+
+    def special(self, name: str) -> Array:
+        if name not in self._special:
+            raise NotModelled(f"special register {name}")
+        return self._special[name]
+
+    def register(self, number: int) -> Array:
+        values = self.registers[number]
+        if values is None:
+            name = list(self.program.numbers)[number]
+            raise Fault(f"register {name} is read, and no thread has written it")
+        return values
+
+    def set(self, number: int, active: Active, values: Array) -> None:
+        held = self.registers[number]
+        if held is None:
+            held = self.registers[number] = np.zeros(self.total, values.dtype)
+        held[active] = values
+
+    def ids(self, active: Active) -> Array:
+        return self.everyone if isinstance(active, slice) else active
+
+    def count(self, active: Active) -> int:
+        return self.total if isinstance(active, slice) else len(active)
+
+    # Memory
+
+    def load(
+        self, space: str, addresses: Array, size: int, ids: Array, where: str, counted: bool = True
+    ) -> Array:
+        counts = self.counts if counted else None
+        if space == "global":
+            return self.memory.load(addresses, size, ids // WARP, counts, where)
+        if counts:
+            counts.shared_access(ids, addresses.astype(np.int64), size)
+        blocks = self.block[ids]
+        places = self.shared.place(addresses, size, blocks, where)
+        return self.shared.load(places, size, blocks, self.warp[ids], where)
+
+    def store(self, space: str, addresses: Array, values: Array, ids: Array, where: str) -> None:
+        if space == "global":
+            blocks = self.grid_block[ids]
+            self.memory.store(addresses, values, blocks, ids // WARP, self.counts, where)
+            return
+        if self.counts:
+            self.counts.shared_access(ids, addresses.astype(np.int64), values.shape[1])
+        blocks = self.block[ids]
+        places = self.shared.place(addresses, values.shape[1], blocks, where)
+        self.shared.store(places, values, blocks, self.warp[ids], where)
+
+    def begin_copy(
+        self, to: Array, source: Array, size: int, real: Array, ids: Array, where: str
+    ) -> None:
+        """An asynchronous copy into shared memory; where not ``real``, of zeros."""
+        values = np.zeros((len(ids), size), np.uint8)
+        if real.any():
+            values[real] = self.load("global", source[real], size, ids[real], where)
+        blocks = self.block[ids]
+        places = self.shared.place(to, size, blocks, where)
+        if self.counts:
+            self.counts.shared_access(ids, to.astype(np.int64), size)
+        self.shared.begin_copy(places, size, blocks, self.warp[ids], where)
+        self.copies.append((ids, places, values, self.group[ids], where))
+
+    def end_copies(self, active: Active, left: int | None) -> None:
+        """The threads wait for all copies of theirs but the last ``left`` committed groups; with
+        None for all."""
+        waits = np.zeros(self.total, bool)
+        waits[active] = True
+        under_way = []
+        for ids, places, values, group, where in self.copies:
+            done = waits[ids]
+            if left is not None:
+                done &= group < self.group[ids] - left
+            if done.any():
+                members = ids[done]
+                self.shared.end_copy(
+                    places[done], values[done], self.block[members], self.warp[members], where
+                )
+            if not done.all():
+                rest = ~done
+                under_way.append((ids[rest], places[rest], values[rest], group[rest], where))
+        self.copies = under_way
+
+    # Control
+
+    def run(self) -> None:
+        everyone = slice(None)
+        for _ in range(STEPS):
+            ready = self.alive & ~self.waiting
+            if not ready.any():
+                if self.alive.any():
+                    raise Deadlock("threads wait at barriers for each other")
+                if self.copies:
+                    raise Race(f"nobody waits for an asynchronous copy: {self.copies[0][-1]}")
+                return
+            if self.random is not None:
+                by_warp = ready.reshape(-1, WARP)
+                runs = by_warp.any(1) & (self.random.random(len(by_warp)) < 0.25)
+                ready = (by_warp & runs[:, None]).ravel() if runs.any() else ready
+            least = self.rank[ready].min()
+            ready &= self.rank == least
+            self._block(
+                self.program.flow.order[least],
+                everyone if ready.all() else np.flatnonzero(ready),
+            )
+        raise Deadlock(f"no end after {STEPS} basic blocks")
+
+    def _block(self, number: int, active: Active) -> None:
+        instructions, steps, last = self.program.blocks[number]
+        if self.counts:
+            warps = self.total // WARP
+            if not isinstance(active, slice):
+                warps = len(np.unique(active // WARP))
+            for instruction in instructions:
+                self.counts.instruction(instruction.opcode, warps)
+        for step in steps:
+            step(self, active)
+        following = number + 1
+        if following == len(self.program.blocks):
+            self.alive[active] = False
+            self._release()
+            return
+        self.rank[active] = self.program.flow.rank[following]
+        if last is not None:
+            self._control(last, active)
+
+    def _control(self, instruction: Instruction, active: Active) -> None:
+        taken = self.ids(active)
+        operands = Operands(instruction, self.program, instruction.opcode, frozenset())
+        if instruction.guard:
+            taken = taken[operands.reader(instruction.guard, "pred")(self, active)]
+        name = instruction.opcode
+        if name in ("bra", "bra.uni"):
+            target = self.program.flow.labels[instruction.operands[0]]
+            self.rank[taken] = self.program.flow.rank[target]
+        elif name in ("ret", "exit"):
+            self.alive[taken] = False
+            self._release()
+        elif name in ("bar.sync", "barrier.sync.aligned", "bar.red.or.pred", "bar.red.and.pred"):
+            self._barrier(instruction, operands, taken)
+        else:
+            raise NotModelled(instruction.where)
+
+    def _barrier(self, instruction: Instruction, operands: Operands, arrived: Array) -> None:
+        vote = instruction.opcode.startswith("bar.red")
+        barrier = instruction.operands[vote : vote + 1]
+        if barrier != ("0",) or len(instruction.operands) != (3 if vote else 1):
+            raise NotModelled(f"a barrier of some threads: {instruction.where}")
+        alive = np.zeros(self.total, bool)
+        alive[arrived] = True
+        alive = alive.reshape(-1, WARP)
+        some = alive.any(1)
+        if (alive[some] != self.alive.reshape(-1, WARP)[some]).any():
+            raise Divergence(f"not all threads of a warp are at {instruction.where}")
+        if vote:
+            self.said[arrived] = operands.reader(instruction.operands[2], "pred")(self, arrived)
+        self.waiting[arrived] = True
+        self._release()
+
+    def _release(self) -> None:
+        """Blocks all of whose threads wait, or have returned, go on."""
+        waiting, alive = (v.reshape(self.shape) for v in (self.waiting, self.alive))
+        ready = waiting.any(1) & (waiting | ~alive).all(1)
+        if not ready.any():
+            return
+        for block in np.flatnonzero(ready):
+            ranks = self.rank.reshape(self.shape)[block][waiting[block]]
+            if (ranks != ranks[0]).any():
+                raise Deadlock("threads of a block wait at different barriers")
+            self._vote(block, waiting[block], ranks[0])
+        self.waiting.reshape(self.shape)[ready] = False
+        self.shared.epoch[ready] += 1
+
+    def _vote(self, block: int, waiting: Array, rank: int) -> None:
+        """Those that waited go on in one block: the barrier ends the one before it."""
+        last = self.program.blocks[self.program.flow.order[rank] - 1][2]
+        if last is None or not last.opcode.startswith("bar.red"):
+            return
+        said = self.said.reshape(self.shape)[block][waiting]
+        result = said.any() if ".or." in last.opcode else said.all()
+        operands = Operands(last, self.program, last.opcode, frozenset())
+        members = block * self.shape[1] + np.flatnonzero(waiting)
+        operands.write(0, "pred")(self, members, np.broadcast_to(result, len(members)))
+
+
+def launch(program: Program, *arguments: Any, **options: Any) -> Counts:
+    """:meth:`Program.launch`, counted: what ``bench`` may read."""
+    counts = Counts()
+    program.launch(*arguments, counts=counts, **options)
+    return counts
