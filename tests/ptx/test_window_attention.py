@@ -1,0 +1,68 @@
+"""The CUDA kernels of window attention as nvcc compiles them, against the reference in float64."""
+
+import itertools
+
+import pytest
+import torch
+
+from e3va.ops import reference
+from tests.oracles import TOLERANCE, relative_error
+from tests.ptx import compiler
+from tests.ptx.window_attention import HEAD_DIM, window_attention
+
+pytestmark = pytest.mark.skipif(
+    compiler.nvcc() is None, reason="there is no nvcc: the CUDA kernels are not executed"
+)
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
+
+MAPS = (
+    (1, 1, 1, 1, 7, 3),  # one token
+    (2, 5, 9, 2, 7, 3),
+    (1, 10, 3, 1, 4, 0),
+    (1, 13, 7, 1, 12, 6),
+    (1, 2, 3, 1, 1, 0),
+)
+"""B, H, W, heads, window, shift."""
+CHOSEN = (
+    (75, HALF, False, MAPS[1]),
+    (80, BFLOAT, False, MAPS[0]),
+    (80, BFLOAT, False, MAPS[1]),
+    (80, FLOAT, True, MAPS[2]),
+    (86, BFLOAT, False, MAPS[2]),
+    (89, HALF, False, MAPS[3]),
+    (90, BFLOAT, True, MAPS[1]),
+    (120, BFLOAT, False, MAPS[4]),
+)
+
+
+def cases():
+    for case in itertools.product(ARCHITECTURES, (FLOAT, HALF, BFLOAT), (False, True), MAPS):
+        architecture, dtype, plain, size = case
+        if not plain and (dtype == FLOAT or (architecture, dtype) == (75, BFLOAT)):
+            continue  # not on tensor cores
+        name = f"sm_{architecture}-{str(dtype)[6:]}-{'plain-' * plain}{'x'.join(map(str, size))}"
+        yield pytest.param(*case, marks=() if case in CHOSEN else pytest.mark.long, id=name)
+
+
+def make_arguments(B, H, W, heads, window, dtype):
+    C = heads * HEAD_DIM
+    qkv = torch.randn(B, H, W, 3 * C).to(dtype)
+    return qkv, torch.randn(3 * C), torch.randn((2 * window - 1) ** 2, heads)
+
+
+@pytest.mark.parametrize("architecture, dtype, plain, size", cases())
+def test_window_attention_runs(architecture, dtype, plain, size):
+    *shape, window, shift = size
+    arguments = make_arguments(*shape, window, dtype)
+    out = window_attention(*arguments, window, shift, architecture=architecture, plain=plain)
+    expected = reference.window_attention(*(v.double() for v in arguments), window, shift)
+    assert relative_error(out, expected) <= TOLERANCE[dtype]
+
+
+def test_any_schedule():
+    arguments = make_arguments(1, 5, 9, 1, 7, BFLOAT)
+    ours, theirs = (
+        window_attention(*arguments, 7, 3, architecture=80, seed=seed) for seed in (None, 1)
+    )
+    assert torch.equal(ours, theirs)

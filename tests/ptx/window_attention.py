@@ -1,0 +1,98 @@
+"""Launches the CUDA kernels of ``csrc/cuda/window_attention.cu`` on the machine, as ``launch``
+there does on a GPU: the one launcher that Python cannot call without one."""
+
+from __future__ import annotations
+
+import functools
+import struct
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.ptx import compiler
+from tests.ptx.counters import Counts
+from tests.ptx.machine import Program
+from tests.ptx.memory import GlobalMemory
+from tests.ptx.parser import Entry, parse
+
+HEAD_DIM = 32
+MANGLED = {
+    torch.float32: "If",
+    torch.float16: "I6__half",
+    torch.bfloat16: "I13__nv_bfloat16",
+}
+NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of csrc/params.h's Dtype
+
+
+@functools.cache
+def entries(architecture: int) -> dict[str, Entry]:
+    return parse(compiler.cuda("window_attention.cu", architecture))
+
+
+def program(architecture: int, dtype: torch.dtype, window: int, plain: bool) -> tuple[Program, int]:
+    """The kernel that is launched, and the threads of a block."""
+    if plain or dtype == torch.float32:
+        tokens = window * window
+        name, threads = f"plain_kernel{MANGLED[dtype]}E", -(-tokens // 32) * 32
+        dynamic = 2 * tokens * HEAD_DIM * 4
+    else:
+        side = 4 if window <= 4 else 8 if window <= 8 else 12
+        name, dynamic = f"tensor_core_kernel{MANGLED[dtype]}Li{side}E", 0
+        threads = 96 if side == 12 else 2 * side * side
+    (found,) = (entry for full, entry in entries(architecture).items() if name in full)
+    return Program(found, dynamic), threads
+
+
+def window_attention(
+    qkv: Tensor,  # [B, H, W, 3C]
+    qkv_bias: Tensor,  # [3C]
+    position_bias: Tensor,  # [(2w-1)², heads]
+    window: int,
+    shift: int,
+    *,
+    architecture: int,
+    plain: bool = False,
+    counts: Counts | None = None,
+    seed: int | None = None,
+) -> Tensor:
+    """As the op of this name; ``plain``: without tensor cores."""
+    B, H, W, C3 = qkv.shape
+    heads = position_bias.shape[1]
+    out = qkv.new_empty(B, H, W, C3 // 3)
+    memory = GlobalMemory()
+    pointers = [
+        memory.add(name, raw(tensor), initialised=name != "out", read_only=name != "out")
+        for name, tensor in (
+            ("qkv", qkv),
+            ("qkv_bias", qkv_bias),
+            ("position_bias", position_bias),
+            ("out", out),
+        )
+    ]
+    # WindowAttentionParams of csrc/params.h, then two WindowAxis of csrc/window_index.h.
+    params = struct.pack(
+        "<4Qi4x7q", *pointers, NUMBERS[qkv.dtype], B, H, W, heads, HEAD_DIM, window, shift
+    )
+    windows = -(-H // window), -(-W // window)
+    axes = (
+        struct.pack("<5q", size, window, shift, count, count * window)
+        for size, count in zip((H, W), windows, strict=True)
+    )
+    kernel, threads = program(architecture, qkv.dtype, window, plain)
+    kernel.launch(
+        memory,
+        (B * windows[0] * windows[1] * heads,),
+        threads,
+        [params, *axes],
+        counts=counts,
+        seed=seed,
+    )
+    written = memory.buffers[-1].initialised
+    assert written.all(), f"{(~written).sum()} bytes of out were not written"
+    return out
+
+
+def raw(tensor: Tensor) -> np.ndarray:
+    """The bytes of a tensor, not a copy."""
+    return tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
