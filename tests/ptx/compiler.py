@@ -32,6 +32,14 @@ class Compiled(NamedTuple):
     parameters: list[str]
     """The arguments that are handed over when it is launched."""
     ptx: str
+    shared: int
+    """Bytes of shared memory whose size the launch says."""
+
+
+def load(ptx: str, shared: int, threads: int, parameters: list[str]) -> Compiled:
+    """A module with one kernel."""
+    (entry,) = parse(ptx).values()
+    return Compiled(Program(entry, shared), threads, parameters, ptx, shared)
 
 
 class TritonCompiler:
@@ -63,9 +71,7 @@ class TritonCompiler:
             answer = self._process.stdout.readline()
             if not answer:
                 raise RuntimeError(f"the compiler gave up on {request}")
-            ptx, shared, threads, parameters = json.loads(answer)
-            (entry,) = parse(ptx).values()
-            self._known[request] = Compiled(Program(entry, shared), threads, parameters, ptx)
+            self._known[request] = load(*json.loads(answer))
         return self._known[request]
 
 

@@ -7,18 +7,20 @@
 Within the block every kernel of the package is compiled for the architecture, specialised as
 Triton's JIT would for these arguments, and executed on the tensors of a CPU: what is launched how
 is known to the launchers alone. Each storage has its own stretch of the address space, aligned as
-PyTorch allocates on a GPU, and a view begins where it does there. What a caller hands over is an
-input, which kernels must not write; what a launcher makes is uninitialised until something writes
-it, an operation of PyTorch or a kernel.
+PyTorch allocates on a GPU, and a view begins where it does there. What a launcher is handed is an
+input, which kernels must not write. What PyTorch allocates within the block is uninitialised until
+something writes it, an operation of PyTorch or a kernel.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import importlib
+import inspect
 import pkgutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
@@ -61,17 +63,24 @@ class Launch(NamedTuple):
 class _Storage:
     """A storage of PyTorch, and what is known of its bytes."""
 
-    def __init__(self, storage: torch.UntypedStorage, address: int, given: bool):
-        self.storage, self.address, self.given = storage, address, given
-        self.initialised = torch.full((storage.nbytes(),), given)
+    def __init__(self, storage: torch.UntypedStorage, address: int):
+        self.storage, self.address = storage, address
+        self.initialised = np.ones(storage.nbytes(), bool)
+        self.is_input = False
 
-    def bytes_of(self, tensor: Tensor) -> Tensor:
-        """Whether the bytes of a view are initialised, with its strides."""
+    @property
+    def data(self) -> np.ndarray:
+        """Its bytes, not a copy."""
+        pointer = (ctypes.c_uint8 * self.storage.nbytes()).from_address(self.storage.data_ptr())
+        return np.frombuffer(pointer, np.uint8)
+
+    def initialised_of(self, tensor: Tensor) -> np.ndarray:
+        """Of the bytes of a view, with its strides."""
         size = tensor.element_size()
-        return self.initialised.as_strided(
+        return np.lib.stride_tricks.as_strided(
+            self.initialised[tensor.storage_offset() * size :],
             (*tensor.shape, size),
             (*(stride * size for stride in tensor.stride()), 1),
-            tensor.storage_offset() * size,
         )
 
 
@@ -108,19 +117,41 @@ class Device:
         with contextlib.ExitStack() as stack:
             for module in kernel_modules():
                 for name, value in vars(module).copy().items():
-                    if name == "architecture_of":
-                        stack.enter_context(
-                            mock.patch.object(module, name, lambda device: self.architecture)
-                        )
-                    elif name in kernels() and value is kernels()[name][1]:
-                        launched = _Kernel(self, name)
-                        stack.enter_context(mock.patch.object(module, name, launched))
+                    if replacement := self._instead_of(module, name, value):
+                        stack.enter_context(mock.patch.object(module, name, replacement))
             stack.enter_context(_Watch(self))
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._stack.close()
+
+    def _instead_of(self, module: ModuleType, name: str, value: Any) -> Any:
+        """What a name of a module stands for within the block; None: what it always does."""
+        if name == "architecture_of":
+            return lambda device: self.architecture
+        if name in kernels():
+            return _Kernel(self, name)
+        if inspect.isfunction(value) and value.__module__ == module.__name__:
+            return None if name.startswith("_") else self._launcher(value)
+        return None
+
+    def _launcher(self, function: Callable) -> Callable:
+        """A function, with the tensors that it is handed as inputs while it runs."""
+
+        @functools.wraps(function)
+        def launcher(*arguments: Any, **named: Any) -> Any:
+            handed = [self.storage_of(tensor) for tensor in _tensors((arguments, named))]
+            new = [storage for storage in handed if not storage.is_input]
+            for storage in new:
+                storage.is_input = True
+            try:
+                return function(*arguments, **named)
+            finally:
+                for storage in new:
+                    storage.is_input = False
+
+        return launcher
 
     def launch(self, kernel: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
         self.launches.append(Launch(kernel, grid, arguments))
@@ -131,10 +162,10 @@ class Device:
             inside = slice(start - storage.address, end - storage.address)
             memory.add(
                 "/".join(names),
-                _raw(storage.storage)[inside],
+                storage.data[inside],
                 address=start,
-                initialised=storage.initialised.numpy()[inside],
-                read_only=storage.given,
+                initialised=storage.initialised[inside],
+                read_only=storage.is_input,
             )
         counts = self.counts.setdefault(kernel, Counts()) if self.counted else None
         self.run(self.launches[-1], memory, counts=counts)
@@ -175,12 +206,12 @@ class Device:
         offset = tensor.storage_offset() * tensor.element_size()
         return self.storage_of(tensor).address + offset
 
-    def storage_of(self, tensor: Tensor, given: bool = True) -> _Storage:
+    def storage_of(self, tensor: Tensor) -> _Storage:
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._storages:
             address = APART * (1 + len(self._storages))
-            self._storages[key] = _Storage(storage, address, given)
+            self._storages[key] = _Storage(storage, address)
         return self._storages[key]
 
     def _stretches(
@@ -230,22 +261,16 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), named=None):  # type: ignore
         named = named or {}
-        known = set(self._device._storages)
-        given = [v for v in _tensors((arguments, named)) if v.untyped_storage()._cdata not in known]
-        for tensor in given:  # seen for the first time: a caller's
-            self._device.storage_of(tensor)
         result = function(*arguments, **named)
         for tensor in _tensors(result):
-            if tensor.untyped_storage()._cdata not in self._device._storages:
-                storage = self._device.storage_of(tensor, given=False)
-                if "empty" not in function.name():
-                    storage.initialised.fill_(True)
+            if "empty" in function.name():
+                self._device.storage_of(tensor).initialised[:] = False
         schema = function._schema.arguments
         by_name = dict(zip((a.name for a in schema), arguments, strict=False)) | named
         for argument in schema:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in _tensors(by_name.get(argument.name)):
-                    self._device.storage_of(tensor).bytes_of(tensor).fill_(True)
+                    self._device.storage_of(tensor).initialised_of(tensor)[...] = True
         return result
 
 
@@ -257,8 +282,3 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-def _raw(storage: torch.UntypedStorage) -> np.ndarray:
-    """The bytes of a storage, not a copy."""
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()

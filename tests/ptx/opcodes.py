@@ -165,20 +165,18 @@ class Operands:
     ) -> Step:
         """Operand 0 = function(operands 1, …); the kinds of the sources, if not the
         instruction's."""
+        if not sources and len(self.kinds) > 1:
+            raise NotModelled(f"operands of several types: {self.where}")
         kinds = sources or [self.kind] * (len(self.texts) - 1)
         reads = [self.read(i + 1, kind) for i, kind in enumerate(kinds)]
         write = self.write(0, result)
-        if "ftz" in self.modifiers and result is None:
-            return lambda execution, active: write(
-                execution,
-                active,
-                floats.flushed(
-                    function(*(floats.flushed(read(execution, active)) for read in reads))
-                ),
-            )
-        return lambda execution, active: write(
-            execution, active, function(*(read(execution, active) for read in reads))
-        )
+        keep = floats.flushed if "ftz" in self.modifiers else lambda values: values
+
+        def step(execution: Execution, active: Active) -> None:
+            values = [keep(read(execution, active)) for read in reads]
+            write(execution, active, keep(function(*values)))
+
+        return step
 
 
 def _bits(kind: str) -> int:
@@ -276,7 +274,7 @@ def _cvta(o: Operands) -> Step:
 _TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
-@opcode("cvt", modifiers="rn rz rzi rni rmi rpi sat ftz")
+@opcode("cvt", modifiers="rn rz rzi rni rmi rpi sat")
 def _cvt(o: Operands) -> Step:
     to, source = o.kinds[0], o.kinds[-1]
     if to.endswith("x2"):  # of two floats, the first in the high half
@@ -328,12 +326,23 @@ def _wider(kind: str) -> str:
 
 @opcode("add", modifiers="rn ftz")
 def _add(o: Operands) -> Step:
-    return o.elementwise(np.add)
+    return _sum(o, np.add)
 
 
 @opcode("sub", modifiers="rn ftz")
 def _sub(o: Operands) -> Step:
-    return o.elementwise(np.subtract)
+    return _sum(o, np.subtract)
+
+
+def _sum(o: Operands, function: np.ufunc) -> Step:
+    if _is_mixed(o):
+        return o.elementwise(function, o.kind, "f32", result="f32")
+    return o.elementwise(function)
+
+
+def _is_mixed(o: Operands) -> bool:
+    """Whether 16-bit factors or terms are combined with float32, as from sm_100 on."""
+    return len(o.kinds) == 2 and o.kinds[0] == "f32" and o.kind in ("f16", "bf16")
 
 
 @opcode("mul", modifiers="rn ftz lo hi wide")
@@ -367,6 +376,8 @@ def _fma(o: Operands) -> Step:
     if "rm" not in o.modifiers:
         if o.kind == "f64":
             raise NotModelled(o.where)
+        if _is_mixed(o):
+            return o.elementwise(floats.fused, o.kind, o.kind, "f32", result="f32")
         return o.elementwise(floats.fused)
     if o.kind != "f32":
         raise NotModelled(o.where)
@@ -421,17 +432,24 @@ for _name, _function in {
     opcode(_name, modifiers="rn approx ftz")(_special(_function))
 
 
-@opcode("max", modifiers="ftz NaN")
+@opcode("max", modifiers="ftz NaN relu")
 def _max(o: Operands) -> Step:
-    """Of a number and what is none, the number, or with NaN the latter."""
-    keeps = o.kind not in FORMATS or "NaN" in o.modifiers
-    return o.elementwise(np.maximum if keeps else np.fmax)
+    return _extreme(o, np.maximum, np.fmax)
 
 
-@opcode("min", modifiers="ftz NaN")
+@opcode("min", modifiers="ftz NaN relu")
 def _min(o: Operands) -> Step:
-    keeps = o.kind not in FORMATS or "NaN" in o.modifiers
-    return o.elementwise(np.minimum if keeps else np.fmin)
+    return _extreme(o, np.minimum, np.fmin)
+
+
+def _extreme(o: Operands, of_numbers: np.ufunc, of_any: np.ufunc) -> Step:
+    """Of a number and what is none, the number, or with NaN the latter; with relu, at least 0."""
+    function = of_numbers if o.kind not in FORMATS or "NaN" in o.modifiers else of_any
+    if "relu" not in o.modifiers:
+        return o.elementwise(function)
+    if o.kind in FORMATS:
+        raise NotModelled(o.where)
+    return o.elementwise(lambda x, y: np.maximum(function(x, y), x.dtype.type(0)))
 
 
 @opcode("abs", modifiers="ftz")

@@ -25,7 +25,6 @@ def on_a_cpu(monkeypatch):
 
 def cases(chosen, *axes):
     """The chosen cases, and all others of sm × dtype × axes for those who have the time."""
-    chosen = list(chosen)
     for case in itertools.product(ARCHITECTURES, DTYPES, *axes):
         if case[:2] == (75, BFLOAT):
             continue  # it has none
@@ -50,7 +49,7 @@ EPILOGUES = (
 )
 
 
-@pytest.mark.parametrize("architecture, dtype, tap, taps", cases(EPILOGUES, TAPPED, TAPS))
+@pytest.mark.parametrize("architecture, dtype, tap, taps", list(cases(EPILOGUES, TAPPED, TAPS)))
 def test_sublayer_epilogue_runs(device, architecture, dtype, tap, taps):
     with device(architecture):
         arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), 42, 5, dtype)
@@ -67,7 +66,7 @@ ADAPTERS = (
 )
 
 
-@pytest.mark.parametrize("architecture, dtype, form", cases(ADAPTERS, test_adapters.FORMS))
+@pytest.mark.parametrize("architecture, dtype, form", list(cases(ADAPTERS, test_adapters.FORMS)))
 def test_adapters_run(device, architecture, dtype, form):
     """Forward and backward."""
     with device(architecture):
@@ -84,7 +83,7 @@ GRADIENTS = (
 )
 
 
-@pytest.mark.parametrize("architecture, dtype, taps", cases(GRADIENTS, LARGEST))
+@pytest.mark.parametrize("architecture, dtype, taps", list(cases(GRADIENTS, LARGEST)))
 def test_tap_gradient_runs(device, architecture, dtype, taps):
     with device(architecture):
         test_tap_gradient.check(2, 45, 37, 5, dtype, taps)

@@ -51,7 +51,7 @@ def make_arguments(B, H, W, heads, window, dtype):
     return qkv, torch.randn(3 * C), torch.randn((2 * window - 1) ** 2, heads)
 
 
-@pytest.mark.parametrize("architecture, dtype, plain, size", cases())
+@pytest.mark.parametrize("architecture, dtype, plain, size", list(cases()))
 def test_window_attention_runs(architecture, dtype, plain, size):
     *shape, window, shift = size
     arguments = make_arguments(*shape, window, dtype)
