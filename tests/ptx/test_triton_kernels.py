@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed: its kernels are n
 from e3va.config import TAPPED
 from e3va.ops.taps import LARGEST, TAPS
 from tests.kernels import test_adapters, test_sublayer_epilogue, test_tap_gradient
+from tests.oracles import UGLY_MAPS
+from tests.ptx.memory import Race
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -87,3 +89,90 @@ GRADIENTS = (
 def test_tap_gradient_runs(device, architecture, dtype, taps):
     with device(architecture):
         test_tap_gradient.check(2, 45, 37, 5, dtype, taps)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_any_schedule(device, seed):
+    """Whichever warps run first."""
+    with device(80, seed=seed):
+        arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), 42, 5, BFLOAT)
+        test_sublayer_epilogue.check(arguments, "norm", "int4")
+        test_adapters.check((1, 3, 7), 1, 5, 12, BFLOAT, 3, "carry", again=0)
+        test_tap_gradient.check(1, 45, 37, 5, BFLOAT, "int4")
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+@pytest.mark.parametrize("offset", [0, 1])
+def test_any_specialisation(device, tokens, offset):
+    """Of arguments that are 1 or divisible by 16, and of tensors that are not aligned, or lie as a
+    GPU allocates them: what Triton's JIT makes a kernel of its own for."""
+
+    def moved(tensor):
+        room = tensor.new_empty(tensor.numel() + offset)
+        room[offset:] = tensor.flatten()
+        return room[offset:].view(tensor.shape)
+
+    with device(80):
+        arguments = test_sublayer_epilogue.make_arguments((1, tokens, 1), 64, 4, BFLOAT)
+        moved_arguments = [moved(v) if torch.is_tensor(v) else v for v in arguments]
+        test_sublayer_epilogue.check(moved_arguments, "output", "int8")
+        shape = 1, tokens, 1
+        test_adapters.check(shape, 1, 16, 32, BFLOAT, 3, "carry", again=0, spoil=moved)
+        test_tap_gradient.check(1, tokens, 64, 16, BFLOAT, "int8", moved)
+
+
+def test_the_jit_specialises(device):
+    """It takes another kernel for tensors that are not aligned."""
+    loads = []
+    for offset in (0, 1):
+        with device(80, counted=True) as gpu:
+            arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), 64, 4, BFLOAT)
+            x = torch.zeros(1 + arguments[0].numel(), dtype=BFLOAT)[offset:][: 21 * 64]
+            x.copy_(arguments[0].flatten())
+            x = x.view(1, 3, 7, 64)
+            test_sublayer_epilogue.check((x, *arguments[1:]), "output", "full")
+        loads.append(gpu.counts["sublayer_epilogue_kernel"].loads["x_ptr"].requests)
+    assert loads[1] >= 4 * loads[0]
+
+
+@pytest.mark.xfail(
+    raises=Race,
+    strict=True,
+    reason="where C is odd, lanes hold different roundings of a row's sum of squares, and all of "
+    "them write theirs to one place of shared memory: which one counts is for the GPU to say",
+)
+def test_odd_width(device):
+    with device(80):
+        arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), 37, 5, BFLOAT)
+        test_sublayer_epilogue.check(arguments, "output", "full")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*UGLY_MAPS, (1, 9, 15)], ids=str)
+def test_any_map(device, architecture, dtype, shape):
+    if (architecture, dtype) == (75, BFLOAT):
+        pytest.skip("sm_75 has no bfloat16")
+    with device(architecture):
+        for tap, taps in itertools.product(TAPPED, ("full", "int4")):
+            arguments = test_sublayer_epilogue.make_arguments(shape, 24, 5, dtype)
+            test_sublayer_epilogue.check(arguments, tap, taps)
+        for form in test_adapters.FORMS:
+            test_adapters.check(shape, 2, 5, 12, dtype, *form, again=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels, rank", [(96, 16), (128, 4), (256, 64), (768, 16), (1536, 16)])
+def test_published_widths(device, architecture, dtype, channels, rank):
+    if (architecture, dtype) == (75, BFLOAT):
+        pytest.skip("sm_75 has no bfloat16")
+    with device(architecture):
+        for tap, taps in itertools.product(TAPPED, TAPS):
+            arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), channels, rank, dtype)
+            test_sublayer_epilogue.check(arguments, tap, taps)
+        test_adapters.check((1, 5, 9), 2, rank, channels // 2, dtype, 3, "carry", again=0)
+        for taps in LARGEST:
+            test_tap_gradient.check(1, 150, channels, rank, dtype, taps)
