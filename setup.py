@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent
 TORCH = "torch>=2.11"
 TORCH_TARGET_VERSION = "0x020b000000000000"  # the stable ABI of 2.11 and later
 GPU_ARCHITECTURES = (75, 80, 90, 100, 120)  # 80 runs on 86 and 89 too
+PTX_ARCHITECTURE = 80  # the least that has every dtype: all other GPUs compile it when they run
 COMMON_SOURCES = (
     "csrc/library.cpp",
     "csrc/cpu/adapters.cpp",
@@ -111,7 +112,7 @@ def gpu_architectures(nvcc: str) -> list[str]:
         return wanted
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = [a for a in GPU_ARCHITECTURES if f"compute_{a}" in listed.stdout.split()]
-    return [*(f"sm_{a}" for a in known), f"compute_{known[-1]}"]
+    return [*(f"sm_{a}" for a in known), f"compute_{PTX_ARCHITECTURE}"]
 
 
 def ninja_file(

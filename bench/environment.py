@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import platform
-import re
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from e3va.ops.trial import driver
+
 RESULTS = Path(__file__).parent / "results"
-DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def environment() -> dict[str, object]:
@@ -28,21 +28,13 @@ def environment() -> dict[str, object]:
         "device": torch.cuda.get_device_name() if cuda else _processor(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "driver": _driver() if cuda else None,
+        "driver": driver() if cuda else None,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
     }
-
-
-def _driver() -> str:
-    """As "NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul …" names it."""
-    found = re.search(
-        r"Kernel Module.*?  (\d[\d.]+)", DRIVER.read_text() if DRIVER.exists() else ""
-    )
-    return found[1] if found else "unknown"
 
 
 def _version(package: str) -> str | None:

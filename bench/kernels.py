@@ -451,7 +451,8 @@ def _where(result: dict[str, Any]) -> str:
     return f"{stage}batch {result['batch']}"
 
 
-def main(arguments: list[str] | None = None) -> dict[str, Any]:
+def main(arguments: list[str] | None = None, **more: Any) -> dict[str, Any]:
+    """``more``: what else the report is to hold."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), help="these only")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
@@ -466,7 +467,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         todo = [c._replace(variant="swin_t", batch=1, image=(224, 256)) for c in todo]
     bandwidth = copy_bandwidth(device) if device == "cuda" else math.nan
     results: list[dict[str, Any]] = []
-    report: dict[str, Any] = {"environment": environment(), "ratios": {}, "cases": results}
+    report = {"environment": environment(), "ratios": {}, "cases": results, **more}
     for case in tqdm(todo, unit="case"):
         torch.manual_seed(0)
         torch.compiler.reset()

@@ -12,7 +12,7 @@ import torch
 
 import e3va
 from e3va import native
-from e3va.ops import dispatch
+from e3va.ops import dispatch, trial
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,6 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "info", help="what was built, and which backend each op uses here and why"
     )
     info.set_defaults(run=lambda options: print(describe()))
+    selftest = commands.add_parser(
+        "selftest", help="try every kernel here: is it right, and faster than PyTorch?"
+    )
+    devices = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    selftest.add_argument("--device", choices=devices, default=devices[0])
+    selftest.set_defaults(run=_selftest)
     convert = commands.add_parser(
         "convert", help="a trunk's weights, of any format that is known, as one of ours"
     )
@@ -50,8 +56,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE")
         )
     options = parser.parse_args(arguments)
-    options.run(options)
-    return 0
+    return options.run(options) or 0
+
+
+def _selftest(options: argparse.Namespace) -> int:
+    print(describe(), end="\n\n")
+    device, wrong, tried = torch.device(options.device), 0, 0
+    for op, backend, dtype, variant, verdict in trial.selftest(device):
+        word = "ok" if verdict.right else "WRONG"
+        line = f"{word:6}{op:19}{backend:8}{dtype:9}{verdict.describe()}"
+        print(f"{line} ({trial.describe(variant)})", flush=True)
+        wrong, tried = wrong + (not verdict.right), tried + 1
+    print(f"{tried - wrong} of {tried} kernels are right on {device.type}")
+    return 1 if wrong else 0
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -103,6 +120,8 @@ def describe() -> str:
         for dtype in (torch.float32, torch.bfloat16):
             lines += ["", f"{device}, {str(dtype).removeprefix('torch.')}"]
             lines += [f"  {op:<24}{_choice(op, device, dtype)}" for op in dispatch.operators()]
+        tried = trial.verdicts(torch.device(device)) if device in dispatch.TRIED_ON else {}
+        lines += [f"  {name}: {verdict.describe()}" for name, verdict in sorted(tried.items())]
     return "\n".join(lines)
 
 

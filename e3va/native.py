@@ -18,9 +18,11 @@ from torch import Tensor
 from e3va.ops import dispatch
 from e3va.ops.sublayer_epilogue import returns_norm
 from e3va.ops.taps import TAPS, stored_channels, stored_dtype
+from e3va.ops.variants import WindowAttention
 
 _FOLDER = Path(__file__).parent
 _PARTS = {"cpu": "C++", "cuda": "CUDA"}
+HEAD_DIM, LARGEST_WINDOW = 32, 12  # of csrc/cuda/window_attention.cu
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -78,9 +80,33 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     reason = why_not(device, dtype)
-    if reason is None and device.type == "cuda" and not dispatch.requested_backends():
-        return "its CUDA kernel runs only when asked for, so far"
+    if reason is None and device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if not any(_runs(code, 10 * major + minor) for code in build_info().architectures):
+            return (
+                f"it has no code for sm_{major}{minor}: build it with TORCH_CUDA_ARCH_LIST="
+                f"{major}.{minor}"
+            )
     return reason
+
+
+def _runs(code: str, architecture: int) -> bool:
+    """Whether a GPU, 89 for sm_89, runs machine code ("sm_80") or PTX ("compute_80")."""
+    kind, _, number = code.partition("_")
+    if not number.isdecimal():
+        return False
+    made_for = int(number)
+    if kind == "sm":
+        return made_for // 10 == architecture // 10 and made_for <= architecture
+    return kind == "compute" and made_for <= architecture
+
+
+def _window_attention_cannot(device: torch.device, variant: WindowAttention) -> str | None:
+    if device.type == "cuda" and variant.head_dim != HEAD_DIM:
+        return f"its CUDA kernel has heads of {HEAD_DIM} channels, not of {variant.head_dim}"
+    if device.type == "cuda" and variant.window > LARGEST_WINDOW:
+        return f"its CUDA kernel has windows up to {LARGEST_WINDOW}, not of {variant.window} tokens"
+    return None
 
 
 def _cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -168,7 +194,9 @@ def tap_gradient(
     )
 
 
-@dispatch.register("window_attention", "native", why_not=_window_attention_why_not)
+@dispatch.register(
+    "window_attention", "native", _window_attention_why_not, _window_attention_cannot
+)
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
     qkv_bias: Tensor,  # [3C]

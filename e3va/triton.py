@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +10,10 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch
+from e3va.ops.variants import Variant
+
+LARGEST_RANK = 128
+"""What fits into every GPU's shared memory."""
 
 
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -21,19 +24,20 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
         return "triton is not installed: pip install triton"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"there are no Triton kernels for {str(dtype).removeprefix('torch.')}"
-    if dtype == torch.bfloat16 and _capability(device) < (8, 0):
+    if dtype == torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
         return "this GPU has no bfloat16 arithmetic, which begins with sm_80"
-    if not dispatch.requested_backends():
-        return "its Triton kernel runs only when asked for, so far"
     return None
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+def cannot(device: torch.device, variant: Variant) -> str | None:
+    """None where they compute a variant of an op, else the reason."""
+    rank = getattr(variant, "rank", 0)
+    if rank > LARGEST_RANK:
+        return f"its Triton kernel has ranks up to {LARGEST_RANK}, not of {rank}"
+    return None
 
 
-@dispatch.register("sublayer_epilogue", "triton", why_not=why_not)
+@dispatch.register("sublayer_epilogue", "triton", why_not, cannot)
 def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
@@ -41,7 +45,7 @@ def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return sublayer_epilogue(x, *arguments)
 
 
-@dispatch.register("adapters", "triton", why_not=why_not)
+@dispatch.register("adapters", "triton", why_not, cannot)
 def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     from e3va.kernels.adapters import adapters
 
@@ -49,7 +53,7 @@ def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return adapters(t, *arguments)
 
 
-@dispatch.register("adapters_backward", "triton", why_not=why_not)
+@dispatch.register("adapters_backward", "triton", why_not, cannot)
 def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.adapters import adapters_backward
 
@@ -57,7 +61,7 @@ def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return adapters_backward(dS, *arguments)
 
 
-@dispatch.register("tap_gradient", "triton", why_not=why_not)
+@dispatch.register("tap_gradient", "triton", why_not, cannot)
 def tap_gradient(
     tap: Sequence[Tensor], scale: Sequence[Tensor], taps: str, dt: Tensor, channels: int
 ) -> Tensor:

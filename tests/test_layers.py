@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
     "config": set(),
     "files": set(),
-    "ops": {"config", "native", "kernels"},
+    "ops": {"config", "files", "native", "kernels"},
     "trunk": {"config", "ops"},
     "highway": {"config", "ops"},
     "peers": {"config", "trunk"},

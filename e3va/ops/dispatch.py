@@ -2,13 +2,15 @@
 
 ``reference`` is PyTorch, ``native`` the compiled C++/CUDA extension, ``triton`` the kernels in
 ``kernels/``. ``auto`` (the default) takes the first backend of an op's own preference order that
-can run here. The choice is made by ``with e3va.backend(name):`` or by the environment variable
-``E3VA_BACKEND``, each a name or several, most wanted first: ``triton,native``. Where none that was
-asked for can run an op, it raises; ``auto`` never does.
+can run here; on a GPU only if it is right and faster than the reference there, which a trial at its
+first use shows, see :mod:`e3va.ops.trial`. The choice is made by ``with e3va.backend(name):`` or by
+the environment variable ``E3VA_BACKEND``, each a name or several, most wanted first:
+``triton,native``. Where none that was asked for can run an op, it raises; ``auto`` never does.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +18,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from e3va.ops.variants import VARIANTS
+
 BACKENDS = ("reference", "native", "triton")
 ENVIRONMENT_VARIABLE = "E3VA_BACKEND"
+TRIED_ON = {"cuda"}
+"""Types of devices on which "auto" tries a kernel before it takes it: they differ too much."""
 
 # A process-wide value, not a ContextVar: autograd runs backward in threads of its own.
 _requested: tuple[str, ...] | None = None
@@ -26,9 +32,11 @@ _requested: tuple[str, ...] | None = None
 class _Backend(NamedTuple):
     run: Callable[..., Any]
     why_not: Callable[[torch.device, torch.dtype], str | None]
+    cannot: Callable[..., str | None]
 
 
 _ops: dict[str, dict[str, _Backend]] = {}
+_chosen: dict[tuple[Any, ...], str] = {}
 
 
 class Choice(NamedTuple):
@@ -42,12 +50,18 @@ def register(
     op: str,
     backend: str,
     why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None,
+    cannot: Callable[..., str | None] = lambda device, variant: None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Attach a function to ``op`` as its ``backend``. Backends are preferred in the reverse order
-    of registration. ``why_not(device, dtype)`` is None where it can run, else the reason."""
+    of registration.
+
+    Args:
+        why_not: of a device and a dtype: None where the backend can run, else the reason.
+        cannot: of a device and a variant of the op, see :mod:`e3va.ops.variants`: the same.
+    """
 
     def attach(run: Callable[..., Any]) -> Callable[..., Any]:
-        _ops.setdefault(op, {})[backend] = _Backend(run, why_not)
+        _ops.setdefault(op, {})[backend] = _Backend(run, why_not, cannot)
         return run
 
     return attach
@@ -86,38 +100,91 @@ def operators() -> tuple[str, ...]:
     return tuple(_ops)
 
 
-def explain(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
+def candidates(op: str) -> tuple[str, ...]:
+    """Backends that ``op`` has, most preferred first."""
+    return tuple(reversed(_ops[op]))
+
+
+def implementation(op: str, backend: str) -> Callable[..., Any]:
+    """What was registered as ``backend`` of ``op``."""
+    return _ops[op][backend].run
+
+
+def why_not(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, variant: Any = None
+) -> str | None:
+    """None where ``backend`` can run ``op``, else the reason."""
+    reason = _ops[op][backend].why_not(device, dtype)
+    if reason is None and variant is not None:
+        reason = _ops[op][backend].cannot(device, variant)
+    return reason
+
+
+def explain(
+    op: str, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...] | None = None
+) -> Choice:
     """Which backend ``op`` uses for tensors of ``device`` and ``dtype``, and why.
+
+    Args:
+        arguments: of the op, with which it is tried where "auto" has to; default: it is told what
+            is known without them.
 
     Raises:
         RuntimeError: backends were asked for by name and none can run; says why not.
     """
-    candidates = _ops[op]
     wanted = requested_backends()
+    variant = None if arguments is None else VARIANTS[op].of(*arguments)
     passed_over: list[str] = []
-    for name in wanted or tuple(reversed(candidates)):
-        if name not in candidates:
-            passed_over.append(f"not {name}: {op} has only {', '.join(candidates)}")
+    for name in wanted or candidates(op):
+        if name not in _ops[op]:
+            passed_over.append(f"not {name}: {op} has only {', '.join(_ops[op])}")
             continue
-        why_not = candidates[name].why_not(device, dtype)
-        if why_not is None:
-            if wanted:
-                return Choice(name, "asked for by name")
+        reason = why_not(op, name, device, dtype, variant)
+        if reason is None and wanted:
+            return Choice(name, "asked for by name")
+        if reason is None and device.type in TRIED_ON and name != "reference":
+            if arguments is None:
+                return Choice(name, "if it is right and faster, which its first use will show")
+            from e3va.ops import trial
+
+            verdict = trial.verdict(op, name, device, dtype, arguments)
+            if verdict.passed:
+                return Choice(name, verdict.describe())
+            reason = verdict.describe()
+        if reason is None:
             return Choice(name, "; ".join(passed_over) or "the fastest there is")
-        passed_over.append(f"not {name}: {why_not}")
+        passed_over.append(f"not {name}: {reason}")
     raise RuntimeError(
         f"backend {','.join(wanted)!r} was asked for, but cannot run {op} here: "
         + "; ".join(passed_over)
     )
 
 
-def run(op: str, like: torch.Tensor, *args: Any) -> Any:
+def run(op: str, like: torch.Tensor, *arguments: Any) -> Any:
     """Run ``op`` on the backend chosen for ``like``'s device and dtype, autocast or not."""
-    chosen = _ops[op][explain(op, like.device, like.dtype).backend]
+    key = op, like.device, like.dtype, requested_backends(), VARIANTS[op].of(*arguments)
+    name = _chosen.get(key)
+    if name is None:
+        name = explain(op, like.device, like.dtype, arguments).backend
+        if not _capturing(like.device):  # nothing can be tried then
+            _chosen[key] = name
+    run = _ops[op][name].run
+    if not torch.is_autocast_enabled(like.device.type):
+        return run(*arguments)
     with torch.autocast(like.device.type, enabled=False):
-        return chosen.run(*args)
+        return run(*arguments)
 
 
+def forget() -> None:
+    """Choose anew, op by op, as in a new process."""
+    _chosen.clear()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
 def _parse(names: str, source: str) -> tuple[str, ...]:
     if names == "auto":
         return ()

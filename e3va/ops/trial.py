@@ -1,0 +1,383 @@
+"""Is a kernel right on this GPU, and faster than PyTorch? It is run there and compared, once.
+
+Right means: on small maps that no tile divides it is as close to float64 as PyTorch in the same
+dtype is, or within some roundings of it. Faster is told at the shape at hand. Verdicts are kept in
+a file for each GPU, driver, version of PyTorch and Triton, and state of our kernels, in
+``$XDG_CACHE_HOME/e3va`` (default ``~/.cache/e3va``); a lock makes processes that start together,
+those of one training above all, agree.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from e3va.files import write_json
+from e3va.ops import dispatch
+from e3va.ops.variants import VARIANTS, Draw, Variant, compared, examples
+
+MAPS = ((2, 13, 21), (1, 1, 1))
+"""(B, H, W) of the maps that show whether a kernel is right."""
+
+STAGE = (1, 50, 84)
+"""That of the third stage of a Swin, whose patches have 4 pixels a side, of an image 800×1344."""
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+"""Relative error (norm over norm) allowed against float64: some 4 units of the dtype's rounding."""
+
+WORST = 8.0
+"""How many times that a single value may be off, relative to itself and to the typical one."""
+
+RUNS = 9
+WAIT = 60.0
+"""Seconds that another process is waited for."""
+
+DRIVER = Path("/proc/driver/nvidia/version")
+
+
+class Verdict(NamedTuple):
+    """Of one trial.
+
+    Attributes:
+        error: the largest relative error (norm over norm) of a result against float64; None: it
+            gave none.
+        right: whether every result is as it should be.
+        seconds: of a run at the shape at hand; None: it was not timed.
+        reference_seconds: of the reference's; None: it was not timed, or ran out of memory.
+        failure: what was raised; None: nothing.
+    """
+
+    error: float | None = None
+    right: bool = False
+    seconds: float | None = None
+    reference_seconds: float | None = None
+    failure: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        """Right, and the faster one."""
+        if not self.right or self.seconds is None:
+            return False
+        return self.reference_seconds is None or self.seconds < self.reference_seconds
+
+    def describe(self) -> str:
+        """The verdict in words."""
+        if self.failure:
+            return self.failure
+        if not self.right:
+            return f"its results are wrong here, by {self.error:.1e}"
+        if self.seconds is None:
+            return f"right, to {self.error:.1e}"
+        if self.reference_seconds is None:
+            return f"right, to {self.error:.1e}, where the reference runs out of memory"
+        ratio = self.reference_seconds / self.seconds
+        return f"right, to {self.error:.1e}, and {ratio:.2g} times as fast as the reference"
+
+
+def verdict(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...]
+) -> Verdict:
+    """What a trial of ``backend`` showed on this device, for the variant of ``arguments``; it is
+    made now if it never was."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return Verdict(failure="not tried before a CUDA graph was captured")
+    variant = VARIANTS[op].of(*arguments)
+    name = _name(op, backend, dtype, variant)
+    with _kept(device) as verdicts:
+        if name not in verdicts:
+            verdicts[name] = _try(op, backend, device, dtype, variant, arguments)
+            _warn(op, backend, device, dtype, verdicts[name])
+        return verdicts[name]
+
+
+def verdicts(device: torch.device) -> dict[str, Verdict]:
+    """All that is known of ``device``: "op backend dtype variant" → verdict."""
+    return _read(_path(device)) | _memory.get(_path(device), {})
+
+
+def check(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, variant: Variant
+) -> Verdict:
+    """Whether ``backend`` computes a variant of an op rightly here; it is not timed.
+
+    Raises:
+        Exception: whatever the backend raises.
+    """
+    run = dispatch.implementation(op, backend)
+    reference = dispatch.implementation(op, "reference")
+    largest, right = 0.0, True
+    for size in MAPS:
+        arguments = variant.arguments(Draw(dtype), *size)
+        here = _map(arguments, lambda value: value.to(device))
+        exact = _map(reference(*_map(here, _double)), Tensor.cpu)
+        ours = _errors(variant, arguments, run(*here), exact)
+        theirs = _errors(variant, arguments, reference(*here), exact)
+        for (norm, worst), (norm_too, worst_too) in zip(ours, theirs, strict=True):
+            largest = max(largest, norm) if norm == norm else norm
+            allowed = TOLERANCE[dtype]
+            # Not "greater": NaN is wrong, too.
+            right &= norm <= max(allowed, 2 * norm_too)
+            right &= worst <= max(WORST * allowed, 2 * worst_too)
+    return Verdict(error=largest, right=right)
+
+
+class Trial(NamedTuple):
+    """One of :func:`selftest`."""
+
+    op: str
+    backend: str
+    dtype: str
+    variant: Variant
+    verdict: Verdict
+
+
+def selftest(device: torch.device) -> Iterator[Trial]:
+    """Try every kernel that ``device`` can run, in every dtype, on examples of what Swin needs; on
+    a GPU they are timed, too. Nothing is kept, and nothing that was kept is looked at."""
+    for dtype in TOLERANCE:
+        for op, variant in examples():
+            for backend in dispatch.candidates(op):
+                if backend == "reference" or dispatch.why_not(op, backend, device, dtype, variant):
+                    continue
+                timed = None
+                if device.type == "cuda":
+                    timed = variant.arguments(Draw(dtype), *STAGE)
+                    timed = _map(timed, lambda value: value.to(device))
+                found = _try(op, backend, device, dtype, variant, timed)
+                yield Trial(op, backend, str(dtype).removeprefix("torch."), variant, found)
+
+
+def driver() -> str:
+    """The GPU driver's version, as "NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul …" names
+    it."""
+    text = DRIVER.read_text() if DRIVER.exists() else ""
+    found = re.search(r"Kernel Module.*?  (\d[\d.]+)", text)
+    return found[1] if found else "unknown"
+
+
+@torch.no_grad()
+def _try(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    variant: Variant,
+    timed: tuple[Any, ...] | None,
+) -> Verdict:
+    """``timed``: arguments to measure it with, if it is right."""
+    with torch.autocast(device.type, enabled=False):
+        try:
+            found = check(op, backend, device, dtype, variant)
+            if found.right and timed is not None:
+                ours, theirs = _times(op, backend, device, timed)
+                found = found._replace(seconds=ours, reference_seconds=theirs)
+        except Exception as error:  # whatever a kernel dies of, PyTorch's own may be used
+            found = Verdict(failure=f"it fails here with {type(error).__name__}: {error}")
+    return found
+
+
+def _warn(op: str, backend: str, device: torch.device, dtype: torch.dtype, found: Verdict) -> None:
+    if not found.right:
+        warnings.warn(
+            f"the {backend} kernel of {op} is not used on {_device_name(device)} in {dtype}: "
+            f"{found.describe()}. PyTorch's own operators are used instead. Please report it "
+            "together with what `e3va selftest` prints.",
+            stacklevel=2,
+        )
+
+
+def _errors(
+    variant: Variant, arguments: tuple[Any, ...], found: Any, exact: Any
+) -> list[tuple[float, float]]:
+    """Of each result: the relative error, and the worst of a single value."""
+    errors = []
+    for value, expected in compared(variant, arguments, found, exact):
+        value, expected = value.double(), expected.double()
+        if value.shape != expected.shape:
+            errors.append((float("inf"), float("inf")))
+        elif value.numel():
+            off = (value - expected).abs()
+            typical = expected.square().mean().sqrt().clamp_min(1e-30)
+            worst = (off / (expected.abs() + typical)).max()
+            errors.append(((off.square().mean().sqrt() / typical).item(), worst.item()))
+    return errors
+
+
+def _times(
+    op: str, backend: str, device: torch.device, arguments: tuple[Any, ...]
+) -> tuple[float | None, float | None]:
+    """Median seconds of ours and of the reference, interleaved; None: it ran out of memory."""
+    runs = {name: dispatch.implementation(op, name) for name in (backend, "reference")}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for i in range(RUNS + 2):
+        for name, run in list(runs.items()):
+            try:
+                once = _seconds(run, device, arguments)
+            except torch.OutOfMemoryError:
+                if name == backend:
+                    raise
+                del runs[name], seconds[name]
+                torch.cuda.empty_cache()
+                continue
+            if i > 1:  # the first ones compile and choose
+                seconds[name].append(once)
+    ours, theirs = (
+        statistics.median(seconds[name]) if name in seconds else None
+        for name in (backend, "reference")
+    )
+    return ours, theirs
+
+
+def _seconds(run: Callable[..., Any], device: torch.device, arguments: tuple[Any, ...]) -> float:
+    if device.type != "cuda":
+        begin = time.perf_counter()
+        run(*arguments)
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    run(*arguments)
+    events[1].record()
+    events[1].synchronize()
+    return events[0].elapsed_time(events[1]) / 1e3
+
+
+# Verdicts that are kept ---------------------------------------------------------------------------
+
+_memory: dict[Path, dict[str, Verdict]] = {}
+"""Of this process, also where no file can be written."""
+
+
+@contextmanager
+def _kept(device: torch.device) -> Iterator[dict[str, Verdict]]:
+    """The verdicts on a device, to be added to, while no other process does."""
+    path = _path(device)
+    known = _memory.setdefault(path, {})
+    lock = FileLock(path.with_suffix(".lock"), timeout=WAIT)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except (OSError, NotImplementedError, Timeout) as error:
+        _cannot_be_kept(path, str(error))
+        yield known
+        return
+    try:
+        known |= _read(path)
+        before = len(known)
+        yield known
+        if len(known) > before:
+            values = {name: found._asdict() for name, found in known.items()}
+            write_json(path, {**_identity(device), "verdicts": values})
+    except OSError as error:
+        _cannot_be_kept(path, str(error))
+    finally:
+        lock.release()
+
+
+def _read(path: Path) -> dict[str, Verdict]:
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text())["verdicts"]
+        return {str(name): _parsed(fields) for name, fields in found.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        warnings.warn(f"{path} holds no verdicts, they are made anew: {error!r}", stacklevel=2)
+        return {}
+
+
+def _parsed(fields: dict[str, Any]) -> Verdict:
+    found = Verdict(**fields)
+    numbers = (found.error, found.seconds, found.reference_seconds)
+    if type(found.right) is not bool or not all(
+        number is None or type(number) is float for number in numbers
+    ):
+        raise TypeError(f"no verdict: {fields}")
+    return found
+
+
+@functools.cache
+def _cannot_be_kept(path: Path, why: str) -> None:
+    warnings.warn(
+        f"what trials of kernels show cannot be kept in {path}: {why}. Each process makes them "
+        "anew; XDG_CACHE_HOME names another folder.",
+        stacklevel=2,
+    )
+
+
+def _name(op: str, backend: str, dtype: torch.dtype, variant: Variant) -> str:
+    return f"{op} {backend} {str(dtype).removeprefix('torch.')} {describe(variant)}"
+
+
+def describe(variant: Variant) -> str:
+    """As "channels=96, affine=True, …"."""
+    return ", ".join(f"{key}={value}" for key, value in variant._asdict().items())
+
+
+def _path(device: torch.device) -> Path:
+    digest = hashlib.sha256(json.dumps(_identity(device)).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "e3va" / f"verdicts-{digest}.json"
+
+
+@functools.cache
+def _identity(device: torch.device) -> dict[str, str]:
+    """All that a verdict holds for."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "device": _device_name(device),
+        "driver": driver(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "kernels": _kernels(),
+    }
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def _kernels() -> str:
+    """A hash of what was compiled, and of what will be."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    spec = importlib.util.find_spec("e3va.kernels")
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for path in [package / "_C.abi3.so", *sorted(p for f in folders for p in Path(f).glob("*.py"))]:
+        if path.exists():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _map(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(values, Tensor):
+        return change(values)
+    if isinstance(values, list | tuple):
+        return type(values)(_map(value, change) for value in values)
+    return values
+
+
+def _double(value: Tensor) -> Tensor:
+    # Codes are no numbers.
+    return value.double() if value.is_floating_point() and value.element_size() > 1 else value

@@ -1,0 +1,207 @@
+"""What each op's kernels are compiled and chosen for, and small inputs of every kind.
+
+A variant holds all of an op's arguments that shape a kernel, and not how many tokens there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from e3va.ops.taps import TAPS, compress, expand
+
+SEED = 5  # of int4
+
+
+class Draw:
+    """Normal random numbers on the CPU, repeatable, without touching PyTorch's own generator."""
+
+    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
+        self._dtype = dtype
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, *shape: int) -> Tensor:
+        """A map, in the dtype of maps."""
+        return self.weight(*shape).to(self._dtype)
+
+    def weight(self, *shape: int, scale: float = 1.0) -> Tensor:
+        """A parameter, in float32."""
+        return torch.randn(shape, generator=self._generator) * scale
+
+    def maybe(self, there: bool, *shape: int, scale: float = 1.0) -> Tensor | None:
+        """A parameter, or None."""
+        return self.weight(*shape, scale=scale) if there else None
+
+
+class WindowAttention(NamedTuple):
+    """Of :func:`e3va.ops.window_attention`."""
+
+    head_dim: int
+    heads: int
+    window: int
+    shifted: bool
+
+    @classmethod
+    def of(cls, qkv: Tensor, bias: Tensor, table: Tensor, window: int, shift: int) -> Self:
+        heads = table.shape[1]
+        return cls(qkv.shape[-1] // 3 // heads, heads, window, shift > 0)
+
+    def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
+        channels = 3 * self.heads * self.head_dim
+        table = draw.weight((2 * self.window - 1) ** 2, self.heads)
+        shift = self.window // 2 if self.shifted else 0
+        return draw(B, H, W, channels), draw.weight(channels), table, self.window, shift
+
+
+class SublayerEpilogue(NamedTuple):
+    """Of :func:`e3va.ops.sublayer_epilogue`; ``rank`` 0: no adapter."""
+
+    channels: int
+    affine: bool
+    rank: int
+    tap: str
+    taps: str
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        y: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        P: Tensor | None = None,
+        tap: str = "output",
+        taps: str = "full",
+        seed: int = 0,
+    ) -> Self:
+        rank = 0 if P is None else P.shape[1]
+        return cls(x.shape[-1], weight is not None, rank, tap, taps)
+
+    def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
+        C, rank = self.channels, self.rank
+        x, y = (draw(B, H, W, C) for _ in range(2))
+        norm = [draw.maybe(self.affine, C) for _ in range(2)]
+        P = draw.maybe(rank > 0, C, rank, scale=C**-0.5)
+        return x, y, *norm, 1e-5, P, self.tap, self.taps, SEED
+
+
+class Adapters(NamedTuple):
+    """Of the adapters of a stage, and of their backward; ``side`` 0: no mixing."""
+
+    adapters: int
+    rank: int
+    hidden: int
+    side: int
+    state: bool
+
+    @classmethod
+    def of(cls, *arguments: Any) -> Self:
+        D, gamma, Q = arguments[-6:-3]
+        K, rank, hidden = Q.shape
+        return cls(K, rank, hidden, 0 if D is None else D.shape[-1], gamma is not None)
+
+    def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
+        t = draw(self.adapters, B * H * W, self.rank)
+        carry = draw(B * H * W, self.rank) if self.state else None
+        return t, carry, *self._weights(draw), (H, W)
+
+    def _weights(self, draw: Draw) -> tuple[Tensor | None, ...]:
+        K, rank, hidden, side = self[:4]
+        D = draw.maybe(side > 0, K, rank, side, side, scale=1 / max(side, 1))
+        # As highways begin: a state of many adapters, all heard in full, would grow without end.
+        gamma = draw.maybe(self.state, K, rank, scale=min(1.0, 4 / K))
+        Q = draw.weight(K, rank, hidden, scale=rank**-0.5)
+        U = draw.weight(K, hidden, rank, scale=hidden**-0.5)
+        return D, gamma, Q, draw.weight(K, hidden), U
+
+
+class AdaptersBackward(Adapters):
+    """Of the backward of a stage's adapters."""
+
+    def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
+        u, carry, *rest = super().arguments(draw, B, H, W)
+        return draw(B * H * W, self.adapters * self.rank), carry, u, *rest
+
+
+class TapGradient(NamedTuple):
+    """Of the gradient of a stage's P."""
+
+    adapters: int
+    channels: int
+    rank: int
+    taps: str
+
+    @classmethod
+    def of(
+        cls, tap: Sequence[Tensor], scale: Sequence[Tensor], taps: str, dt: Tensor, channels: int
+    ) -> Self:
+        return cls(len(dt), channels, dt.shape[-1], taps)
+
+    def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
+        tokens = B * H * W
+        tap = [draw(tokens, self.channels) for _ in range(self.adapters)]
+        scale: list[Tensor] = []
+        if self.taps != "full":
+            tap, scale = map(
+                list, zip(*(compress(value, self.taps, SEED) for value in tap), strict=True)
+            )
+        return tap, scale, self.taps, draw(self.adapters, tokens, self.rank), self.channels
+
+
+Variant = WindowAttention | SublayerEpilogue | Adapters | TapGradient
+
+VARIANTS: dict[str, type[Variant]] = {
+    "window_attention": WindowAttention,
+    "sublayer_epilogue": SublayerEpilogue,
+    "adapters": Adapters,
+    "adapters_backward": AdaptersBackward,
+    "tap_gradient": TapGradient,
+}
+"""Of each op."""
+
+
+def compared(
+    variant: Variant, arguments: tuple[Any, ...], found: Any, exact: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """Pairs that should be equal, of an op's results and the exact ones; on the CPU.
+
+    Codes round what may itself be rounded in another way: they are held against codes of the same
+    tap as the op has it.
+    """
+    if isinstance(found, Tensor):
+        return [(found.cpu(), exact)]
+    found = [value.cpu() for value in found]
+    if not isinstance(variant, SublayerEpilogue) or not variant.rank or variant.taps == "full":
+        return list(zip(found, exact, strict=True))
+    y, z, t, codes, scale = found
+    tap = arguments[0]
+    if variant.tap == "norm":  # that of y is not returned where nothing else needs it
+        tap = z if variant.affine else F.layer_norm(y, y.shape[-1:], eps=arguments[4])
+    again, again_scale = compress(tap, variant.taps, SEED)
+    values = expand(codes, scale, variant.taps, variant.channels, torch.float32)
+    expected = expand(again, again_scale, variant.taps, variant.channels, torch.float32)
+    return [*zip((y, z, t), exact[:3], strict=True), (values, expected)]
+
+
+def examples() -> Iterator[tuple[str, Variant]]:
+    """(op, variant) of what Swin's highways are made of, at its least and at a large width."""
+    for window in (7, 12):
+        for shifted in (False, True):
+            yield "window_attention", WindowAttention(32, 4, window, shifted)
+    for channels in (96, 1536):
+        yield "sublayer_epilogue", SublayerEpilogue(channels, True, 0, "output", "full")
+        for taps in TAPS:
+            yield "sublayer_epilogue", SublayerEpilogue(channels, True, 16, "output", taps)
+        for affine, taps in ((True, "full"), (True, "int4"), (False, "full"), (False, "int4")):
+            yield "sublayer_epilogue", SublayerEpilogue(channels, affine, 16, "norm", taps)
+    for shape in ((4, 16, 48, 0, False), (4, 16, 48, 3, True), (36, 16, 256, 3, True)):
+        yield "adapters", Adapters(*shape)
+        yield "adapters_backward", AdaptersBackward(*shape)
+    for taps in TAPS:
+        yield "tap_gradient", TapGradient(4, 96, 16, taps)
+    yield "tap_gradient", TapGradient(36, 512, 16, "int4")
