@@ -98,6 +98,7 @@ def test_tracks(tmp_path, monkeypatch, capsys):
 
     few = functools.partial(tracks.write_digits, train=4, val=2, tune=2)
     monkeypatch.setattr(tracks, "write_digits", few)
+    monkeypatch.setattr(tracks, "TIMED_STEPS", 1)
     file = tmp_path / "tracks.json"
     file.write_text('{"tracks": {"boxes": {}}}')
     options = ["--tracks", "semantic", "--methods", "norm", "e3va", "--iterations", "2"]

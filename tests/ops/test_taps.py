@@ -183,7 +183,7 @@ def gradients(tap, taps, x, G, parameters):
     return dict(zip(NAMES, torch.autograd.grad(out, list(parameters.values()), G), strict=True))
 
 
-@pytest.mark.parametrize("channels", [24, 37, 64])
+@pytest.mark.parametrize("channels", [37, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tap", TAPPED)
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ def gradients(tap, taps, x, G, parameters):
 def test_gradients(device, channels, dtype, tap, taps, tolerance):
     """Only P's gradient sees the stored taps; all others are exact but for u, which int4 keeps in
     eight bits."""
-    parameters = make_parameters(3, channels, 5, 12, torch.float32)
-    x = [torch.randn(2, 5, 11, channels).to(dtype) for _ in range(3)]
-    G = torch.randn(2, 5, 11, channels).to(dtype)
+    parameters = make_parameters(2, channels, 5, 12, torch.float32)
+    x = [torch.randn(2, 3, 7, channels).to(dtype) for _ in range(2)]
+    G = torch.randn(2, 3, 7, channels).to(dtype)
     there = {name: p.detach().to(device).requires_grad_() for name, p in parameters.items()}
     ours = gradients(tap, taps, [x_k.to(device) for x_k in x], G.to(device), there)
     with e3va.backend("reference"):
