@@ -9,7 +9,9 @@ Triton's JIT would for these arguments, and executed on the tensors of a CPU: wh
 is known to the launchers alone. Each storage has its own stretch of the address space, aligned as
 PyTorch allocates on a GPU, and a view begins where it does there. What a launcher is handed is an
 input, which kernels must not write. What PyTorch allocates within the block is uninitialised until
-something writes it, an operation of PyTorch or a kernel.
+something writes it, an operation of PyTorch or a kernel. Tensors on PyTorch's meta device have
+addresses, and nothing there: launches of them can be noted, and executed on a memory that holds
+what they touch.
 """
 
 from __future__ import annotations
@@ -65,8 +67,11 @@ class _Storage:
 
     def __init__(self, storage: torch.UntypedStorage, address: int):
         self.storage, self.address = storage, address
-        self.initialised = np.ones(storage.nbytes(), bool)
         self.is_input = False
+
+    @functools.cached_property
+    def initialised(self) -> np.ndarray:
+        return np.ones(self.storage.nbytes(), bool)
 
     @property
     def data(self) -> np.ndarray:
@@ -263,13 +268,15 @@ class _Watch(TorchDispatchMode):
         named = named or {}
         result = function(*arguments, **named)
         for tensor in _tensors(result):
-            if "empty" in function.name():
+            if not tensor.is_meta and "empty" in function.name():
                 self._device.storage_of(tensor).initialised[:] = False
         schema = function._schema.arguments
         by_name = dict(zip((a.name for a in schema), arguments, strict=False)) | named
         for argument in schema:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in _tensors(by_name.get(argument.name)):
+                    if tensor.is_meta:
+                        continue
                     self._device.storage_of(tensor).initialised_of(tensor)[...] = True
         return result
 

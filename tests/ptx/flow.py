@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.ptx.parser import Entry, Instruction, Label
 
-ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier", "mbarrier.try_wait")
+ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier")
 """After these a thread may go on elsewhere, or wait."""
 
 

@@ -13,12 +13,12 @@ other.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from tests.ptx import warps as _warps  # noqa: F401  (fills the table of opcodes)
+from tests.ptx import tensor_memory, warps  # noqa: F401  (they fill the table of opcodes)
 from tests.ptx.counters import Counts
 from tests.ptx.floats import Array
 from tests.ptx.flow import ENDS_BLOCK, Flow
@@ -142,6 +142,8 @@ class Execution:
         self.grid_block = np.repeat(blocks, threads).astype(np.int32)
         self.warp = np.tile(np.arange(threads) // WARP, len(blocks))
         self.shared = SharedMemory(len(blocks), program.shared_bytes, program.grain)
+        self.barriers: dict[tuple[int, int], Any] = {}  # by block and address in shared memory
+        self._tensor_memory: Any = None
         self.everyone = np.arange(total)
         self.rank = np.full(total, program.flow.rank[0])
         self.alive = np.ones(total, bool)
@@ -220,6 +222,12 @@ class Execution:
         blocks = self.block[ids]
         places = self.shared.place(addresses, values.shape[1], blocks, where)
         self.shared.store(places, values, blocks, self.warp[ids], where)
+
+    def tensor_memory(self, make: Callable[[int], Any]) -> Any:
+        """That of the blocks, made when it is first used."""
+        if self._tensor_memory is None:
+            self._tensor_memory = make(self.shape[0])
+        return self._tensor_memory
 
     def begin_copy(
         self, to: Array, source: Array, size: int, real: Array, ids: Array, where: str

@@ -26,7 +26,7 @@ GROUP = 4 * WARP
 """Threads that execute wgmma together."""
 
 
-def _warps(execution: Execution, active: Active, where: str) -> Array:
+def whole_warps(execution: Execution, active: Active, where: str) -> Array:
     """[warps, 32] thread numbers; all threads of a warp must be here."""
     ids = execution.ids(active)
     first = ids[::WARP]
@@ -44,7 +44,7 @@ def _by_warp(execution: Execution, active: Active, values: Array) -> Array:
 @opcode("bar.warp", modifiers="sync")
 def _bar_warp(o: Operands) -> Step:
     def meet(execution: Execution, active: Active) -> None:
-        _warps(execution, active, o.where)
+        whole_warps(execution, active, o.where)
 
     return meet
 
@@ -58,7 +58,7 @@ def _shfl(o: Operands) -> Step:
     lane = np.arange(WARP)
 
     def shuffle(execution: Execution, active: Active) -> None:
-        _warps(execution, active, o.where)
+        whole_warps(execution, active, o.where)
         if (members(execution, active) != 0xFFFFFFFF).any():
             raise NotModelled(f"some lanes of a warp: {o.where}")
         values, b, c = (
@@ -99,7 +99,7 @@ def _redux(o: Operands) -> Step:
     reduction, read, write = _REDUCTIONS[o.modifiers[0]], o.read(1), o.write()
 
     def reduce(execution: Execution, active: Active) -> None:
-        _warps(execution, active, o.where)
+        whole_warps(execution, active, o.where)
         values = _by_warp(execution, active, read(execution, active))
         total = reduction.reduce(values, axis=1, dtype=values.dtype)
         write(execution, active, np.repeat(total, WARP))
@@ -114,7 +114,7 @@ def _elect(o: Operands) -> Step:
     write, which = o.writer(lane), o.writer(elected)
 
     def elect(execution: Execution, active: Active) -> None:
-        warps = _warps(execution, active, o.where)
+        warps = whole_warps(execution, active, o.where)
         write(execution, active, np.zeros(warps.size, np.uint32))
         which(execution, active, (warps % WARP == 0).ravel())
 
@@ -133,7 +133,7 @@ def _ldmatrix(o: Operands) -> Step:
     writes, address = [o.writer(text) for text in o.vector(0)], o.address(1, 32)
 
     def load(execution: Execution, active: Active) -> None:
-        warps = _warps(execution, active, o.where)
+        warps = whole_warps(execution, active, o.where)
         rows = warps[:, : 8 * count].ravel()
         addresses = address(execution, active).reshape(-1, WARP)[:, : 8 * count].ravel()
         values = execution.load("shared", addresses, 16, rows, o.where)
@@ -153,7 +153,7 @@ def _stmatrix(o: Operands) -> Step:
     address, reads = o.address(0, 32), [o.reader(text, "b32") for text in o.vector(1)]
 
     def store(execution: Execution, active: Active) -> None:
-        warps = _warps(execution, active, o.where)
+        warps = whole_warps(execution, active, o.where)
         rows = warps[:, : 8 * count].ravel()
         addresses = address(execution, active).reshape(-1, WARP)[:, : 8 * count].ravel()
         matrices = np.stack([_matrix(execution, active, read) for read in reads], 1)
@@ -199,7 +199,7 @@ def _mma(o: Operands) -> Step:
     c = [o.reader(text, "f32") for text in o.vector(3)]
 
     def multiply(execution: Execution, active: Active) -> None:
-        count = len(_warps(execution, active, o.where))
+        count = len(whole_warps(execution, active, o.where))
         A = np.empty((count, 16, depth))
         for i, read in enumerate(a):  # rows 0–7, rows 8–15, then the next columns
             rows, columns = slice(i % 2 * 8, i % 2 * 8 + 8), slice(i // 2 * 8, i // 2 * 8 + 8)
@@ -216,7 +216,7 @@ def _mma(o: Operands) -> Step:
 @opcode("wgmma.fence", "wgmma.commit_group", "wgmma.wait_group", modifiers="sync aligned")
 def _wgmma_order(o: Operands) -> Step:
     def meet(execution: Execution, active: Active) -> None:
-        _warps(execution, active, o.where)
+        whole_warps(execution, active, o.where)
 
     return meet
 
@@ -243,10 +243,16 @@ def _wgmma(o: Operands) -> Step:
         raise NotModelled(f"negated factors: {o.where}")
 
     def multiply(execution: Execution, active: Active) -> None:
-        warps = _warps(execution, active, o.where)
+        warps = whole_warps(execution, active, o.where)
         if len(warps) % 4 or (warps[::4, 0] % GROUP).any():
             raise Divergence(f"not all warps of a group are at {o.where}")
         groups = len(warps) // 4
+        leaders = warps[::4, 0]
+
+        def from_shared(read, rows: int, columns_first: bool) -> Array:
+            descriptors = np.broadcast_to(read(execution, active), warps.size)[::GROUP]
+            return decode(described(execution, descriptors, leaders, rows, columns_first, o.where))
+
         if registers:
             A = np.empty((len(warps), 16, depth))
             for i, read in enumerate(a):
@@ -254,8 +260,8 @@ def _wgmma(o: Operands) -> Step:
                 A[:, rows, columns] = decode(_matrix(execution, active, read))
             A = A.reshape(groups, 64, depth)
         else:
-            A = decode(described(execution, active, a[0], 64, transposed[0], o.where))
-        B = decode(described(execution, active, b, width, transposed[-1], o.where))
+            A = from_shared(a[0], 64, transposed[0])
+        B = from_shared(b, width, transposed[-1])
         sums = (A @ B.transpose(0, 2, 1)).reshape(len(warps), 2, 8, width // 8, 4, 2)
         kept = np.broadcast_to(keep(execution, active), warps.size)
         for i, (read, write) in enumerate(zip(d, writes, strict=True)):
@@ -268,13 +274,16 @@ def _wgmma(o: Operands) -> Step:
 
 
 def described(
-    execution: Execution, active: Active, read, rows: int, transposed: bool, where: str
+    execution: Execution,
+    descriptors: Array,
+    ids: Array,
+    rows: int,
+    transposed: bool,
+    where: str,
 ) -> Array:
-    """[groups, rows, 16] of 16 bits out of shared memory, as a matrix descriptor says: where it
-    starts, the bytes between its parts (leading and stride), how they are swizzled."""
-    ids = execution.ids(active).reshape(-1, GROUP)[:, 0]
-    descriptor = np.broadcast_to(read(execution, active), execution.count(active))
-    descriptor = descriptor.reshape(-1, GROUP)[:, 0].astype(np.int64)
+    """[n, rows, 16] of 16 bits out of shared memory, read by a thread each, as its descriptor says:
+    where a matrix starts, the bytes between its parts (leading and stride), how it is swizzled."""
+    descriptor = descriptors.astype(np.int64)
     start, leading, stride = ((descriptor >> at & 0x3FFF) << 4 for at in (0, 16, 32))
     swizzle = {0: 1, 3: 2, 2: 4, 1: 8}[int(descriptor[0] >> 62 & 3)]  # rows of 16 bytes that mix
     row, depth = np.arange(rows)[:, None], np.arange(16)[None]

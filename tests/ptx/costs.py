@@ -1,0 +1,106 @@
+"""What the Triton kernels cost, counted while they run on the machine.
+
+    python -m tests.ptx.costs [--architecture 80] [--dtype bfloat16] [--channels 512] …
+
+Exact counts of one execution, per token (and adapter) of the work; no GPU and no model of its speed
+is involved. :func:`measure` is for other programs: ``bench`` may read its numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from tests.ptx.compiler import TritonCompiler
+from tests.ptx.counters import Counts
+from tests.ptx.device import Device
+
+
+class Cost(NamedTuple):
+    kernel: str
+    units: int
+    """Tokens, or tokens × adapters, that ``counts`` are of."""
+    counts: Counts
+
+
+def measure(
+    compiler: TritonCompiler,
+    architecture: int,
+    dtype: torch.dtype,
+    channels: int,
+    rank: int,
+    hidden: int,
+    side: int = 3,
+    size: tuple[int, int] = (16, 16),
+    adapters: int = 2,
+) -> Iterator[Cost]:
+    """Each kernel on one map of ``size``, as the launchers launch it.
+
+    Args:
+        compiler: of the kernels.
+        architecture: 80 for sm_80, and so on.
+        dtype: of the map.
+        channels, rank, hidden: C, α, m.
+        side: of D.
+        size: (H, W) of the map.
+        adapters: K, with a state.
+    """
+    from e3va.kernels.adapters import adapters as forward
+    from e3va.kernels.adapters import adapters_backward as backward
+    from e3va.kernels.sublayer_epilogue import sublayer_epilogue
+    from e3va.kernels.tap_gradient import tap_gradient
+    from e3va.ops.taps import LARGEST, TAPS, compress
+
+    N, K = size[0] * size[1], adapters
+    x, y = (torch.randn(N, channels).to(dtype) for _ in range(2))
+    norm = torch.ones(channels), torch.zeros(channels)
+    P = torch.randn(channels, rank).to(dtype)
+    t, dS = torch.randn(K, N, rank).to(dtype), torch.randn(N, K * rank).to(dtype)
+    D, gamma = torch.randn(K, rank, side, side), torch.randn(K, rank)
+    weights = torch.randn(K, rank, hidden), torch.randn(K, hidden), torch.randn(K, hidden, rank)
+
+    def counted(note: str, units: int, launcher, *arguments) -> Iterator[Cost]:
+        with Device(compiler, architecture, counted=True) as device:
+            launcher(*arguments)
+        for name, counts in device.counts.items():
+            yield Cost(name.removesuffix("_kernel") + note, units, counts)
+
+    for taps in TAPS:
+        yield from counted(
+            f" {taps}", N, sublayer_epilogue, x, y, *norm, 1e-5, P, "output", taps, 5
+        )
+    yield from counted("", N * K, forward, t, None, D, gamma, *weights, size)
+    yield from counted("", N * K, backward, dS, None, t, D, gamma, *weights, size)
+    for taps in LARGEST:
+        codes, scale = compress(x, taps, 5)
+        yield from counted(f" {taps}", N, tap_gradient, [codes], [scale], taps, t[:1], channels)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--architecture", type=int, default=80)
+    parser.add_argument("--dtype", default="bfloat16")
+    for name, default in (("channels", 512), ("rank", 16), ("hidden", 256)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args(arguments)
+    dtype = getattr(torch, options.dtype)
+    shape = options.channels, options.rank, options.hidden
+    print("per token, and adapter   instructions  tensor  special  sectors  over floor  wavefronts")
+    with contextlib.closing(TritonCompiler()) as compiler:
+        for kernel, units, counts in measure(compiler, options.architecture, dtype, *shape):
+            classes = counts.classes()
+            print(
+                f"{kernel:24}{counts.instructions / units:14.1f}"
+                f"{classes['tensor core'] / units:8.2f}{classes['special function'] / units:9.2f}"
+                f"{counts.sectors / units:9.1f}{counts.sectors_over_floor:12.2f}"
+                f"{counts.wavefronts / units:12.1f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
