@@ -20,7 +20,7 @@ SIGNED = {8: np.int8, 16: np.int16, 32: np.int32, 64: np.int64}
 
 
 class Format(NamedTuple):
-    """How a register holds one or two floats."""
+    """How a register holds one or two numbers."""
 
     bits: int
     decode: Callable[[Array], Array]
@@ -106,5 +106,11 @@ FORMATS = {
     "f16x2": Format(32, _halves(_from_float16), lambda values: _to_float16(values).view(np.uint32)),
     "bf16x2": Format(
         32, _halves(from_bfloat16), lambda values: to_bfloat16(values).view(np.uint32)
+    ),
+    # Pairs of integers are held alike.
+    "s16x2": Format(
+        32,
+        lambda bits: np.ascontiguousarray(bits).view(np.int16),
+        lambda values: values.view(np.uint32),
     ),
 }

@@ -30,7 +30,7 @@ Step = Callable[["Execution", Active], None]
 Read = Callable[["Execution", Active], Array]
 Write = Callable[["Execution", Active, Array], None]
 
-_KIND = re.compile(r"pred|[us](8|16|32|64)|b(8|16|32|64|128)|b?f(16|32|64)(x2)?|[su]16x2")
+_KIND = re.compile(r"pred|[us](8|16|32|64)|b(8|16|32|64|128)|b?f(16|32|64)(x2)?|s16x2")
 
 
 class NotModelled(NotImplementedError):

@@ -114,6 +114,7 @@ KNOWN = [
     # integers
     ("add.s32", [s32(-5), s32(3)], s32(-2)),
     ("add.u32", [EVERY, u32(2)], u32(1)),
+    ("add.s16x2", [u32(0xFFFF0005), u32(0x00020003)], u32(0x00010008)),
     ("sub.s64", [s64(3), s64(1 << 40)], s64(3 - (1 << 40))),
     ("mul.lo.s32", [s32(1 << 30), s32(6)], s32(-(1 << 31))),
     ("mul.hi.u32", [EVERY, u32(16)], u32(15)),
@@ -461,6 +462,62 @@ def test_tensor_core_of_four_warps(swizzle):
         for half in range(2):
             row = 16 * warp + g + 8 * half
             assert (found[thread, 2 * half :][:2] == 2 * (a @ b)[row, 2 * t :][:2]).all()
+
+
+def test_tensor_memory():
+    """a [64, 16] in tensor memory, times b [16, 8] in shared memory, twice; four warps."""
+    random = np.random.default_rng(0)
+    a, b = (random.integers(-8, 9, n) for n in ((64, 16), (16, 8)))
+    source = np.zeros((128, 16), np.uint8)
+    # Row 16w + i of a: lanes i (first half of the columns) and 16 + i of warp w.
+    pieces = bits16(a, "bf16").reshape(4, 16, 2, 8).transpose(0, 2, 1, 3)
+    source[:] = np.ascontiguousarray(pieces).view(np.uint8).reshape(128, 16)
+    tile = np.zeros((2, 8, 8), np.uint16)  # of b: k // 8, column, k % 8
+    for k in range(16):
+        tile[k // 8, :, k % 8] = bits16(b[k], "bf16")
+    fill = "".join(
+        f"mov.b32 %r2, {int(word)}; st.shared.b32 [tile+{64 + 4 * i}], %r2;"
+        for i, word in enumerate(tile.view(np.uint32).ravel())
+    )
+    description = (
+        1 << 46 | (128 >> 4) << 16 | (256 >> 4) << 32
+    )  # matrices of 8 × 8, 128 bytes apart
+    formats = 1 << 4 | 1 << 7 | 1 << 10 | (8 >> 3) << 17 | (64 >> 4) << 24
+    body = f"""
+    setp.lt.u32 %p1, %r1, 32;
+    @%p1 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [tile], 32;
+    @%p1 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+    setp.eq.u32 %p2, %r1, 0;
+    @%p2 mbarrier.init.shared::cta.b64 [tile+8], 1;
+    @%p2 bra FILL;
+    bra.uni FILLED;
+    FILL: {fill}
+    FILLED: bar.sync 0;
+    ld.shared.b32 %r3, [tile];
+    shr.u32 %r4, %r1, 5; shl.b32 %r4, %r4, 21; add.s32 %r4, %r4, %r3;
+    tcgen05.st.sync.aligned.16x32bx2.x4.b32 [%r4+16], 4, {{%r10, %r11, %r12, %r13}};
+    tcgen05.wait::st.sync.aligned;
+    mov.b32 %r5, tile; add.s32 %r5, %r5, 64; shr.u32 %r5, %r5, 4;
+    cvt.u64.u32 %d1, %r5; or.b64 %d1, %d1, {description};
+    add.s32 %r6, %r3, 16;
+    mov.pred %p3, 0;
+    fence.proxy.async.shared::cta;
+    bar.sync 0;
+    @%p2 tcgen05.mma.cta_group::1.kind::f16 [%r3], [%r6], %d1, {formats}, %p3;
+    mov.pred %p3, 1;
+    @%p2 tcgen05.mma.cta_group::1.kind::f16 [%r3], [%r6], %d1, {formats}, %p3;
+    @%p2 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [tile+8];
+    WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p4, [tile+8], 0;
+    @!%p4 bra.uni WAIT;
+    tcgen05.ld.sync.aligned.16x32bx2.x4.b32 {{%r20, %r21, %r22, %r23}}, [%r4], 4;
+    tcgen05.wait::ld.sync.aligned;
+    bar.sync 0;
+    @%p2 mbarrier.inval.shared::cta.b64 [tile+8];
+    @%p1 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r3, 32;
+    """
+    found = lanes(body, source, words=4, threads=128, shared=1024).view(np.float32)
+    expected = (2 * (a @ b)).reshape(4, 16, 2, 4).transpose(0, 2, 1, 3).reshape(128, 4)
+    assert (found == expected).all()
 
 
 def test_every_opcode_is_tested():

@@ -64,6 +64,7 @@ ADAPTERS = (
     (80, FLOAT, (0, "zero")),
     (89, HALF, (0, "none")),
     (90, BFLOAT, (3, "none")),
+    (100, HALF, (0, "none")),
     (120, BFLOAT, (0, "zero")),
 )
 
@@ -81,6 +82,7 @@ GRADIENTS = (
     (80, BFLOAT, "fp8"),
     (86, HALF, "fp8"),
     (90, BFLOAT, "int4"),
+    (100, BFLOAT, "int4"),
     (120, HALF, "int8"),
 )
 
