@@ -107,8 +107,9 @@ class Counts:
         """Passes of shared memory: as many as the bank with the most words needs."""
         return self.shared.units
 
-    def instruction(self, opcode: str, warps: int) -> None:
-        self.opcodes[opcode] += warps
+    def instructions_of(self, opcodes: Counter[str], warps: int) -> None:
+        for opcode, count in opcodes.items():
+            self.opcodes[opcode] += count * warps
 
     def global_access(
         self, kind: str, buffer: str, warps: Array, addresses: Array, size: int

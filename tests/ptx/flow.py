@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from tests.ptx.parser import Entry, Instruction, Label
 
-ENDS_BLOCK = ("bra", "ret", "exit", "bar", "barrier")
-"""After these a thread may go on elsewhere, or wait."""
+
+def is_end_of_block(instruction: Instruction) -> bool:
+    """Whether a thread may go on elsewhere after it, or wait."""
+    parts = instruction.opcode.split(".")
+    return parts[0] in ("bra", "ret", "exit", "bar", "barrier") and parts[:2] != ["bar", "warp"]
 
 
 class Flow:
@@ -26,7 +29,7 @@ class Flow:
                 self.labels[statement.name] = len(self.blocks) - 1
                 continue
             self.blocks[-1].append(statement)
-            if statement.opcode.startswith(ENDS_BLOCK):
+            if is_end_of_block(statement):
                 self.blocks.append([])
         if self.blocks[-1]:
             self.blocks.append([])  # where threads are that ran past the end

@@ -13,15 +13,16 @@ other.
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tests.ptx import tensor_memory, warps  # noqa: F401  (they fill the table of opcodes)
 from tests.ptx.counters import Counts
 from tests.ptx.floats import Array
-from tests.ptx.flow import ENDS_BLOCK, Flow
+from tests.ptx.flow import Flow, is_end_of_block
 from tests.ptx.memory import Deadlock, Divergence, Fault, GlobalMemory, Race, SharedMemory
 from tests.ptx.opcodes import Active, NotModelled, Operands, Step, translate
 from tests.ptx.parser import Entry, Instruction
@@ -31,6 +32,25 @@ THREADS = 4096
 """Of the blocks that run together: as many as stay in a CPU's cache."""
 STEPS = 10**6
 """Basic blocks after which a launch counts as endless."""
+LARGEST_X, LARGEST_YZ = 2**31 - 1, 65535
+"""Blocks along the axes of a grid, from CUDA's programming guide (compute capabilities)."""
+
+_BRANCHES = ("bra", "bra.uni")
+_RETURNS = ("ret", "exit")
+_BARRIERS = ("bar.sync", "barrier.sync.aligned")
+_VOTES = {"bar.red.or.pred": np.any, "bar.red.and.pred": np.all}
+_CONTROL = (*_BRANCHES, *_RETURNS, *_BARRIERS, *_VOTES)
+
+
+class Block(NamedTuple):
+    """A basic block, translated."""
+
+    steps: list[Step]
+    last: Instruction | None
+    """The branch, return or barrier at its end."""
+    operands: Operands | None
+    """Those of ``last``."""
+    opcodes: Counter[str]
 
 
 class Program:
@@ -48,13 +68,17 @@ class Program:
         self.shared_bytes = max(16, -(-(end + dynamic_bytes) // 16) * 16)
         self.flow = Flow(entry)
         self.grain = _grain(self.flow.blocks)
-        self.blocks: list[tuple[list[Instruction], list[Step], Instruction | None]] = []
-        for block in self.flow.blocks:
-            last = block[-1] if block and block[-1].opcode.startswith(ENDS_BLOCK) else None
-            last = None if last is not None and last.opcode.startswith("bar.warp") else last
-            body = block if last is None else block[:-1]
-            steps = [translate(instruction, self) for instruction in body]
-            self.blocks.append((block, steps, last))
+        self.blocks = [self._translated(block) for block in self.flow.blocks]
+
+    def _translated(self, block: list[Instruction]) -> Block:
+        last, operands = None, None
+        opcodes = Counter(instruction.opcode for instruction in block)
+        if block and is_end_of_block(block[-1]):
+            *block, last = block
+            if last.opcode not in _CONTROL:
+                raise NotModelled(last.where)
+            operands = Operands(last, self, last.opcode, frozenset())
+        return Block([translate(i, self) for i in block], last, operands, opcodes)
 
     def launch(
         self,
@@ -78,9 +102,11 @@ class Program:
             counts: is added to; without it nothing is counted, which is faster.
             seed: of a random schedule; without it the order is fixed.
         """
-        if self.entry.threads not in (None, threads) and threads > self.entry.threads:
+        if self.entry.threads is not None and threads > self.entry.threads:
             raise ValueError(f"{self.entry.name} takes {self.entry.threads} threads, got {threads}")
         grid = (*grid, 1, 1)[:3]
+        if grid[0] > LARGEST_X or max(grid[1:]) > LARGEST_YZ:
+            raise Fault(f"no GPU launches a grid of {grid}")
         numbers = np.arange(np.prod(grid)) if blocks is None else np.asarray(blocks)
         packed = self._pack(parameters)
         together = max(1, THREADS // threads)
@@ -288,54 +314,50 @@ class Execution:
         raise Deadlock(f"no end after {STEPS} basic blocks")
 
     def _block(self, number: int, active: Active) -> None:
-        instructions, steps, last = self.program.blocks[number]
+        block = self.program.blocks[number]
         if self.counts:
             warps = self.total // WARP
             if not isinstance(active, slice):
                 warps = len(np.unique(active // WARP))
-            for instruction in instructions:
-                self.counts.instruction(instruction.opcode, warps)
-        for step in steps:
+            self.counts.instructions_of(block.opcodes, warps)
+        for step in block.steps:
             step(self, active)
-        following = number + 1
-        if following == len(self.program.blocks):
+        if number + 1 == len(self.program.blocks):
             self.alive[active] = False
             self._release()
             return
-        self.rank[active] = self.program.flow.rank[following]
-        if last is not None:
-            self._control(last, active)
+        self.rank[active] = self.program.flow.rank[number + 1]
+        if block.last is not None:
+            self._control(block, active)
 
-    def _control(self, instruction: Instruction, active: Active) -> None:
-        taken = self.ids(active)
-        operands = Operands(instruction, self.program, instruction.opcode, frozenset())
-        if instruction.guard:
-            taken = taken[operands.reader(instruction.guard, "pred")(self, active)]
-        name = instruction.opcode
-        if name in ("bra", "bra.uni"):
-            target = self.program.flow.labels[instruction.operands[0]]
+    def _control(self, block: Block, active: Active) -> None:
+        """The end of a block: by default threads go on with the next one."""
+        last, taken = block.last, self.ids(active)
+        if last.guard:
+            taken = taken[block.operands.reader(last.guard, "pred")(self, active)]
+        if last.opcode in _BRANCHES:
+            target = self.program.flow.labels[last.operands[0]]
             self.rank[taken] = self.program.flow.rank[target]
-        elif name in ("ret", "exit"):
+        elif last.opcode in _RETURNS:
             self.alive[taken] = False
             self._release()
-        elif name in ("bar.sync", "barrier.sync.aligned", "bar.red.or.pred", "bar.red.and.pred"):
-            self._barrier(instruction, operands, taken)
         else:
-            raise NotModelled(instruction.where)
+            self._arrive(block, taken)
 
-    def _barrier(self, instruction: Instruction, operands: Operands, arrived: Array) -> None:
-        vote = instruction.opcode.startswith("bar.red")
-        barrier = instruction.operands[vote : vote + 1]
-        if barrier != ("0",) or len(instruction.operands) != (3 if vote else 1):
-            raise NotModelled(f"a barrier of some threads: {instruction.where}")
-        alive = np.zeros(self.total, bool)
-        alive[arrived] = True
-        alive = alive.reshape(-1, WARP)
-        some = alive.any(1)
-        if (alive[some] != self.alive.reshape(-1, WARP)[some]).any():
-            raise Divergence(f"not all threads of a warp are at {instruction.where}")
-        if vote:
-            self.said[arrived] = operands.reader(instruction.operands[2], "pred")(self, arrived)
+    def _arrive(self, block: Block, arrived: Array) -> None:
+        last = block.last
+        votes = last.opcode in _VOTES
+        if last.operands[votes : votes + 1] != ("0",) or len(last.operands) != (3 if votes else 1):
+            raise NotModelled(f"a barrier of some threads: {last.where}")
+        here = np.zeros(self.total, bool)
+        here[arrived] = True
+        here, alive = here.reshape(-1, WARP), self.alive.reshape(-1, WARP)
+        some = here.any(1)
+        if (here[some] != alive[some]).any():
+            raise Divergence(f"not all threads of a warp are at {last.where}")
+        if votes:
+            said = block.operands.read(2, "pred")(self, arrived)
+            self.said[arrived] = said
         self.waiting[arrived] = True
         self._release()
 
@@ -354,19 +376,11 @@ class Execution:
         self.shared.epoch[ready] += 1
 
     def _vote(self, block: int, waiting: Array, rank: int) -> None:
-        """Those that waited go on in one block: the barrier ends the one before it."""
-        last = self.program.blocks[self.program.flow.order[rank] - 1][2]
-        if last is None or not last.opcode.startswith("bar.red"):
+        """Tells those that waited what all of them said. They go on with the basic block after the
+        one that the barrier ends."""
+        ended = self.program.blocks[self.program.flow.order[rank] - 1]
+        if ended.last is None or ended.last.opcode not in _VOTES:
             return
-        said = self.said.reshape(self.shape)[block][waiting]
-        result = said.any() if ".or." in last.opcode else said.all()
-        operands = Operands(last, self.program, last.opcode, frozenset())
+        result = _VOTES[ended.last.opcode](self.said.reshape(self.shape)[block][waiting])
         members = block * self.shape[1] + np.flatnonzero(waiting)
-        operands.write(0, "pred")(self, members, np.broadcast_to(result, len(members)))
-
-
-def launch(program: Program, *arguments: Any, **options: Any) -> Counts:
-    """:meth:`Program.launch`, counted: what ``bench`` may read."""
-    counts = Counts()
-    program.launch(*arguments, counts=counts, **options)
-    return counts
+        ended.operands.write(0, "pred")(self, members, np.broadcast_to(result, len(members)))

@@ -68,6 +68,13 @@ RIGHT = {
     + "st.shared.b32 [%r2], %r1; bar.sync 0; ld.shared.b32 %r5, [tile+4];"
     + "bar.sync 0; st.shared.b32 [%r2], %r5;",
     "one value of two warps": "st.shared.b32 [tile], 7; ld.shared.b32 %r5, [tile];",
+    "threads that meet again": "and.b32 %r5, %r1, 1; setp.eq.s32 %p1, %r5, 0; @%p1 bra EVEN;"
+    "add.s32 %r6, %r1, 1; bra.uni MET; EVEN: add.s32 %r6, %r1, 2; MET: bar.sync 0;"
+    "shfl.sync.bfly.b32 %r7, %r6, 2, 31, -1;",
+    "a loop of as many rounds as the lane says": "mov.b32 %r5, 0; and.b32 %r6, %r1, 31;"
+    "AGAIN: setp.ge.s32 %p1, %r5, %r6; @%p1 bra DONE; add.s32 %r5, %r5, 1; bra.uni AGAIN;"
+    "DONE: bar.sync 0; shfl.sync.idx.b32 %r7, %r5, 31, 31, -1; st.global.b32 [%q1], %r7;",
+    "threads that have returned": "setp.lt.u32 %p1, %r1, 40; @%p1 ret; bar.sync 0;",
     "asynchronous copy": ADDRESS
     + "cp.async.ca.shared.global [%r2], [%q2], 4; cp.async.commit_group;"
     + "cp.async.wait_group 0; ld.shared.b32 %r5, [%r2]; st.global.b32 [%q1], %r5;",
@@ -168,6 +175,13 @@ def test_wrong(fault, body, seed, monkeypatch):
     monkeypatch.setattr("tests.ptx.machine.STEPS", 1000)
     with pytest.raises(fault):
         run(body, 1 + (fault is Collision), seed)
+
+
+def test_grids_that_no_gpu_launches():
+    program = Program(parse(".entry kernel() { ret; }")["kernel"])
+    program.launch(GlobalMemory(), (1 << 20, 1, 1), 32, [], blocks=[(1 << 20) - 1])
+    with pytest.raises(Fault, match="no GPU"):
+        program.launch(GlobalMemory(), (1, 1 << 20, 1), 32, [], blocks=[0])
 
 
 def test_results():

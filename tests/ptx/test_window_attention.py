@@ -1,6 +1,7 @@
 """The CUDA kernels of window attention as nvcc compiles them, against the reference in float64."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from e3va.ops import reference
 from tests.oracles import TOLERANCE, relative_error
 from tests.ptx import compiler
+from tests.ptx.memory import Misaligned, OutOfBounds, Race
+from tests.ptx.parser import parse
 from tests.ptx.window_attention import HEAD_DIM, window_attention
 
 pytestmark = pytest.mark.skipif(
@@ -58,6 +61,39 @@ def test_window_attention_runs(architecture, dtype, plain, size):
     out = window_attention(*arguments, window, shift, architecture=architecture, plain=plain)
     expected = reference.window_attention(*(v.double() for v in arguments), window, shift)
     assert relative_error(out, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize(
+    "nth, find, replacement, fault",
+    [
+        (0, r"bar\.red\.or\.pred\s+(%p\d+), \S+, (%p\d+);", r"mov.pred \1, \2;", Race),
+        (0, r"bar\.sync\s+0;", "", Race),
+        (0, r"(mma\.sync\S+\s*\{[^}]*\}, \{ ?)(%r\d+), (%r\d+)", r"\1\3, \2", AssertionError),
+        (0, r"(ldmatrix\S+)\.trans", r"\1", AssertionError),
+        (0, r"(ld\.global\.nc\.v4\.\w+\s+\{[^}]*\}, \[%rd\d+)\]", r"\1+8]", Misaligned),
+        (-1, r"(st\.global\.v4\.\w+\s+\[%rd\d+)\]", r"\1+4096]", OutOfBounds),
+        (-1, r"@!?%p\d+ bra\s+\S+;(?=[^@]*st\.global)", "", OutOfBounds),
+    ],
+    ids=["first barrier", "second barrier", "factors", "rows for columns", "load", "store", "mask"],
+)
+def test_a_planted_fault(nth, find, replacement, fault, monkeypatch):
+    """Is found by a check, or by what comes out."""
+    entry = re.compile(r"^\.entry .*?^\}", re.M | re.S)
+
+    def plant(kernel):
+        match = list(re.finditer(find, kernel[0]))
+        if not match:  # another one of the module
+            return kernel[0]
+        match = match[nth]
+        return kernel[0][: match.start()] + match.expand(replacement) + kernel[0][match.end() :]
+
+    ptx = entry.sub(plant, compiler.cuda("window_attention.cu", 80))
+    monkeypatch.setattr("tests.ptx.window_attention.entries", lambda architecture: parse(ptx))
+    arguments = make_arguments(1, 5, 9, 1, 7, BFLOAT)
+    with pytest.raises(fault):
+        out = window_attention(*arguments, 7, 3, architecture=80)
+        expected = reference.window_attention(*(v.double() for v in arguments), 7, 3)
+        assert relative_error(out, expected) <= TOLERANCE[BFLOAT]
 
 
 def test_any_schedule():
