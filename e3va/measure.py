@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._library.custom_ops import OPDEFS
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from e3va.ops.library import FUNCTIONS
 
 
 class LiveBytes(TorchDispatchMode):
@@ -45,7 +46,7 @@ class LiveBytes(TorchDispatchMode):
         before = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_real(leaf)}
         if func.namespace == "e3va":
             with self:
-                out = OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+                out = FUNCTIONS[func._schema.name.removeprefix("e3va::")](*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):

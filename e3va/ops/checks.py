@@ -2,8 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+
+REMEMBERED = 10_000
+_passed: set[tuple[Any, ...]] = set()
+
+
+def check_once(check: Callable[..., None], *arguments: Any) -> None:
+    """Call ``check(*arguments)``, unless arguments of the same form passed: it may look at their
+    shapes, their dtypes, and at what is no tensor, alone."""
+    if torch.compiler.is_compiling():  # once as it is
+        check(*arguments)
+        return
+    form = check, _form(arguments)
+    if form not in _passed:
+        check(*arguments)
+        if len(_passed) >= REMEMBERED:
+            _passed.clear()
+        _passed.add(form)
+
+
+def _form(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    return tuple(map(_form, value)) if isinstance(value, list | tuple) else value
 
 
 def check_shape(name: str, tensor: Tensor, *shape: int) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch, reference
-from e3va.ops.checks import check_floating, check_same_dtype, check_shape
+from e3va.ops.checks import check_floating, check_once, check_same_dtype, check_shape
+from e3va.ops.library import operator
 from e3va.ops.taps import TAPS, compress, expand, stored_channels
 
 for _op in (reference.adapters, reference.adapters_backward, reference.tap_gradient):
@@ -72,6 +73,31 @@ def highway(
         TypeError: dtypes are not floating, or differ within the two groups above.
         ValueError: a shape or the number of taps does not fit, or there is a carry without gamma.
     """
+    arguments = h_in, y_in, y_out, carry, taps, list(tap), list(scale), list(t)
+    parameters = P, D, gamma, Q, b, U, V, c
+    check_once(_check, *arguments, *parameters)
+    h, carry, *_ = torch.ops.e3va.highway(*arguments, *parameters)
+    return h, None if gamma is None else carry
+
+
+def _check(
+    h_in: Tensor,
+    y_in: Tensor,
+    y_out: Tensor,
+    carry: Tensor | None,
+    taps: str,
+    tap: list[Tensor],
+    scale: list[Tensor],
+    t: list[Tensor],
+    P: Tensor,
+    D: Tensor | None,
+    gamma: Tensor | None,
+    Q: Tensor,
+    b: Tensor,
+    U: Tensor,
+    V: Tensor,
+    c: Tensor,
+) -> None:
     if taps not in TAPS:
         raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
     full = {f"tap[{k}]": v for k, v in enumerate(tap)} if taps == "full" else {}
@@ -111,18 +137,13 @@ def highway(
         check_shape("carry", carry, *y_out.shape[:-1], rank)
         if gamma is None:
             raise ValueError("a carry is heard through gamma, which is None")
-    lists = (list(values) for values in (tap, scale, t))
-    h, carry, *_ = torch.ops.e3va.highway(
-        h_in, y_in, y_out, carry, taps, *lists, P, D, gamma, Q, b, U, V, c
-    )
-    return h, None if gamma is None else carry
 
 
 def _given(**tensors: Tensor | None) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 
-@torch.library.custom_op("e3va::highway", mutates_args=())
+@operator
 def _highway(
     h_in: Tensor,
     y_in: Tensor,
@@ -210,7 +231,7 @@ def _backward(ctx, G, dcarry, *_):
 _highway.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("e3va::highway_backward", mutates_args=())
+@operator
 def _highway_backward(
     G: Tensor,
     carry: Tensor | None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from e3va.ops import reference
 from e3va.ops.checks import check_floating, check_shape
+from e3va.ops.library import operator
 
 
 def stage_exit(
@@ -64,7 +65,7 @@ def stage_exit(
     return p, merged
 
 
-@torch.library.custom_op("e3va::stage_exit", mutates_args=())
+@operator
 def _stage_exit(
     h: Tensor,
     weight: Tensor,
@@ -122,7 +123,7 @@ def _backward(ctx, dp, dmerged, *_):
 _stage_exit.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("e3va::stage_exit_backward", mutates_args=())
+@operator
 def _stage_exit_backward(
     dp: Tensor,
     dmerged: Tensor | None,

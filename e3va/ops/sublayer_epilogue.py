@@ -7,7 +7,14 @@ from torch import Tensor
 
 from e3va.config import TAPPED
 from e3va.ops import dispatch, reference
-from e3va.ops.checks import check_floating, check_frozen, check_same_dtype, check_shape
+from e3va.ops.checks import (
+    check_floating,
+    check_frozen,
+    check_once,
+    check_same_dtype,
+    check_shape,
+)
+from e3va.ops.library import frozen_operator
 from e3va.ops.taps import TAPS, stored_channels, stored_dtype
 
 dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
@@ -54,8 +61,20 @@ def sublayer_epilogue(
         ValueError: a shape does not fit, a norm is incomplete, ``tap`` or ``taps`` is unknown.
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
-    norms = {"norm_weight": norm_weight, "norm_bias": norm_bias}
-    check_frozen("sublayer_epilogue", x=x, y=y, **norms, P=P)
+    check_frozen("sublayer_epilogue", x=x, y=y, norm_weight=norm_weight, norm_bias=norm_bias, P=P)
+    check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps)
+    return _sublayer_epilogue(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed)
+
+
+def _check(
+    x: Tensor,
+    y: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    P: Tensor | None,
+    tap: str,
+    taps: str,
+) -> None:
     check_same_dtype(x=x, y=y)
     if x.dim() < 2:
         raise ValueError(f"x must have at least two dimensions, got {list(x.shape)}")
@@ -67,16 +86,15 @@ def sublayer_epilogue(
     channels = x.shape[-1]
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("a norm is norm_weight and norm_bias together: one of them is None")
-    for name, norm in norms.items():
+    for name, norm in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if norm is not None:
             check_shape(name, norm, channels)
     if P is not None:
         check_floating(P=P)
         check_shape("P", P, channels, -1)
-    return torch.ops.e3va.sublayer_epilogue(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed)
 
 
-@torch.library.custom_op("e3va::sublayer_epilogue", mutates_args=())
+@frozen_operator
 def _sublayer_epilogue(
     x: Tensor,
     y: Tensor,
@@ -93,7 +111,7 @@ def _sublayer_epilogue(
     return dispatch.run("sublayer_epilogue", x, *arguments)
 
 
-@_sublayer_epilogue.register_fake
+@torch.library.register_fake("e3va::sublayer_epilogue")
 def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed):
     tokens, channels = x.shape[:-1].numel(), x.shape[-1]
     kept, scale = x.new_empty(0), x.new_empty(0)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch, reference
-from e3va.ops.checks import check_floating, check_frozen, check_shape
+from e3va.ops.checks import check_floating, check_frozen, check_once, check_shape
+from e3va.ops.library import frozen_operator
 
 dispatch.register("window_attention", "reference")(reference.window_attention)
 
@@ -40,6 +41,12 @@ def window_attention(
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
     check_frozen("window_attention", qkv=qkv, qkv_bias=qkv_bias, position_bias=position_bias)
+    arguments = qkv, qkv_bias, position_bias, window, shift
+    check_once(_check, *arguments)
+    return _window_attention(*arguments)
+
+
+def _check(qkv: Tensor, qkv_bias: Tensor, position_bias: Tensor, window: int, shift: int) -> None:
     check_floating(qkv=qkv, qkv_bias=qkv_bias, position_bias=position_bias)
     check_shape("qkv", qkv, -1, -1, -1, -1)
     check_shape("qkv_bias", qkv_bias, qkv.shape[-1])
@@ -51,16 +58,15 @@ def window_attention(
         )
     if not 0 <= shift < window:
         raise ValueError(f"shift must be in [0, {window}), got {shift}")
-    return torch.ops.e3va.window_attention(qkv, qkv_bias, position_bias, window, shift)
 
 
-@torch.library.custom_op("e3va::window_attention", mutates_args=())
+@frozen_operator
 def _window_attention(
     qkv: Tensor, qkv_bias: Tensor, position_bias: Tensor, window: int, shift: int
 ) -> Tensor:
     return dispatch.run("window_attention", qkv, qkv, qkv_bias, position_bias, window, shift)
 
 
-@_window_attention.register_fake
+@torch.library.register_fake("e3va::window_attention")
 def _(qkv, qkv_bias, position_bias, window, shift):
     return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
