@@ -274,11 +274,11 @@ def _cvta(o: Operands) -> Step:
 _TO_INTEGER = {"rzi": np.trunc, "rni": np.rint, "rmi": np.floor, "rpi": np.ceil}
 
 
-@opcode("cvt", modifiers="rn rz rzi rni rmi rpi sat")
+@opcode("cvt", modifiers="rn rzi rni rmi rpi sat")
 def _cvt(o: Operands) -> Step:
     to, source = o.kinds[0], o.kinds[-1]
     if to.endswith("x2"):  # of two floats, the first in the high half
-        if "rz" in o.modifiers or "sat" in o.modifiers:
+        if "sat" in o.modifiers:
             raise NotModelled(o.where)
         high, low, write = o.read(1, source), o.read(2, source), o.write(0, to)
 
@@ -288,8 +288,6 @@ def _cvt(o: Operands) -> Step:
             write(execution, active, np.stack(list(pair), 1).ravel())
 
         return convert_two
-    if "rz" in o.modifiers:
-        raise NotModelled(o.where)
     if to in FORMATS:
         if "sat" in o.modifiers:
             return o.elementwise(lambda x: np.fmin(np.fmax(x, 0), 1), source, result=to)

@@ -9,9 +9,9 @@ import torch
 from e3va.ops import reference
 from tests.oracles import TOLERANCE, relative_error
 from tests.ptx import compiler
-from tests.ptx.memory import Misaligned, OutOfBounds, Race
+from tests.ptx.memory import APART, GlobalMemory, Misaligned, OutOfBounds, Race
 from tests.ptx.parser import parse
-from tests.ptx.window_attention import HEAD_DIM, window_attention
+from tests.ptx.window_attention import HEAD_DIM, launch, raw, window_attention
 
 pytestmark = pytest.mark.skipif(
     compiler.nvcc() is None, reason="there is no nvcc: the CUDA kernels are not executed"
@@ -94,6 +94,31 @@ def test_a_planted_fault(nth, find, replacement, fault, monkeypatch):
         out = window_attention(*arguments, 7, 3, architecture=80)
         expected = reference.window_attention(*(v.double() for v in arguments), 7, 3)
         assert relative_error(out, expected) <= TOLERANCE[BFLOAT]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_far_out(plain):
+    """The last image of a batch of more than 2³¹ elements: of its memory no more exists."""
+    H, W, window, shift = 5, 9, 7, 3
+    arguments = make_arguments(1, H, W, 1, window, BFLOAT)
+    expected = window_attention(*arguments, window, shift, architecture=80, plain=plain)
+    B = (1 << 31) // (H * W * HEAD_DIM) + 5
+    out = torch.empty_like(expected)
+    memory, starts = GlobalMemory(), []
+    for i, tensor in enumerate((*arguments, out)):
+        start = APART * (i + 1)
+        images = B - 1 if tensor.dim() == 4 else 0  # before the last one
+        memory.add(
+            f"tensor {i}",
+            raw(tensor),
+            address=start + images * tensor.nbytes,
+            initialised=tensor is not out,
+            read_only=tensor is not out,
+        )
+        starts.append(start)
+    windows = 2 * (B - 1), 2 * (B - 1) + 1
+    launch(memory, starts, (B, H, W, 1), window, shift, BFLOAT, 80, plain, blocks=windows)
+    assert torch.equal(out, expected)
 
 
 def test_any_schedule():

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import functools
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tests.ptx import compiler
-from tests.ptx.counters import Counts
 from tests.ptx.machine import Program
 from tests.ptx.memory import GlobalMemory
 from tests.ptx.parser import Entry, parse
@@ -53,44 +54,48 @@ def window_attention(
     *,
     architecture: int,
     plain: bool = False,
-    counts: Counts | None = None,
-    seed: int | None = None,
+    **options: Any,
 ) -> Tensor:
-    """As the op of this name; ``plain``: without tensor cores."""
+    """As the op of this name; ``plain``: without tensor cores. Options are those of
+    :meth:`tests.ptx.machine.Program.launch`."""
     B, H, W, C3 = qkv.shape
-    heads = position_bias.shape[1]
     out = qkv.new_empty(B, H, W, C3 // 3)
     memory = GlobalMemory()
-    pointers = [
-        memory.add(name, raw(tensor), initialised=name != "out", read_only=name != "out")
-        for name, tensor in (
-            ("qkv", qkv),
-            ("qkv_bias", qkv_bias),
-            ("position_bias", position_bias),
-            ("out", out),
-        )
-    ]
+    inputs = {"qkv": qkv, "qkv_bias": qkv_bias, "position_bias": position_bias}
+    pointers = [memory.add(name, raw(v), read_only=True) for name, v in inputs.items()]
+    pointers.append(memory.add("out", raw(out), initialised=False))
+    shape = B, H, W, position_bias.shape[1]
+    launch(memory, pointers, shape, window, shift, qkv.dtype, architecture, plain, **options)
+    written = memory.buffers[-1].initialised
+    assert written.all(), f"{(~written).sum()} bytes of out were not written"
+    return out
+
+
+def launch(
+    memory: GlobalMemory,
+    pointers: Sequence[int],
+    shape: tuple[int, int, int, int],
+    window: int,
+    shift: int,
+    dtype: torch.dtype,
+    architecture: int,
+    plain: bool,
+    **options: Any,
+) -> None:
+    """Of a map [B, H, W] of ``heads``: the last number of ``shape``."""
+    B, H, W, heads = shape
     # WindowAttentionParams of csrc/params.h, then two WindowAxis of csrc/window_index.h.
     params = struct.pack(
-        "<4Qi4x7q", *pointers, NUMBERS[qkv.dtype], B, H, W, heads, HEAD_DIM, window, shift
+        "<4Qi4x7q", *pointers, NUMBERS[dtype], B, H, W, heads, HEAD_DIM, window, shift
     )
     windows = -(-H // window), -(-W // window)
     axes = (
         struct.pack("<5q", size, window, shift, count, count * window)
         for size, count in zip((H, W), windows, strict=True)
     )
-    kernel, threads = program(architecture, qkv.dtype, window, plain)
-    kernel.launch(
-        memory,
-        (B * windows[0] * windows[1] * heads,),
-        threads,
-        [params, *axes],
-        counts=counts,
-        seed=seed,
-    )
-    written = memory.buffers[-1].initialised
-    assert written.all(), f"{(~written).sum()} bytes of out were not written"
-    return out
+    kernel, threads = program(architecture, dtype, window, plain)
+    blocks = B * windows[0] * windows[1] * heads
+    kernel.launch(memory, (blocks,), threads, [params, *axes], **options)
 
 
 def raw(tensor: Tensor) -> np.ndarray:
