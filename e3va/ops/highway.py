@@ -263,7 +263,7 @@ def _highway_backward(
         S, dt, dbefore, dD, *sums = dispatch.run("adapters_backward", G, *arguments)
         del u
         dgamma = G.new_empty(0) if gamma is None else _gamma_gradient(carry, S, dt)
-        dV = (S.t() @ rows).view(V.shape).to(V)
+        dV = reference.over_tokens(S, rows).view(V.shape).to(V)
         del S, dS
         flat = [tap_k.flatten(0, -2) for tap_k in tap]
         dP = dispatch.run("tap_gradient", G, flat, scale, taps, dt, G.shape[-1])

@@ -92,10 +92,10 @@ def adapters_backward(
         z = torch.addmm(b[k].to(u), mixed, Q_k)
         a = F.gelu(z)
         S[:, columns] = a @ U_k
-        dU[k] = a.t() @ ds
+        dU[k] = over_tokens(a, ds)
         dz = torch.ops.aten.gelu_backward(ds @ U_k.t(), z)
         del z, a
-        dQ[k] = mixed.t() @ dz
+        dQ[k] = over_tokens(mixed, dz)
         db[k] = _sum_rows(dz)
         du = dz @ Q_k.t()
         del dz
@@ -134,7 +134,7 @@ def tap_gradient(
     for k, (tap_k, dt_k) in enumerate(zip(tap, dt, strict=True)):
         if taps != "full":
             tap_k = expand(tap_k, scale[k], taps, channels, dt.dtype)
-        dP[k] = tap_k.t() @ dt_k
+        dP[k] = over_tokens(tap_k, dt_k)
     return dP
 
 
@@ -371,6 +371,19 @@ def shift_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -
         region.view(rows, window, columns, window).permute(0, 2, 1, 3).reshape(-1, window * window)
     )
     return (region[:, None, :] != region[:, :, None]).to(like.dtype) * -100.0
+
+
+def over_tokens(a: Tensor, b: Tensor) -> Tensor:
+    """Σ aᵀ·b over the tokens, [N, p] and [N, q] → [p, q], in float32 or wider: where losses are
+    scaled, a sum of many tokens leaves what float16 holds."""
+    if a.device.type == "cuda" and a.dtype in (torch.float16, torch.bfloat16):
+        return torch.mm(a.t(), b, out_dtype=torch.float32)
+    if a.dtype != torch.float16:
+        return wide(a.t() @ b)
+    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32)
+    for a_i, b_i in zip(a.split(1024), b.split(1024), strict=True):
+        total.addmm_(a_i.float().t(), b_i.float())
+    return total
 
 
 def _sum_rows(x: Tensor) -> Tensor:
