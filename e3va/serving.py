@@ -29,12 +29,14 @@ class SharedTrunk:
         models: the detectors, an :class:`~e3va.E3VABackbone` somewhere in each.
 
     Raises:
-        ValueError: a model has no such backbone or several, or their trunks have other weights or
-            are stored in other dtypes.
+        ValueError: there is no model, or one twice; one has no such backbone or several; or their
+            trunks have other weights or are stored in other dtypes.
     """
 
     def __init__(self, models: Sequence[nn.Module]) -> None:
         self._backbones = [_backbone(model) for model in models]
+        if not models or len(set(map(id, self._backbones))) < len(models):
+            raise ValueError(f"one or more models are needed, each once, got {len(models)}")
         first, *others = self._backbones
         for backbone in others:
             ours, theirs = (b.trunk.state_dict() for b in (first, backbone))
@@ -44,6 +46,7 @@ class SharedTrunk:
                 raise ValueError("the models' trunks differ: in their weights or their dtype")
             backbone.trunk = first.trunk
         self._image: Tensor | None = None
+        self._autocast: torch.dtype | None = None
         self._maps: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> Self:
@@ -57,9 +60,14 @@ class SharedTrunk:
         self._image, self._maps = None, []
 
     def _forward(self, i: int, image: Tensor) -> dict[str, Tensor]:
-        seen = self._image
-        if seen is None or seen.shape != image.shape or not torch.equal(seen, image):
-            self._image, self._maps = image, shared_forward(self._backbones, image)
+        seen, autocast = self._image, None
+        if torch.is_autocast_enabled(image.device.type):
+            autocast = torch.get_autocast_dtype(image.device.type)
+        same = seen is not None and seen.shape == image.shape and autocast == self._autocast
+        if seen is None or not same or not torch.equal(seen, image):
+            # A copy: the caller may fill the same tensor with the next image.
+            self._image, self._autocast = image.clone(), autocast
+            self._maps = shared_forward(self._backbones, image)
         return self._maps[i]
 
 

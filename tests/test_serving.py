@@ -79,3 +79,37 @@ def test_other_trunks_are_refused():
         SharedTrunk(same)
     with pytest.raises(ValueError, match="a Linear with one E3VABackbone is needed"):
         SharedTrunk([one, torch.nn.Linear(2, 2)])
+
+
+@torch.no_grad()
+def test_one_tensor_for_every_image():
+    """Video loops fill the same tensor again and again."""
+    models = [Detector(backbone) for backbone in make_backbones(2)]
+    images = [torch.randn(1, 3, 40, 64) for _ in range(2)]
+    expected = [[model(image) for model in models] for image in images]
+    buffer = torch.empty(1, 3, 40, 64)
+    with SharedTrunk(models):
+        for image, results in zip(images, expected, strict=True):
+            buffer.copy_(image)
+            for model, result in zip(models, results, strict=True):
+                torch.testing.assert_close(model(buffer), result, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_autocast_is_computed_anew():
+    models = [Detector(backbone) for backbone in make_backbones(2)]
+    image = torch.randn(1, 3, 40, 64)
+    exact = models[0](image)
+    with SharedTrunk(models):
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = models[0](image)
+        again = models[0](image)
+    assert rounded.dtype == torch.bfloat16 and again.dtype == torch.float32
+    torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_no_model_or_one_twice():
+    (backbone,) = make_backbones(1)
+    for models in ([], [backbone, backbone], [backbone, Detector(backbone)]):
+        with pytest.raises(ValueError, match=f"each once, got {len(models)}"):
+            SharedTrunk(models)
