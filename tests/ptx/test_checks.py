@@ -124,6 +124,13 @@ WRONG = {
         + "st.shared.b32 [%r2], 0; cp.async.ca.shared.global [%r2], [%q2], 4;"
         + "cp.async.commit_group; cp.async.wait_group 1; ld.shared.b32 %r5, [%r2];",
     ),
+    "wait for the first of two copies": (
+        Race,
+        ADDRESS
+        + "cp.async.ca.shared.global [%r2], [%q2], 4; cp.async.commit_group;"
+        + "cp.async.ca.shared.global [%r2+256], [%q2], 4; cp.async.commit_group;"
+        + "cp.async.wait_group 1; ld.shared.b32 %r5, [%r2]; ld.shared.b32 %r5, [%r2+256];",
+    ),
     "another warp's copy without a barrier": (
         Race,
         ADDRESS

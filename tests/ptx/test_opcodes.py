@@ -106,6 +106,7 @@ def brains(low: float, high: float) -> np.uint32:
 TINY = f32(2.0**-140)
 NAN, INFINITY = f32(np.nan), f32(np.inf)
 ONE_ULP = f32(2.0**-23)
+ODD = f32(1 + 2.0**-12)
 
 KNOWN = [
     ("mov.b32", [u32(7)], u32(7)),
@@ -164,6 +165,10 @@ KNOWN = [
     ("mul.f32", [f32(1) + ONE_ULP, f32(1) + ONE_ULP], f32(1) + 2 * ONE_ULP),
     ("mul.f32x2", [pair(2, -3), pair(3, 5)], pair(6, -15)),
     ("fma.rn.f32", [f32(1) + ONE_ULP, f32(1) + ONE_ULP, -f32(1) - 2 * ONE_ULP], f32(2.0**-46)),
+    # More than half-way between two floats, but not in float64: either sign.
+    ("fma.rn.f32", [ODD, ODD, f32(2.0**-70)], f32(1 + 2.0**-11 + 2.0**-23)),
+    ("fma.rn.f32", [-ODD, ODD, f32(-(2.0**-70))], f32(-1 - 2.0**-11 - 2.0**-23)),
+    ("fma.rn.f32", [-ODD, ODD, f32(2.0**-70)], f32(-1 - 2.0**-11)),
     ("fma.rn.f32x2", [pair(2, -3), pair(3, 5), pair(1, 1)], pair(7, -14)),
     ("fma.rm.f32", [f32(1), f32(1), -f32(2.0**-80)], np.nextafter(f32(1), f32(0))),
     ("fma.rn.bf16", [bf16(1), bf16(256), bf16(1)], bf16(256)),
