@@ -26,6 +26,10 @@ from tests.ptx.parser import parse
 ROOT = Path(__file__).resolve().parents[2]
 
 
+KEPT = 64
+"""Kernels: each takes some megabytes."""
+
+
 class Compiled(NamedTuple):
     program: Program
     threads: int
@@ -43,7 +47,7 @@ def load(ptx: str, shared: int, threads: int, parameters: list[str]) -> Compiled
 
 
 class TritonCompiler:
-    """Answers requests, each once."""
+    """Answers requests; those that were made lately at once."""
 
     def __init__(self) -> None:
         self._known: dict[str, Compiled] = {}
@@ -71,6 +75,8 @@ class TritonCompiler:
             answer = self._process.stdout.readline()
             if not answer:
                 raise RuntimeError(f"the compiler gave up on {request}")
+            if len(self._known) == KEPT:
+                del self._known[next(iter(self._known))]
             self._known[request] = load(*json.loads(answer))
         return self._known[request]
 

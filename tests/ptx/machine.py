@@ -21,7 +21,7 @@ import numpy as np
 
 from tests.ptx import tensor_memory, warps  # noqa: F401  (they fill the table of opcodes)
 from tests.ptx.counters import Counts
-from tests.ptx.floats import Array
+from tests.ptx.floats import UNSIGNED, Array
 from tests.ptx.flow import Flow, is_end_of_block
 from tests.ptx.memory import Deadlock, Divergence, Fault, GlobalMemory, Race, SharedMemory
 from tests.ptx.opcodes import Active, NotModelled, Operands, Step, translate
@@ -60,6 +60,9 @@ class Program:
         self.entry = entry
         self.numbers = {name: i for i, name in enumerate(entry.registers)}
         self.widths = list(entry.registers.values())
+        self.written: set[int] = set()
+        """Registers that an instruction writes. Of others compilers read half a pair whose result
+        they leave; they hold what is no number."""
         self.symbols = dict(entry.shared)
         end = entry.shared_bytes
         for name, alignment in entry.dynamic.items():
@@ -208,8 +211,12 @@ class Execution:
     def register(self, number: int) -> Array:
         values = self.registers[number]
         if values is None:
-            name = list(self.program.numbers)[number]
-            raise Fault(f"register {name} is read, and no thread has written it")
+            if number in self.program.written:
+                name = list(self.program.numbers)[number]
+                raise Fault(f"register {name} is read, and no thread has written it")
+            dtype = UNSIGNED.get(self.program.widths[number], np.bool_)
+            values = np.full(self.total, -1).astype(dtype)
+            self.registers[number] = values
         return values
 
     def set(self, number: int, active: Active, values: Array) -> None:

@@ -126,6 +126,7 @@ class Operands:
         if text == "_":
             return lambda execution, active, values: None
         number = self.program.numbers[text]
+        self.program.written.add(number)
         width = self.program.widths[number]
         if width == 1:
             return lambda execution, active, values: execution.set(number, active, values)

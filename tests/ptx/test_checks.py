@@ -75,6 +75,7 @@ RIGHT = {
     "AGAIN: setp.ge.s32 %p1, %r5, %r6; @%p1 bra DONE; add.s32 %r5, %r5, 1; bra.uni AGAIN;"
     "DONE: bar.sync 0; shfl.sync.idx.b32 %r7, %r5, 31, 31, -1; st.global.b32 [%q1], %r7;",
     "threads that have returned": "setp.lt.u32 %p1, %r1, 40; @%p1 ret; bar.sync 0;",
+    "half a pair that nobody reads": "mov.b64 %q6, {%r1, %r7}; mov.b64 {%r5, _}, %q6;",
     "asynchronous copy": ADDRESS
     + "cp.async.ca.shared.global [%r2], [%q2], 4; cp.async.commit_group;"
     + "cp.async.wait_group 0; ld.shared.b32 %r5, [%r2]; st.global.b32 [%q1], %r5;",
@@ -90,7 +91,10 @@ WRONG = {
     "shared, two bytes off": (Misaligned, ADDRESS + "st.shared.b32 [%r2+2], %r1;"),
     "read of an output": (Uninitialised, "ld.global.b32 %r5, [%q1];"),
     "read of shared memory": (Uninitialised, ADDRESS + "ld.shared.b32 %r5, [%r2];"),
-    "read of a register": (Fault, "add.s32 %r5, %r6, 1;"),
+    "read of a register": (
+        Fault,
+        "bra.uni OVER; mov.b32 %r6, 1; OVER: add.s32 %r5, %r6, 1;",
+    ),
     "write to an input": (WriteToInput, "st.global.b32 [%q2], %r1;"),
     "two blocks": (Collision, "st.global.b32 [%q3], 7;"),
     "two values at once": (Collision, "st.global.b32 [%q3], %r1;"),
