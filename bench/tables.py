@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.environment import RESULTS
 
@@ -18,19 +19,26 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def tracks() -> str:
-    """Every method on the digits tracks that have been run: mean and deviation over the seeds."""
-    found = json.loads((RESULTS / "tracks_digits_h100.json").read_text())["tracks"]
+    """Every method on the digits tracks: mean and deviation over the seeds that have been run."""
+    found = json.loads((RESULTS / "tracks_digits.json").read_text())["tracks"]
     names = {method: None for track in found.values() for method in track["methods"]}
     titles = [f"{track['metric']}, {track['iterations']} iterations" for track in found.values()]
     lines = [_row("", *titles, "trained", "saved"), "|---" * (3 + len(found)) + "|"]
     for method in names:
-        results = [track["methods"][method] for track in found.values()]
+        scores = [_score(track["methods"].get(method)) for track in found.values()]
         cost = found["instances"]["methods"][method]
-        scores = [f"{r['mean']:.1f} ± {r['std']:.1f}" for r in results]
         trained = f"{cost['trainable_params'] / 1e6:.3f} M"
         saved = f"{cost['saved_bytes'] / 2**20:.1f} MiB"
         lines.append(_row(f"`{method}`", *scores, trained, saved))
     return "\n".join(lines)
+
+
+def _score(result: dict[str, Any] | None) -> str:
+    """Mean and deviation, and the rate that they are of; one seed has no deviation."""
+    if result is None:
+        return "–"
+    spread = "" if result["std"] is None else f" ± {result['std']:.1f}"
+    return f"{result['mean']:.1f}{spread} ({result['rate']:g} ×)"
 
 
 def _row(*cells: str) -> str:

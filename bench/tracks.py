@@ -222,6 +222,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "--json", type=Path, help="keep the results in this file, and go on from it"
     )
     options = parser.parse_args(arguments)
+    options.seeds = list(dict.fromkeys(options.seeds))
     report: dict[str, Any] = {"tracks": {}}
     if options.json and options.json.exists():
         try:
