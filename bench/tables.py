@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bench.environment import RESULTS
 
@@ -19,13 +19,21 @@ README = Path(__file__).parents[1] / "README.md"
 
 
 def tracks() -> str:
-    """Every method on the digits tracks: mean and deviation over the seeds that have been run."""
+    """Every method on the digits tracks, at the config's learning rate and at the best of those
+    that have been run."""
     found = json.loads((RESULTS / "tracks_digits.json").read_text())["tracks"]
     names = {method: None for track in found.values() for method in track["methods"]}
-    titles = [f"{track['metric']}, {track['iterations']} iterations" for track in found.values()]
-    lines = [_row("", *titles, "trained", "saved"), "|---" * (3 + len(found)) + "|"]
+    titles = [t for track in found.values() for t in (track["metric"], "at its best rate")]
+    lines = [_row("", *titles, "trained", "saved"), "|---" * (3 + len(titles)) + "|"]
     for method in names:
-        scores = [_score(track["methods"].get(method)) for track in found.values()]
+        scores = []
+        for track in found.values():
+            result = track["methods"].get(method)
+            if result is None:
+                scores += ["–", "–"]
+                continue
+            best = f"{_score(result['runs'], result['rate'])} ({result['rate']:g} ×)"
+            scores += [_score(result["runs"], 1.0), best]
         cost = found["instances"]["methods"][method]
         trained = f"{cost['trainable_params'] / 1e6:.3f} M"
         saved = f"{cost['saved_bytes'] / 2**20:.1f} MiB"
@@ -33,12 +41,13 @@ def tracks() -> str:
     return "\n".join(lines)
 
 
-def _score(result: dict[str, Any] | None) -> str:
-    """Mean and deviation, and the rate that they are of; one seed has no deviation."""
-    if result is None:
+def _score(runs: list[dict[str, float]], rate: float) -> str:
+    """Mean and deviation over the seeds; one seed has no deviation."""
+    scores = [run["score"] for run in runs if run["rate"] == rate]
+    if not scores:
         return "–"
-    spread = "" if result["std"] is None else f" ± {result['std']:.1f}"
-    return f"{result['mean']:.1f}{spread} ({result['rate']:g} ×)"
+    spread = f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else ""
+    return f"{statistics.mean(scores):.1f}{spread}"
 
 
 def _row(*cells: str) -> str:
