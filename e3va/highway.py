@@ -167,8 +167,7 @@ class StageRide:
         self.tap = stage.tap
         # Without a backward to come nothing needs to be made smaller.
         self._taps = stage.taps if torch.is_grad_enabled() else "full"
-        # From PyTorch's own generator, so that torch.manual_seed makes a run repeatable.
-        self._seed = torch.randint(2**31, (), device="cpu") if self._taps == "int4" else None
+        self._seed: Tensor | None = None
         self._P: tuple[Tensor, ...] = ()
         self._kept: list[Tensor] = []
         self._scale: list[Tensor] = []
@@ -178,11 +177,13 @@ class StageRide:
         with torch.no_grad():  # as a decorator of __call__ it would stop Dynamo 2.14
             k = len(self._t)
             weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, EPS)
-            seed = None if self._seed is None else self._seed + k
-            if not k:  # cast once for all
-                self._P = self._stage.P.to(x.dtype).unbind()
+            if not k:
+                self._P = self._stage.P.to(x.dtype).unbind()  # cast once for all
+                if self._taps == "int4":
+                    # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
+                    self._seed = torch.randint(2**31, (), device=x.device)
             y, z, t, kept, scale = ops.sublayer_epilogue(
-                x, y, weight, bias, eps, self._P[k], self.tap, self._taps, seed
+                x, y, weight, bias, eps, self._P[k], self.tap, self._taps, self._seed, k
             )
             if self._taps == "full":
                 self._kept.append(x if self.tap == "output" else z)

@@ -125,7 +125,8 @@ def sublayer_epilogue(
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
     taps: str = "full",
-    seed: int = 0,
+    seed: Tensor | None = None,
+    index: int = 0,
 ) -> tuple[Tensor, ...]:
     z, kept, scale = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if returns_norm(norm_weight, P, tap, taps):
@@ -135,7 +136,7 @@ def sublayer_epilogue(
         kept = torch.empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
         scale = torch.empty(tokens, dtype=torch.float32)
     weights = _given(norm_weight), _given(norm_bias), eps, _given(P)
-    storage = tap == "norm", TAPS.index(taps), seed
+    storage = tap == "norm", TAPS.index(taps), index + (0 if seed is None else int(seed))
     y_out, t = torch.ops.e3va_native.sublayer_epilogue(
         x.contiguous(), y.contiguous(), *weights, *storage, z, kept, scale
     )

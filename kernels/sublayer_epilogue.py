@@ -55,7 +55,8 @@ def sublayer_epilogue(
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
     taps: str = "full",
-    seed: int = 0,
+    seed: Tensor | None = None,
+    index: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
     channels, tokens = x.shape[-1], x.shape[:-1].numel()
@@ -87,7 +88,9 @@ def sublayer_epilogue(
             scale,
             tokens,
             eps,
-            int32(seed),
+            # Where nothing rounds at random it is not read.
+            x if taps != "int4" else _seed(seed, x.device),
+            int32(index),
             CHANNELS=channels,
             RANK=rank,
             AFFINE=affine,
@@ -100,6 +103,12 @@ def sublayer_epilogue(
             num_warps=tile.num_warps,
         )
     return y_out, z, t, codes, scale
+
+
+def _seed(seed: Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.zeros((), dtype=torch.int64, device=device)
+    return seed.to(device, torch.int64)
 
 
 @triton.jit
@@ -126,7 +135,7 @@ def _normalise(
     return tl.where(inside, z, 0.0).to(y_ptr.dtype.element_ty)
 
 
-@triton.jit(do_not_specialize=["tokens", "seed"])
+@triton.jit(do_not_specialize=["tokens", "index"])
 def sublayer_epilogue_kernel(
     x_ptr,  # [N, C]
     y_ptr,  # [N, C]
@@ -140,7 +149,8 @@ def sublayer_epilogue_kernel(
     scale_ptr,  # [N]
     tokens,
     eps,
-    seed,
+    seed_ptr,  # []
+    index,
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
     AFFINE: tl.constexpr,  # the norm has a weight and a bias
@@ -235,7 +245,8 @@ def sublayer_epilogue_kernel(
         if FORMAT != "full":
             inverse, scale = scales(largest, FORMAT)
             tl.store(scale_ptr + rows, scale, mask=row_in)
-            key = hash(seed.to(tl.uint32))
+            if FORMAT == "int4":
+                key = hash((tl.load(seed_ptr) + index).to(tl.uint32))
         for start in range(0, BYTES, BYTE_TILE):
             bytes_ = start + tl.arange(0, BYTE_TILE)
             byte_in = bytes_ < BYTES

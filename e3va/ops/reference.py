@@ -24,7 +24,8 @@ def sublayer_epilogue(
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
     taps: str = "full",
-    seed: int = 0,
+    seed: Tensor | None = None,
+    index: int = 0,
 ) -> tuple[Tensor, ...]:
     x, y = x.contiguous(), y.contiguous()
     y_out = y + x
@@ -35,7 +36,7 @@ def sublayer_epilogue(
         tapped = x if tap == "output" else z
         t = tapped.flatten(0, -2) @ P.to(x)
         if taps != "full":
-            kept, scale = compress(tapped, taps, seed)
+            kept, scale = compress(tapped, taps, index if seed is None else seed + index)
             z = z if norm_weight is not None else x.new_empty(0)
     return y_out, z, t, kept, scale
 

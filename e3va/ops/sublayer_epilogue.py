@@ -30,6 +30,7 @@ def sublayer_epilogue(
     tap: str = "output",
     taps: str = "full",
     seed: Tensor | None = None,
+    index: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Residual add, the next LayerNorm, and the projection of one adapter's tap, or of none.
 
@@ -47,7 +48,9 @@ def sublayer_epilogue(
         tap: what the adapter reads: "output" (the default), which is ``x``, or "norm", the
             LayerNorm of ``y + x``, without weight and bias where those are None.
         taps: how the tap is to be kept for backward, one of :data:`e3va.ops.taps.TAPS`.
-        seed: an integer, [] on the CPU, of the stochastic rounding of "int4"; default: 0.
+        seed: of the stochastic rounding of "int4", an int64 []; on the device of ``x`` nothing is
+            copied, and a CUDA graph that draws it rounds anew at each replay. Default: 0.
+        index: added to it (default 0).
 
     Returns:
         ``y + x`` [..., C]; its LayerNorm [..., C], or an empty tensor without a norm, unless it is
@@ -63,7 +66,7 @@ def sublayer_epilogue(
     """
     check_frozen("sublayer_epilogue", x=x, y=y, norm_weight=norm_weight, norm_bias=norm_bias, P=P)
     check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps)
-    return _sublayer_epilogue(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed)
+    return _sublayer_epilogue(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index)
 
 
 def _check(
@@ -105,14 +108,14 @@ def _sublayer_epilogue(
     tap: str,
     taps: str,
     seed: Tensor | None,
+    index: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    number = 0 if seed is None else int(seed.item())
-    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, number
+    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index
     return dispatch.run("sublayer_epilogue", x, *arguments)
 
 
 @torch.library.register_fake("e3va::sublayer_epilogue")
-def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed):
+def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index):
     tokens, channels = x.shape[:-1].numel(), x.shape[-1]
     kept, scale = x.new_empty(0), x.new_empty(0)
     if P is not None and taps != "full":

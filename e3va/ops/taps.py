@@ -38,13 +38,13 @@ def stored_dtype(taps: str) -> torch.dtype:
     return {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[taps]
 
 
-def compress(x: Tensor, taps: str, seed: int) -> tuple[Tensor, Tensor]:
+def compress(x: Tensor, taps: str, seed: int | Tensor) -> tuple[Tensor, Tensor]:
     """A tap [..., C] in fewer bits.
 
     Args:
         x: the tap, N tokens.
         taps: "fp8", "int8" or "int4".
-        seed: of int4's stochastic rounding.
+        seed: of int4's stochastic rounding, a number or an integer [].
 
     Returns:
         codes [N, C], or [N, ⌈C/2⌉] of int4: channel j in the low four bits of byte j, channel
@@ -60,7 +60,7 @@ def compress(x: Tensor, taps: str, seed: int) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def _compress(rows: Tensor, taps: str, seed: int, place: int) -> tuple[Tensor, Tensor]:
+def _compress(rows: Tensor, taps: str, seed: int | Tensor, place: int) -> tuple[Tensor, Tensor]:
     tokens, channels = rows.shape
     largest = rows.abs().amax(1) if channels else rows.new_zeros(tokens)
     limit = torch.full_like(largest, LARGEST[taps])  # a number would be multiplied by 1/largest
@@ -98,10 +98,13 @@ def _parts(rows: Tensor, channels: int) -> Iterator[slice]:
     return (slice(first, min(first + step, len(rows))) for first in range(0, len(rows), step))
 
 
-def random_words(count: int, seed: int, place: int, device: torch.device) -> Tensor:
+def random_words(count: int, seed: int | Tensor, place: int, device: torch.device) -> Tensor:
     """``count`` int32 of random bits: hashes of the positions from ``place`` on, the same on every
-    backend."""
-    key = _hash(torch.tensor(int32(seed), dtype=torch.int32)).item()
+    backend. A seed on the device is never looked at from the CPU, so that a CUDA graph that draws
+    it gives other bits at each replay."""
+    if not isinstance(seed, Tensor):
+        seed = torch.tensor(int32(seed))
+    key = _hash(seed.to(device).to(torch.int32))
     x = torch.arange(count, dtype=torch.int32, device=device)
     x += int32(place)
     x ^= key

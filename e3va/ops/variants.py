@@ -77,7 +77,8 @@ class SublayerEpilogue(NamedTuple):
         P: Tensor | None = None,
         tap: str = "output",
         taps: str = "full",
-        seed: int = 0,
+        seed: Tensor | None = None,
+        index: int = 0,
     ) -> Self:
         rank = 0 if P is None else P.shape[1]
         return cls(x.shape[-1], weight is not None, rank, tap, taps)
@@ -87,7 +88,7 @@ class SublayerEpilogue(NamedTuple):
         x, y = (draw(B, H, W, C) for _ in range(2))
         norm = [draw.maybe(self.affine, C) for _ in range(2)]
         P = draw.maybe(rank > 0, C, rank, scale=C**-0.5)
-        return x, y, *norm, 1e-5, P, self.tap, self.taps, SEED
+        return x, y, *norm, 1e-5, P, self.tap, self.taps, torch.tensor(SEED)
 
 
 class Adapters(NamedTuple):

@@ -103,6 +103,20 @@ def test_any_seed(seed, device):
     check_bits(torch.randn(1, 2, 3, 37), "int4", device, seed)
 
 
+def test_an_index_is_added_to_the_seed(device):
+    x = torch.randn(1, 2, 3, 37)
+    arguments = *make_arguments((1, 1, 1), 37, 4, x.dtype)[2:], "output", "int4"
+    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
+    here = x.to(device), torch.zeros_like(x, device=device)
+    seeds = (2**31 - 1, 7), (2**31 + 6, 0)
+    one, two = (
+        ops.sublayer_epilogue(*here, *arguments, torch.tensor(seed, device=device), index)[3]
+        for seed, index in seeds
+    )
+    assert torch.equal(one, two)
+    assert torch.equal(one.cpu(), tap_storage.compress(x, "int4", sum(seeds[0]))[0])
+
+
 @pytest.mark.parametrize("taps", COMPRESSED)
 def test_large_taps_are_stored_piece_by_piece(taps, monkeypatch):
     x = torch.randn(61, 37)
