@@ -191,7 +191,12 @@ def sublayer_epilogue_kernel(
             off = tl.where(inside, y - slice_mean[:, None], 0.0)
             step = slice_mean - mean
             mean += step * (count / (start + count))
-            squares += tl.sum(off * off, 1) + step * step * (start * count / (start + count))
+            square = off * off
+            if CHANNELS % 2:
+                # Added in one rounding with a neighbour's, a square would give lanes that hold the
+                # same row sums that differ by their last bits.
+                square = tl.fma(off, off, 0.0)
+            squares += tl.sum(square, 1) + step * step * (start * count / (start + count))
         if TAP == "output":
             P = tl.load(
                 P_ptr + channels[:, None] * RANK + ranks[None, :],

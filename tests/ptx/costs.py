@@ -71,7 +71,7 @@ def measure(
 
     for taps in TAPS:
         yield from counted(
-            f" {taps}", N, sublayer_epilogue, x, y, *norm, 1e-5, P, "output", taps, 5
+            f" {taps}", N, sublayer_epilogue, x, y, *norm, 1e-5, P, "output", taps, torch.tensor(5)
         )
     yield from counted("", N * K, forward, t, None, D, gamma, *weights, size)
     yield from counted("", N * K, backward, dS, None, t, D, gamma, *weights, size)

@@ -1,0 +1,31 @@
+"""What the kernels cost does not grow unnoticed."""
+
+import torch
+
+from tests.ptx import costs
+
+CEILINGS = {
+    "sublayer_epilogue full": 410,
+    "sublayer_epilogue fp8": 835,
+    "sublayer_epilogue int8": 625,
+    "sublayer_epilogue int4": 715,
+    "adapters": 195,
+    "rows": 275,
+    "weights": 306,
+    "mixing": 142,
+    "tap_gradient fp8": 325,
+    "tap_gradient int8": 256,
+    "tap_gradient int4": 199,
+}
+"""Warp instructions without moves, per token and adapter: bfloat16 on sm_80, C = 512, rank 16,
+m = 256."""
+
+
+def test_instructions(compiler):
+    found = {
+        kernel: counts.instructions / units
+        for kernel, units, counts in costs.measure(compiler, 80, torch.bfloat16, 512, 16, 256)
+    }
+    assert found.keys() == CEILINGS.keys()
+    more = {kernel: n for kernel, n in found.items() if n > CEILINGS[kernel]}
+    assert not more
