@@ -28,7 +28,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3va.kernels.common import architecture_of, dot, gelu, padded_rank, part_rows, splits_of
+from e3va.kernels.common import (
+    architecture_of,
+    dot,
+    gelu,
+    gelu_and_slope,
+    padded_rank,
+    part_rows,
+    splits_of,
+)
 
 MIXING_ROWS = 64  # of mixing_kernel
 MIXING_PART = 1024  # tokens that a program of it sums
@@ -57,7 +65,9 @@ def rows_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     if dtype == torch.float32:
         if architecture >= 90:
             return Tiles(16, 32, 8)
-        return Tiles(16, 16, 4 if architecture >= 80 else 8)
+        if architecture >= 80:
+            return Tiles(32, 16, 8 if rank > 32 else 4)
+        return Tiles(16, 16, 8)
     if architecture < 80:
         return Tiles(16, 32, 8)
     if rank > 32:
@@ -355,7 +365,7 @@ def adapters_kernel(
     U_ptr += tap * (RANK * HIDDEN)
     for start in range(0, HIDDEN, HIDDEN_TILE):
         Q, b, U = _load_slice(Q_ptr, b_ptr, U_ptr, start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
-        a, _ = gelu(dot(mixed, Q, zero) + b[None, :])
+        a = gelu(dot(mixed, Q, zero) + b[None, :])
         s = dot(a.to(dtype), tl.trans(U), s)
     at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
     tl.store(S_ptr + at_S, s.to(dtype), mask=inside)
@@ -460,7 +470,7 @@ def rows_kernel(
         U_ptr += tap * (RANK * HIDDEN)
         for start in range(0, HIDDEN, HIDDEN_TILE):
             Q, b, U = _load_slice(Q_ptr, b_ptr, U_ptr, start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
-            a, slope = gelu(dot(mixed, Q, zero) + b[None, :])
+            a, slope = gelu_and_slope(dot(mixed, Q, zero) + b[None, :])
             s = dot(a.to(dtype), tl.trans(U), s)
             dz = dot(ds, U, zero) * slope
             dmixed = dot(dz.to(dtype), tl.trans(Q), dmixed)
@@ -519,7 +529,7 @@ def weights_kernel(
         at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
         mixed = tl.load(mixed_ptr + at, mask=inside, other=0.0)
         ds = tl.load(ds_ptr + at_S, mask=inside, other=0.0)
-        a, slope = gelu(dot(mixed, Q, zero) + b[None, :])
+        a, slope = gelu_and_slope(dot(mixed, Q, zero) + b[None, :])
         # Rows past the end have ds = 0, and with it dz = 0: they add nothing.
         dz = dot(ds, U, zero) * slope
         dU = dot(tl.trans(ds), a.to(dtype), dU)

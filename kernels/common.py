@@ -50,17 +50,28 @@ def dot(a, b, sum):
 
 
 @triton.jit
+def _tail(size):
+    """The part of a normal distribution beyond ``size`` ≥ 0, within 7e-7: 2 to the power of a
+    polynomial that was fitted to its logarithm, the largest error made least, and falls for ever.
+    Unlike erf it has no branches and no division."""
+    power = -0.0005029639318465948 * size + 0.00730130198506861
+    power = power * size - 0.052389319006619334
+    power = power * size - 0.4593673053118835
+    power = power * size - 1.1510703266217972
+    return tl.exp2(power * size - 1.0)
+
+
+@triton.jit
 def gelu(z):
-    """GELU of z, float32, and its slope, within 1e-6. erf is Abramowitz and Stegun's 7.1.26: it has
-    no branches, unlike tl.erf, and shares exp(-z²/2) with the slope."""
+    """GELU of z, float32, within 1e-6."""
     size = tl.abs(z)
-    bell = tl.exp(-0.5 * z * z)
-    t = 1.0 / (1.0 + 0.2316418882 * size)  # 0.3275911·|z|/√2
-    # Half of their coefficients: what lies beyond |z| of the normal distribution.
-    sum = 0.5307027145 * t - 0.7265760135
-    sum = sum * t + 0.7107068705
-    sum = sum * t - 0.142248368
-    sum = sum * t + 0.127414796
-    tail = sum * t * bell
-    slope = tl.where(z < 0.0, tail, 1.0 - tail) + 0.3989422804014327 * z * bell
-    return tl.maximum(z, 0.0) - size * tail, slope
+    return tl.maximum(z, 0.0) - size * _tail(size)
+
+
+@triton.jit
+def gelu_and_slope(z):
+    """GELU of z, float32, and its derivative, each within 1e-6."""
+    tail = _tail(tl.abs(z))
+    below = tl.where(z < 0.0, tail, 1.0 - tail)
+    bell = tl.exp2(-0.7213475204444817 * (z * z))  # exp(-z²/2)
+    return z * below, below + 0.3989422804014327 * z * bell

@@ -124,7 +124,7 @@ def _normalise(
     CHANNELS: tl.constexpr,
     AFFINE: tl.constexpr,
 ):
-    """The norm of a tile as it is stored, zero outside: the same bits in every pass."""
+    """The norm of a tile as it is stored, anything outside: the same bits in every pass."""
     y = tl.load(y_ptr + at, mask=inside, other=0.0)
     z = (y.to(tl.float32) - mean[:, None]) * rstd[:, None]
     if AFFINE:
@@ -132,7 +132,7 @@ def _normalise(
         bias = tl.load(bias_ptr + channels, mask=channels < CHANNELS, other=0.0)
         # Left to the compiler, one pass might round the product and another not.
         z = tl.fma(z, weight.to(tl.float32)[None, :], bias.to(tl.float32)[None, :])
-    return tl.where(inside, z, 0.0).to(y_ptr.dtype.element_ty)
+    return z.to(y_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["tokens", "index"])
@@ -188,7 +188,9 @@ def sublayer_epilogue_kernel(
             count = tl.minimum(CHANNELS - start, CHANNEL_TILE).to(tl.float32)
             y = y.to(tl.float32)
             slice_mean = tl.sum(y, 1) / count
-            off = tl.where(inside, y - slice_mean[:, None], 0.0)
+            off = y - slice_mean[:, None]
+            if CHANNELS % CHANNEL_TILE:
+                off = tl.where(channel_in[None, :], off, 0.0)
             step = slice_mean - mean
             mean += step * (count / (start + count))
             square = off * off
@@ -228,6 +230,8 @@ def sublayer_epilogue_kernel(
                 CHANNELS,
                 AFFINE,
             )
+            if CHANNELS % CHANNEL_TILE:
+                z = tl.where(channel_in[None, :], z, 0.0)
             if STORED:
                 tl.store(z_ptr + at, z, mask=inside)
             P = tl.load(
@@ -278,6 +282,8 @@ def sublayer_epilogue_kernel(
                         CHANNELS,
                         AFFINE,
                     )
+                    if CHANNELS % PARTS:  # the last byte has room for one more
+                        tapped = tl.where(channel_in[None, :], tapped, 0.0)
                     if TAP != "norm":
                         tl.store(z_ptr + at, tapped, mask=inside)
                 if FORMAT != "full":

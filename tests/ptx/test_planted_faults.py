@@ -103,8 +103,8 @@ PLANTED = {
     ),
     "another sign": (
         "adapters_kernel",
-        r"0fBF000000",
-        "0f3F000000",
+        r"0fBF800000",
+        "0f3F800000",
         AssertionError,
     ),
     "an index off by one": (
