@@ -112,7 +112,8 @@ def gpu_architectures(nvcc: str) -> list[str]:
         return wanted
     listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = [a for a in GPU_ARCHITECTURES if f"compute_{a}" in listed.stdout.split()]
-    return [*(f"sm_{a}" for a in known), f"compute_{PTX_ARCHITECTURE}"]
+    ptx = PTX_ARCHITECTURE if PTX_ARCHITECTURE in known else known[-1]
+    return [*(f"sm_{a}" for a in known), f"compute_{ptx}"]
 
 
 def ninja_file(

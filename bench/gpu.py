@@ -26,7 +26,7 @@ def checks(device: torch.device) -> list[dict[str, Any]]:
     """Every kernel that there is here, with its relative error against float64."""
     found = []
     for op, backend, dtype, variant, verdict in tqdm(trial.selftest(device), unit="kernel"):
-        shown = {"op": op, "backend": backend, "dtype": dtype, "variant": trial.describe(variant)}
+        shown = {"op": op, "backend": backend, "dtype": dtype, "variant": trial.fields(variant)}
         found.append(shown | verdict._asdict())
         if not verdict.right:
             tqdm.write(f"WRONG {backend} {dtype} {op}, {shown['variant']}: {verdict.describe()}")

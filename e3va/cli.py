@@ -65,7 +65,7 @@ def _selftest(options: argparse.Namespace) -> int:
     for op, backend, dtype, variant, verdict in trial.selftest(device):
         word = "ok" if verdict.right else "WRONG"
         line = f"{word:6}{op:19}{backend:8}{dtype:9}{verdict.describe()}"
-        print(f"{line} ({trial.describe(variant)})", flush=True)
+        print(f"{line} ({trial.fields(variant)})", flush=True)
         wrong, tried = wrong + (not verdict.right), tried + 1
     print(f"{tried - wrong} of {tried} kernels are right on {device.type}")
     return 1 if wrong else 0

@@ -91,12 +91,15 @@ def _window_attention_why_not(device: torch.device, dtype: torch.dtype) -> str |
 
 
 def _runs(code: str, architecture: int) -> bool:
-    """Whether a GPU, 89 for sm_89, runs machine code ("sm_80") or PTX ("compute_80")."""
+    """Whether a GPU, 89 for sm_89, runs machine code ("sm_80") or PTX ("compute_80"); "sm_90a" is
+    for sm_90 alone, "sm_100f" for its family."""
     kind, _, number = code.partition("_")
-    if not number.isdecimal():
+    if not number.rstrip("af").isdecimal():
         return False
-    made_for = int(number)
-    if kind == "sm":
+    made_for = int(number.rstrip("af"))
+    if number.endswith("a"):
+        return made_for == architecture
+    if kind == "sm" or number.endswith("f"):
         return made_for // 10 == architecture // 10 and made_for <= architecture
     return kind == "compute" and made_for <= architecture
 

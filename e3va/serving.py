@@ -46,7 +46,7 @@ class SharedTrunk:
                 raise ValueError("the models' trunks differ: in their weights or their dtype")
             backbone.trunk = first.trunk
         self._image: Tensor | None = None
-        self._autocast: torch.dtype | None = None
+        self._form: tuple[Any, ...] = ()
         self._maps: list[dict[str, Tensor]] = []
 
     def __enter__(self) -> Self:
@@ -63,11 +63,11 @@ class SharedTrunk:
         seen, autocast = self._image, None
         if torch.is_autocast_enabled(image.device.type):
             autocast = torch.get_autocast_dtype(image.device.type)
-        same = seen is not None and seen.shape == image.shape and autocast == self._autocast
-        if seen is None or not same or not torch.equal(seen, image):
-            # A copy: the caller may fill the same tensor with the next image.
-            self._image, self._autocast = image.clone(), autocast
+        form = image.shape, image.dtype, image.device, autocast
+        if seen is None or form != self._form or not torch.equal(seen, image):
             self._maps = shared_forward(self._backbones, image)
+            # A copy: the caller may fill the same tensor with the next image.
+            self._image, self._form = image.clone(), form
         return self._maps[i]
 
 

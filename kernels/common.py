@@ -63,14 +63,14 @@ def _tail(size):
 
 @triton.jit
 def gelu(z):
-    """GELU of z, float32, within 1e-6."""
+    """GELU of z, float32 and finite, within 1e-6."""
     size = tl.abs(z)
     return tl.maximum(z, 0.0) - size * _tail(size)
 
 
 @triton.jit
 def gelu_and_slope(z):
-    """GELU of z, float32, and its derivative, each within 1e-6."""
+    """GELU of z, float32 and finite, and its derivative, each within 1e-6."""
     tail = _tail(tl.abs(z))
     below = tl.where(z < 0.0, tail, 1.0 - tail)
     bell = tl.exp2(-0.7213475204444817 * (z * z))  # exp(-z²/2)

@@ -108,6 +108,20 @@ def test_autocast_is_computed_anew():
     torch.testing.assert_close(again, exact, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_an_image_that_failed_is_computed_again(monkeypatch):
+    models = [Detector(backbone) for backbone in make_backbones(2)]
+    images = [torch.randn(1, 3, 40, 64) for _ in range(2)]
+    expected = models[0](images[1])
+    with SharedTrunk(models):
+        models[0](images[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenSwin, "embed", lambda *_: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                models[0](images[1])
+        torch.testing.assert_close(models[0](images[1]), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_no_model_or_one_twice():
     (backbone,) = make_backbones(1)
     for models in ([], [backbone, backbone], [backbone, Detector(backbone)]):

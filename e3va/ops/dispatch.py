@@ -121,13 +121,18 @@ def why_not(
 
 
 def explain(
-    op: str, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...] | None = None
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: tuple[Any, ...] | None = None,
+    size: int = 0,
 ) -> Choice:
     """Which backend ``op`` uses for tensors of ``device`` and ``dtype``, and why.
 
     Args:
         arguments: of the op, with which it is tried where "auto" has to; default: it is told what
             is known without them.
+        size: of its maps, see :func:`size_of`.
 
     Raises:
         RuntimeError: backends were asked for by name and none can run; says why not.
@@ -147,7 +152,7 @@ def explain(
                 return Choice(name, "if it is right and faster, which its first use will show")
             from e3va.ops import trial
 
-            verdict = trial.verdict(op, name, device, dtype, arguments)
+            verdict = trial.verdict(op, name, device, dtype, arguments, size)
             if verdict.passed:
                 return Choice(name, verdict.describe())
             reason = verdict.describe()
@@ -161,12 +166,13 @@ def explain(
 
 
 def run(op: str, like: torch.Tensor, *arguments: Any) -> Any:
-    """Run ``op`` on the backend chosen for ``like``'s device and dtype, autocast or not."""
-    key = op, like.device, like.dtype, requested_backends(), VARIANTS[op].of(*arguments)
+    """Run ``op`` on the backend chosen for ``like``, a map [..., C], autocast or not."""
+    device, dtype, size = like.device, like.dtype, size_of(like)
+    key = op, device, dtype, size, requested_backends(), VARIANTS[op].of(*arguments)
     name = _chosen.get(key)
     if name is None:
-        name = explain(op, like.device, like.dtype, arguments).backend
-        if not _capturing(like.device):  # nothing can be tried then
+        name = explain(op, device, dtype, arguments, size).backend
+        if not _capturing(device):  # nothing can be tried then
             _chosen[key] = name
     run = _ops[op][name].run
     if not torch.is_autocast_enabled(like.device.type):
@@ -175,13 +181,21 @@ def run(op: str, like: torch.Tensor, *arguments: Any) -> Any:
         return run(*arguments)
 
 
+def size_of(like: torch.Tensor) -> int:
+    """Half the binary logarithm of a map's tokens: what is faster changes with it, slowly."""
+    return (like.numel() // max(1, like.shape[-1])).bit_length() // 2
+
+
 def forget() -> None:
     """Choose anew, op by op, as in a new process."""
     _chosen.clear()
 
 
 def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 @functools.cache

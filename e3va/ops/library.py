@@ -31,12 +31,15 @@ def frozen_operator(function: Callable[..., Any]) -> Any:
     FUNCTIONS[name] = function
     schema = torch.library.infer_schema(function, mutates_args=())
     _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    disabled = functools.cache(lambda: torch.compiler.disable(function))
+
+    @functools.cache
+    def uncompiled() -> Callable[..., Any]:
+        return torch.compiler.disable(function)
 
     def run(*arguments: Any) -> Any:
-        # What is called between two graphs must not become a third. Dynamo, if nobody needs it, is
-        # not imported: that takes seconds.
-        return (disabled() if "torch._dynamo" in sys.modules else function)(*arguments)
+        if "torch._dynamo" not in sys.modules:  # nobody compiles, and to import it takes seconds
+            return function(*arguments)
+        return uncompiled()(*arguments)  # called between two graphs it must not become a third
 
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     return getattr(torch.ops.e3va, name).default

@@ -103,7 +103,7 @@ def random_words(count: int, seed: int | Tensor, place: int, device: torch.devic
     backend. A seed on the device is never looked at from the CPU, so that a CUDA graph that draws
     it gives other bits at each replay."""
     if not isinstance(seed, Tensor):
-        seed = torch.tensor(int32(seed))
+        seed = torch.tensor(int32(seed), device="cpu")
     key = _hash(seed.to(device).to(torch.int32))
     x = torch.arange(count, dtype=torch.int32, device=device)
     x += int32(place)

@@ -1,10 +1,11 @@
 """Is a kernel right on this GPU, and faster than PyTorch? It is run there and compared, once.
 
 Right means: on small maps that no tile divides it is as close to float64 as PyTorch in the same
-dtype is, or within some roundings of it. Faster is told at the shape at hand. Verdicts are kept in
-a file for each GPU, driver, version of PyTorch and Triton, and state of our kernels, in
-``$XDG_CACHE_HOME/e3va`` (default ``~/.cache/e3va``); a lock makes processes that start together,
-those of one training above all, agree.
+dtype is, or within some roundings of it. Faster is told at the shape at hand, for all maps of about
+its size. Verdicts are kept in a file for each GPU, driver, version of PyTorch and Triton, and state
+of our kernels, in ``$XDG_CACHE_HOME/e3va`` (default ``~/.cache/e3va``); a lock makes processes that
+start together on one machine, those of one training above all, agree. What failed for want of
+memory or a tool is not kept.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import re
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,6 +46,9 @@ TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WORST = 8.0
 """How many times that a single value may be off, relative to itself and to the typical one."""
 
+MARGIN = 0.95
+"""The part of the reference's time that a kernel must stay below: less is noise."""
+
 RUNS = 9
 WAIT = 60.0
 """Seconds that another process is waited for."""
@@ -56,7 +61,7 @@ class Verdict(NamedTuple):
 
     Attributes:
         error: the largest relative error (norm over norm) of a result against float64; None: it
-            gave none.
+            gave none, or no number.
         right: whether every result is as it should be.
         seconds: of a run at the shape at hand; None: it was not timed.
         reference_seconds: of the reference's; None: it was not timed, or ran out of memory.
@@ -71,44 +76,64 @@ class Verdict(NamedTuple):
 
     @property
     def passed(self) -> bool:
-        """Right, and the faster one."""
+        """Right, and the faster one by more than noise."""
         if not self.right or self.seconds is None:
             return False
-        return self.reference_seconds is None or self.seconds < self.reference_seconds
+        return self.reference_seconds is None or self.seconds < MARGIN * self.reference_seconds
+
+    @property
+    def lasting(self) -> bool:
+        """Whether another process would find the same: not where memory or a tool was missing."""
+        if self.failure:
+            return False
+        return not self.right or None not in (self.seconds, self.reference_seconds)
 
     def describe(self) -> str:
         """The verdict in words."""
+        error = "no number" if self.error is None else f"{self.error:.1e}"
         if self.failure:
             return self.failure
         if not self.right:
-            return f"its results are wrong here, by {self.error:.1e}"
+            return f"its results are wrong here, by {error}"
         if self.seconds is None:
-            return f"right, to {self.error:.1e}"
+            return f"right, to {error}"
         if self.reference_seconds is None:
-            return f"right, to {self.error:.1e}, where the reference runs out of memory"
+            return f"right, to {error}, where the reference runs out of memory"
         ratio = self.reference_seconds / self.seconds
-        return f"right, to {self.error:.1e}, and {ratio:.2g} times as fast as the reference"
+        return f"right, to {error}, and {ratio:.2g} times as fast as the reference"
 
 
 def verdict(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, arguments: tuple[Any, ...]
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    arguments: tuple[Any, ...],
+    size: int,
 ) -> Verdict:
-    """What a trial of ``backend`` showed on this device, for the variant of ``arguments``; it is
-    made now if it never was."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return Verdict(failure="not tried before a CUDA graph was captured")
+    """What a trial of ``backend`` showed on this device, for the variant of ``arguments`` and maps
+    of a size, see :func:`e3va.ops.dispatch.size_of`; it is made now if it never was."""
     variant = VARIANTS[op].of(*arguments)
-    name = _name(op, backend, dtype, variant)
-    with _kept(device) as verdicts:
-        if name not in verdicts:
-            verdicts[name] = _try(op, backend, device, dtype, variant, arguments)
-            _warn(op, backend, device, dtype, verdicts[name])
-        return verdicts[name]
+    name = _name(op, backend, dtype, variant, size)
+    with _current(device):
+        seen = _seen(device)
+        if name in seen:
+            return seen[name]
+        found = _read(_path(device)).get(name)
+        if found is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            found = Verdict(failure="it was not tried before a CUDA graph was captured")
+        else:
+            if found is None:
+                trial = functools.partial(_try, op, backend, device, dtype, variant, arguments)
+                found = _first(name, device, trial)
+            seen[name] = found
+        _warn(op, backend, device, dtype, found)
+        return found
 
 
 def verdicts(device: torch.device) -> dict[str, Verdict]:
-    """All that is known of ``device``: "op backend dtype variant" → verdict."""
-    return _read(_path(device)) | _memory.get(_path(device), {})
+    """All that is known of ``device``: "op backend dtype variant size" → verdict."""
+    return _read(_path(device)) | _seen(device)
 
 
 def check(
@@ -129,12 +154,12 @@ def check(
         ours = _errors(variant, arguments, run(*here), exact)
         theirs = _errors(variant, arguments, reference(*here), exact)
         for (norm, worst), (norm_too, worst_too) in zip(ours, theirs, strict=True):
-            largest = max(largest, norm) if norm == norm else norm
+            largest = max(largest, norm) if math.isfinite(norm) else math.inf
             allowed = TOLERANCE[dtype]
             # Not "greater": NaN is wrong, too.
             right &= norm <= max(allowed, 2 * norm_too)
             right &= worst <= max(WORST * allowed, 2 * worst_too)
-    return Verdict(error=largest, right=right)
+    return Verdict(error=largest if math.isfinite(largest) else None, right=right)
 
 
 class Trial(NamedTuple):
@@ -155,11 +180,8 @@ def selftest(device: torch.device) -> Iterator[Trial]:
             for backend in dispatch.candidates(op):
                 if backend == "reference" or dispatch.why_not(op, backend, device, dtype, variant):
                     continue
-                timed = None
-                if device.type == "cuda":
-                    timed = variant.arguments(Draw(dtype), *STAGE)
-                    timed = _map(timed, lambda value: value.to(device))
-                found = _try(op, backend, device, dtype, variant, timed)
+                with _current(device):
+                    found = _try(op, backend, device, dtype, variant)
                 yield Trial(op, backend, str(dtype).removeprefix("torch."), variant, found)
 
 
@@ -178,26 +200,33 @@ def _try(
     device: torch.device,
     dtype: torch.dtype,
     variant: Variant,
-    timed: tuple[Any, ...] | None,
+    timed: tuple[Any, ...] | None = None,
 ) -> Verdict:
-    """``timed``: arguments to measure it with, if it is right."""
+    """``timed``: arguments to measure it with, if it is right; default: on a GPU those of a stage,
+    elsewhere it is not measured."""
     with torch.autocast(device.type, enabled=False):
         try:
             found = check(op, backend, device, dtype, variant)
-            if found.right and timed is not None:
-                ours, theirs = _times(op, backend, device, timed)
-                found = found._replace(seconds=ours, reference_seconds=theirs)
+            if not found.right:
+                return found
+            if timed is None and device.type == "cuda":
+                timed = _map(variant.arguments(Draw(dtype), *STAGE), lambda v: v.to(device))
+            if timed is None:
+                return found
+            ours, theirs = _times(op, backend, device, timed)
+            return found._replace(seconds=ours, reference_seconds=theirs)
+        except torch.AcceleratorError:
+            raise  # the GPU computes nothing any more, by whichever backend
         except Exception as error:  # whatever a kernel dies of, PyTorch's own may be used
-            found = Verdict(failure=f"it fails here with {type(error).__name__}: {error}")
-    return found
+            return Verdict(failure=f"it fails here with {type(error).__name__}: {error}")
 
 
 def _warn(op: str, backend: str, device: torch.device, dtype: torch.dtype, found: Verdict) -> None:
     if not found.right:
         warnings.warn(
             f"the {backend} kernel of {op} is not used on {_device_name(device)} in {dtype}: "
-            f"{found.describe()}. PyTorch's own operators are used instead. Please report it "
-            "together with what `e3va selftest` prints.",
+            f"{found.describe()}. Please report it together with what `e3va selftest` prints, "
+            "unless something is missing here.",
             stacklevel=2,
         )
 
@@ -227,15 +256,16 @@ def _times(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(RUNS + 2):
         for name, run in list(runs.items()):
+            once = None
             try:
                 once = _seconds(run, device, arguments)
             except torch.OutOfMemoryError:
                 if name == backend:
                     raise
+            if once is None:  # out of its except, whose traceback holds what it had made
                 del runs[name], seconds[name]
                 torch.cuda.empty_cache()
-                continue
-            if i > 1:  # the first ones compile and choose
+            elif i > 1:  # the first ones compile and choose
                 seconds[name].append(once)
     ours, theirs = (
         statistics.median(seconds[name]) if name in seconds else None
@@ -259,45 +289,67 @@ def _seconds(run: Callable[..., Any], device: torch.device, arguments: tuple[Any
 
 # Verdicts that are kept ---------------------------------------------------------------------------
 
-_memory: dict[Path, dict[str, Verdict]] = {}
-"""Of this process, also where no file can be written."""
+_memory: dict[str, dict[str, Verdict]] = {}
+"""Of this process, by the file that they would be kept in."""
 
 
-@contextmanager
-def _kept(device: torch.device) -> Iterator[dict[str, Verdict]]:
-    """The verdicts on a device, to be added to, while no other process does."""
-    path = _path(device)
-    known = _memory.setdefault(path, {})
-    lock = FileLock(path.with_suffix(".lock"), timeout=WAIT)
+def _first(name: str, device: torch.device, make: Callable[[], Verdict]) -> Verdict:
+    """The verdict of the first process that comes here: others wait for it."""
+    path, lock = _path(device), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"), timeout=WAIT)
         lock.acquire()
-    except (OSError, NotImplementedError, Timeout) as error:
-        _cannot_be_kept(path, str(error))
-        yield known
-        return
+    except Timeout:
+        lock = None
+        _tell(f"another process keeps {path} locked: kernels are tried without waiting for it")
+    except (OSError, NotImplementedError) as error:
+        lock = None
+        _cannot_be_kept(path, error)
     try:
-        known |= _read(path)
-        before = len(known)
-        yield known
-        if len(known) > before:
-            values = {name: found._asdict() for name, found in known.items()}
-            write_json(path, {**_identity(device), "verdicts": values})
-    except OSError as error:
-        _cannot_be_kept(path, str(error))
+        found = _read(path).get(name) or make()
+        if lock and found.lasting:
+            _write(path, device, name, found)
+        return found
     finally:
-        lock.release()
+        if lock:
+            lock.release()
+
+
+def _seen(device: torch.device) -> dict[str, Verdict]:
+    return _memory.setdefault(str(_path(device)), {})
 
 
 def _read(path: Path) -> dict[str, Verdict]:
-    if not path.exists():
-        return {}
     try:
         found = json.loads(path.read_text())["verdicts"]
         return {str(name): _parsed(fields) for name, fields in found.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        warnings.warn(f"{path} holds no verdicts, they are made anew: {error!r}", stacklevel=2)
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        _tell(f"{path} holds no verdicts, they are made anew: {error!r}")
+        return {}
+
+
+def _write(path: Path, device: torch.device, name: str, found: Verdict) -> None:
+    values = {key: value._asdict() for key, value in {**_read(path), name: found}.items()}
+    try:
+        write_json(path, {**_identity(device), "verdicts": values})
+    except OSError as error:
+        _cannot_be_kept(path, error)
+
+
+def _cannot_be_kept(path: Path, why: Exception) -> None:
+    _tell(
+        f"what trials of kernels show cannot be kept in {path}: {why}. Each process makes them "
+        "anew; XDG_CACHE_HOME names another folder."
+    )
+
+
+@functools.cache
+def _tell(text: str) -> None:
+    """Warn once."""
+    warnings.warn(text, stacklevel=2)
 
 
 def _parsed(fields: dict[str, Any]) -> Verdict:
@@ -310,28 +362,29 @@ def _parsed(fields: dict[str, Any]) -> Verdict:
     return found
 
 
-@functools.cache
-def _cannot_be_kept(path: Path, why: str) -> None:
-    warnings.warn(
-        f"what trials of kernels show cannot be kept in {path}: {why}. Each process makes them "
-        "anew; XDG_CACHE_HOME names another folder.",
-        stacklevel=2,
-    )
+def _name(op: str, backend: str, dtype: torch.dtype, variant: Variant, size: int) -> str:
+    form = str(dtype).removeprefix("torch.")
+    if dtype == torch.float32:  # "high" makes the reference faster, and less exact
+        form += f" ({torch.get_float32_matmul_precision()})"
+    return f"{op} {backend} {form} {fields(variant)}, size={size}"
 
 
-def _name(op: str, backend: str, dtype: torch.dtype, variant: Variant) -> str:
-    return f"{op} {backend} {str(dtype).removeprefix('torch.')} {describe(variant)}"
-
-
-def describe(variant: Variant) -> str:
-    """As "channels=96, affine=True, …"."""
+def fields(variant: Variant) -> str:
+    """As "channels=96, norm=None, …"."""
     return ", ".join(f"{key}={value}" for key, value in variant._asdict().items())
 
 
 def _path(device: torch.device) -> Path:
     digest = hashlib.sha256(json.dumps(_identity(device)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "e3va" / f"verdicts-{digest}.json"
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):  # a user without a home
+        cache = os.devnull
+    return Path(cache) / "e3va" / f"verdicts-{digest}.json"
+
+
+def _current(device: torch.device) -> AbstractContextManager[None]:
+    """With the device's own stream and events."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache
@@ -359,12 +412,13 @@ def _device_name(device: torch.device) -> str:
 
 @functools.cache
 def _kernels() -> str:
-    """A hash of what was compiled, and of what will be."""
+    """A hash of what was compiled, of what will be, and of what judges it."""
     package = Path(__file__).parents[1]
-    digest = hashlib.sha256()
     spec = importlib.util.find_spec("e3va.kernels")
-    folders = list(spec.submodule_search_locations or []) if spec else []
-    for path in [package / "_C.abi3.so", *sorted(p for f in folders for p in Path(f).glob("*.py"))]:
+    folders = [*map(Path, (spec.submodule_search_locations or []) if spec else []), package / "ops"]
+    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    digest = hashlib.sha256()
+    for path in (package / "_C.abi3.so", package / "native.py", package / "triton.py", *files):
         if path.exists():
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -12,11 +12,12 @@ import torch
 import e3va
 from e3va import cli, native
 from e3va.ops import dispatch, reference, trial
-from e3va.ops.variants import VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
+from e3va.ops.taps import compress
+from e3va.ops.variants import SEED, VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
 
 CPU = torch.device("cpu")
 OP = "sublayer_epilogue"
-VARIANT = SublayerEpilogue(40, True, 5, "norm", "int4")
+VARIANT = SublayerEpilogue(40, "float32", 5, "norm", "int4")
 
 
 def arguments(dtype=torch.float32, variant=VARIANT):
@@ -60,6 +61,7 @@ def gpu(monkeypatch, tmp_path):
     def restart():
         dispatch.forget()
         trial._memory.clear()
+        trial._tell.cache_clear()
 
     def install(kernel, seconds=0.5, other=reference.sublayer_epilogue):
         def timed(run, device, arguments):
@@ -100,7 +102,10 @@ def test_right_and_fast(gpu, tmp_path, capsys):
     (kept,) = files(tmp_path)
     assert json.loads(kept.read_text())["torch"] == torch.__version__
     cli.main(["info"])
-    assert "sublayer_epilogue triton float32 channels=40, affine=True" in capsys.readouterr().out
+    assert (
+        "sublayer_epilogue triton float32 (highest) channels=40, norm=float32"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_op_runs_what_was_chosen(gpu):
@@ -135,6 +140,9 @@ def test_one_wrong_value_is_enough(gpu, at):
     with warnings.catch_warnings():  # once is enough
         warnings.simplefilter("error")
         assert chosen().backend == "reference"
+    gpu.restart()
+    with pytest.warns(UserWarning, match="wrong"):  # but another process tells it, too
+        assert chosen().backend == "reference"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -164,20 +172,45 @@ def test_one_that_raises(gpu):
         assert chosen() == ("triton", "asked for by name")
 
 
-def test_out_of_memory(gpu, tmp_path):
-    gpu(right, other=raising(torch.OutOfMemoryError("too large")))
-    monkey = trial.check
-    trial.check = lambda *_: trial.Verdict(error=1e-7, right=True)
-    try:
-        choice = chosen()
-        assert choice.backend == "triton" and "the reference runs out of memory" in choice.reason
-        gpu(raising(torch.OutOfMemoryError("too large")))
-        for file in files(tmp_path):
-            file.unlink()
-        with pytest.warns(UserWarning, match="fails here with OutOfMemoryError"):
-            assert chosen().backend == "reference"
-    finally:
-        trial.check = monkey
+def test_out_of_memory(gpu, tmp_path, monkeypatch):
+    """A neighbour may have taken it: nothing is kept for later."""
+    full = raising(torch.OutOfMemoryError("too large"))
+    gpu(right, other=full)
+    check = trial.check
+    monkeypatch.setattr(trial, "check", lambda *_: trial.Verdict(error=1e-7, right=True))
+    choice = chosen()
+    assert choice.backend == "triton" and "the reference runs out of memory" in choice.reason
+    gpu(full)
+    with pytest.warns(UserWarning, match="fails here with OutOfMemoryError"):
+        assert chosen().backend == "reference"
+    assert not files(tmp_path)
+    monkeypatch.setattr(trial, "check", check)
+    gpu(right)
+    assert chosen().backend == "triton" and len(files(tmp_path)) == 1
+
+
+def test_a_gpu_that_computes_nothing_any_more(gpu, tmp_path):
+    """No backend can help, and the kernel that is tried just now need not be to blame."""
+    gpu(raising(torch.AcceleratorError("an illegal memory access was encountered", 700)))
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        chosen()
+    assert not files(tmp_path)
+
+
+def test_no_faster_than_noise(gpu):
+    gpu(right, seconds=0.97)
+    assert chosen().backend == "reference"
+
+
+def test_a_size_is_tried_by_itself(gpu):
+    """Small maps are a matter of launches, large ones of bytes."""
+    gpu(right)
+    sizes = []
+    for B, H, W in ((1, 1, 1), (1, 2, 2), (2, 20, 20), (2, 20, 21), (1, 100, 200)):
+        x, *rest = VARIANT.arguments(Draw(torch.float32), B, H, W)
+        dispatch.run(OP, x, x, *rest)
+        sizes.append(len(trial.verdicts(CPU)))
+    assert sizes == [1, 2, 3, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -211,7 +244,6 @@ def test_a_home_that_cannot_be_written(gpu, monkeypatch, tmp_path):
     blocked.write_text("in the way")
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     gpu(right)
-    trial._cannot_be_kept.cache_clear()
     with pytest.warns(UserWarning, match="cannot be kept in .*XDG_CACHE_HOME"):
         choice = chosen()
     once = right.runs
@@ -246,7 +278,7 @@ def _one_of_two(folder, barrier, results):
     backends["triton"] = dispatch._Backend(kernel, lambda *_: None, lambda *_: None)
     backends["native"] = backends["triton"]._replace(why_not=lambda *_: "not here")
     barrier.wait()
-    verdict = trial.verdict(OP, "triton", CPU, torch.float32, arguments())
+    verdict = trial.verdict(OP, "triton", CPU, torch.float32, arguments(), 0)
     results.put((len(runs), verdict))
 
 
@@ -264,6 +296,63 @@ def test_two_processes_at_once_agree(tmp_path):
         process.join()
     assert verdict == verdict_too
     assert sorted((runs, runs_too))[0] == 0 < max(runs, runs_too)
+
+
+def test_another_process_that_never_lets_go(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "WAIT", 0.1)
+    gpu(right)
+    path = trial._path(CPU)
+    path.parent.mkdir()
+    lock = trial.FileLock(path.with_suffix(".lock"))
+    with lock, pytest.warns(UserWarning, match="locked: kernels are tried without waiting"):
+        assert chosen().backend == "triton"
+    assert not files(tmp_path)
+    gpu.restart()
+    chosen()
+    gpu.restart()
+    once = right.runs
+    with lock:  # what is known needs no lock
+        assert chosen().backend == "triton" and right.runs == once
+
+
+def test_a_user_without_a_home(gpu, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    gpu(right)
+    with pytest.warns(UserWarning, match="cannot be kept in"):
+        assert chosen().backend == "triton"
+
+
+def test_defaults_of_pytorch_change_nothing(gpu, monkeypatch):
+    gpu(right)
+    monkeypatch.setattr(trial, "_times", lambda *_: (0.5, 1.0))
+    given = arguments()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            choice = dispatch.explain(OP, CPU, torch.float32, given)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert choice.backend == "triton"
+
+
+def test_the_last_bit_of_a_norm_decides_few_codes(monkeypatch):
+    """Of a norm that is not returned: another summation order is no fault, other codes are."""
+    variant = SublayerEpilogue(768, None, 4, "norm", "int4")
+
+    def kernel(x, y, weight, bias, eps, *rest):
+        wide = (x + y).double()
+        z = torch.nn.functional.layer_norm(wide, wide.shape[-1:], eps=eps).to(x)
+        y_out, _, t, *_ = reference.sublayer_epilogue(x, y, weight, bias, eps, *rest)
+        return y_out, x.new_empty(0), t, *compress(z, "int4", shift + SEED)
+
+    backends = dispatch._ops[OP]
+    monkeypatch.setitem(backends, "native", backends["native"]._replace(run=kernel))
+    for dtype in trial.TOLERANCE:
+        shift = 0
+        assert trial.check(OP, "native", CPU, dtype, variant).right
+        shift = 1
+        assert not trial.check(OP, "native", CPU, dtype, variant).right
 
 
 def test_the_generator_of_pytorch_is_left_alone(gpu):
@@ -338,6 +427,11 @@ def test_what_a_kernel_cannot_do_is_told_before_it_is_tried(monkeypatch):
         ("sm_80", 90, False),
         ("compute_80", 110, True),
         ("compute_120", 110, False),
+        ("sm_90a", 90, True),
+        ("sm_100a", 103, False),
+        ("compute_90a", 100, False),
+        ("sm_100f", 103, True),
+        ("compute_100f", 120, False),
         ("x86_64", 80, False),
     ],
 )
