@@ -80,9 +80,9 @@ def test_without_an_adapter(dtype, tap):
 @pytest.mark.parametrize("taps", ["full", "int4"])
 def test_opcheck(tap, taps):
     for norm in (True, False):
-        arguments = (*make_arguments((2, 3, 5), 8, 4, torch.float32, norm), tap, taps, None)
+        arguments = (*make_arguments((2, 3, 5), 8, 4, torch.float32, norm), tap, taps, None, 0)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
-        no_adapter = (*arguments[:5], None, tap, taps, None)
+        no_adapter = (*arguments[:5], None, tap, taps, None, 0)
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
         strided = (*(v.mT.contiguous().mT for v in arguments[:2]), *arguments[2:])
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, strided)
