@@ -19,6 +19,7 @@ from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, padded_rank, part_rows, splits_of
 from e3va.kernels.taps import decode, limit, parts
+from e3va.ops import reference
 
 ROOM = 8 << 20  # bytes for the sums of parts: of as many taps as that holds
 
@@ -45,13 +46,11 @@ def tap_gradient(
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
+    if taps == "full":  # nothing to decode: GEMMs
+        return reference.tap_gradient(tap, scale, taps, dt, channels)
     dt = dt.contiguous()
     K, tokens, rank = dt.shape
     dP = dt.new_empty(K, channels, rank, dtype=torch.float32)
-    if taps == "full":
-        for k, tap_k in enumerate(tap):
-            _multiply(tap_k.t(), dt[k], dP[k])
-        return dP
     if not tokens:
         return dP.zero_()
     tile = tiles(dt.dtype, architecture_of(dt.device))
@@ -79,14 +78,6 @@ def tap_gradient(
             )
         torch.sum(sums[: len(members)], 1, out=dP[first : first + len(members)])
     return dP
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a·b, in float32: rounded to float16 it could overflow."""
-    if a.is_cuda and a.dtype != torch.float32:
-        torch.mm(a, b, out_dtype=torch.float32, out=out)
-    else:
-        out.copy_(a @ b)
 
 
 @triton.jit(do_not_specialize=["tokens", "split_rows"])

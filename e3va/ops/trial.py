@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from e3va.files import write_json
 from e3va.ops import dispatch
@@ -149,8 +150,8 @@ def check(
     largest, right = 0.0, True
     for size in MAPS:
         arguments = variant.arguments(Draw(dtype), *size)
-        here = _map(arguments, lambda value: value.to(device))
-        exact = _map(reference(*_map(here, _double)), Tensor.cpu)
+        here = tree_map_only(Tensor, lambda value: value.to(device), arguments)
+        exact = tree_map_only(Tensor, Tensor.cpu, reference(*tree_map_only(Tensor, _double, here)))
         ours = _errors(variant, arguments, run(*here), exact)
         theirs = _errors(variant, arguments, reference(*here), exact)
         for (norm, worst), (norm_too, worst_too) in zip(ours, theirs, strict=True):
@@ -210,7 +211,8 @@ def _try(
             if not found.right:
                 return found
             if timed is None and device.type == "cuda":
-                timed = _map(variant.arguments(Draw(dtype), *STAGE), lambda v: v.to(device))
+                timed = variant.arguments(Draw(dtype), *STAGE)
+                timed = tree_map_only(Tensor, lambda value: value.to(device), timed)
             if timed is None:
                 return found
             ours, theirs = _times(op, backend, device, timed)
@@ -326,7 +328,7 @@ def _read(path: Path) -> dict[str, Verdict]:
         return {str(name): _parsed(fields) for name, fields in found.items()}
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         _tell(f"{path} holds no verdicts, they are made anew: {error!r}")
         return {}
 
@@ -422,14 +424,6 @@ def _kernels() -> str:
         if path.exists():
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _map(values: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(values, Tensor):
-        return change(values)
-    if isinstance(values, list | tuple):
-        return type(values)(_map(value, change) for value in values)
-    return values
 
 
 def _double(value: Tensor) -> Tensor:

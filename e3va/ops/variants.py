@@ -70,22 +70,10 @@ class SublayerEpilogue(NamedTuple):
     taps: str
 
     @classmethod
-    def of(
-        cls,
-        x: Tensor,
-        y: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        P: Tensor | None = None,
-        tap: str = "output",
-        taps: str = "full",
-        seed: Tensor | None = None,
-        index: int = 0,
-    ) -> Self:
-        rank = 0 if P is None else P.shape[1]
+    def of(cls, *arguments: Any) -> Self:
+        x, weight, (P, tap, taps) = arguments[0], arguments[2], arguments[5:8]
         norm = None if weight is None else str(weight.dtype).removeprefix("torch.")
-        return cls(x.shape[-1], norm, rank, tap, taps)
+        return cls(x.shape[-1], norm, 0 if P is None else P.shape[1], tap, taps)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         C, rank = self.channels, self.rank

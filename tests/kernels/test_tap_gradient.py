@@ -66,7 +66,6 @@ def test_strided_input(taps):
     check(2, 45, 24, 5, torch.float32, taps, strided)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="16-bit GEMMs round on a CPU")
 def test_full_taps_do_not_overflow_float16():
     from e3va.kernels.tap_gradient import tap_gradient
 

@@ -214,14 +214,19 @@ def test_a_size_is_tried_by_itself(gpu):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", '{"verdicts": {"a": {}, "b": 3}}', "\0", '{"verdicts": []}']
+    "text",
+    [
+        *("", "{", "[]", "null", '{"verdicts": {"a": {}, "b": 3}}', "\0", '{"verdicts": []}'),
+        *("[" * 100_000, "\udcff\udcfe{"),  # nested too deep; no UTF-8
+    ],
+    ids=lambda text: ascii(text[:8]),
 )
 def test_a_broken_file_is_made_anew(gpu, tmp_path, text):
     gpu(right)
     chosen()
     (kept,) = files(tmp_path)
     good = json.loads(kept.read_text())["verdicts"]
-    kept.write_text(text)
+    kept.write_text(text, errors="surrogateescape")
     gpu.restart()
     with pytest.warns(UserWarning, match="holds no verdicts, they are made anew"):
         assert chosen().backend == "triton"
