@@ -162,7 +162,7 @@ def stage_map(case: Case, channels: int, device: str) -> Tensor:
 
 def highway(case: Case, device: str) -> Competitors:
     """A stage between two others: the highway and the state come from one and go to the next."""
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     assert case.stage is not None
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device)
@@ -201,7 +201,7 @@ def highway(case: Case, device: str) -> Competitors:
 
 def window_attention(case: Case, device: str) -> Competitors:
     """A shifted and an unshifted attention, as two blocks have them."""
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     assert case.stage is not None
     heads, window = config.num_heads[case.stage], config.window_size
     qkv = stage_map(case, 3 * config.dims[case.stage], device)
@@ -226,7 +226,7 @@ def window_attention(case: Case, device: str) -> Competitors:
 def trunk_forward(case: Case, device: str) -> Competitors:
     from timm.models.swin_transformer import SwinTransformer
 
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     theirs = SwinTransformer(
         img_size=case.image,
         embed_dim=config.embed_dim,
@@ -252,7 +252,7 @@ def trunk_forward(case: Case, device: str) -> Competitors:
 
 
 def sublayer_epilogue(case: Case, device: str) -> Competitors:
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     assert case.stage is not None
     channels = config.dims[case.stage]
     stage = HighwayStage(1, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
@@ -285,7 +285,7 @@ def adapters_backward(case: Case, device: str) -> Competitors:
 
 def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
     """What the adapters of a stage are given."""
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     assert case.stage is not None
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
@@ -299,7 +299,7 @@ def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
 
 def tap_gradient(case: Case, device: str) -> Competitors:
     """Of taps in four bits, against the same expanded."""
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     assert case.stage is not None
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     kept, scale = zip(
@@ -323,7 +323,7 @@ def least_bytes(case: Case) -> int | None:
     """
     if case.stage is None:
         return None
-    config = e3va.swin_config(case.variant)
+    config = e3va.trunk_config(case.variant)
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     rank, size = e3va.HighwayConfig().rank, DTYPES[case.dtype].itemsize
     tokens = case.batch

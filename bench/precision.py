@@ -39,7 +39,7 @@ def load_image(path: Path, device: str) -> Tensor:
 
 def trunks(device: str) -> dict[str, e3va.FrozenSwin]:
     """The shipped trunk in fp32 and in each form that is compared with it."""
-    exact = e3va.FrozenSwin(e3va.swin_config("swin_digits"))
+    exact = e3va.FrozenSwin(e3va.trunk_config("swin_digits"))
     e3va.load_trunk(exact, WEIGHTS)
     forms = {"fp32": exact.to(device), "bf16": copy.deepcopy(exact).to(torch.bfloat16)}
     for precision in PRECISIONS:

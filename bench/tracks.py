@@ -28,11 +28,11 @@ import torch
 
 import e3va
 from bench.environment import environment
-from e3va.backbone import METHODS
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import coco_overrides, detectron2_loss
 from e3va.files import write_json
 from e3va.measure import step_costs, step_seconds
+from e3va.methods import METHODS
 
 CONFIGS = Path(e3va.__file__).parents[1] / "detectron2_configs"
 RATES = (0.5, 1.0, 2.0)

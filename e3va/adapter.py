@@ -1,7 +1,8 @@
-"""Adapters on disk, in PEFT's manner: all that was trained of an E³VA backbone, in a few MB.
+"""Adapters on disk, in PEFT's manner: all that a method has trained of a backbone, in a few MB.
 
-A directory with ``adapter_config.json`` (the shapes of trunk and highway, and the hash of the
-trunk's weights) and ``adapter_model.safetensors`` (the highway and the output norms).
+A directory with ``adapter_config.json`` (the method and its options, the trunk's architecture, and
+the hash of its frozen weights) and ``adapter_model.safetensors`` (what was trained, and the output
+norms).
 """
 
 from __future__ import annotations
@@ -14,40 +15,43 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from e3va.backbone import E3VABackbone
+from e3va.backbone import Backbone
+from e3va.checkpoint import check_state, frozen_hash
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path, write_json
 from e3va.highway import FORM, check_form
-from e3va.weights import trunk_hash
+from e3va.methods import METHODS, E3VABackbone, build_backbone
+from e3va.trunks import FAMILIES, family_of
+from e3va.weights import load_trunk
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 
 
-def save_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> None:
-    """Write the highway and the output norms of ``backbone``, without its trunk.
+def save_adapter(backbone: Backbone, directory: str | os.PathLike[str]) -> None:
+    """Write what was trained of ``backbone``, and its output norms, without its frozen trunk.
 
     Args:
-        backbone: the trained backbone.
+        backbone: the trained backbone, as :func:`e3va.build_backbone` has built it.
         directory: made if missing. Each of its two files is replaced as a whole or not at all.
 
     Raises:
-        TypeError: ``backbone`` has no highway.
+        TypeError: ``backbone`` is none that tells its method.
     """
-    if not isinstance(backbone, E3VABackbone):
-        raise TypeError(f"an adapter is of an E3VABackbone, got a {type(backbone).__name__}")
+    config = _config(backbone)
     directory = Path(directory)
     state = {name: value.cpu().contiguous() for name, value in _state(backbone).items()}
     with atomic_path(directory / WEIGHTS_NAME) as temporary:
         safetensors.torch.save_file(state, temporary, {"format": "pt"})
-    write_json(directory / CONFIG_NAME, _config(backbone))
+    write_json(directory / CONFIG_NAME, config)
 
 
-def load_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> None:
-    """Load what :func:`save_adapter` wrote into a backbone of the same shapes and trunk.
+def load_adapter(backbone: Backbone, directory: str | os.PathLike[str]) -> None:
+    """Load what :func:`save_adapter` wrote into a backbone of the same method, shapes and trunk.
 
     Keys of the config that this version does not know are ignored with a warning.
 
@@ -57,70 +61,142 @@ def load_adapter(backbone: E3VABackbone, directory: str | os.PathLike[str]) -> N
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: a file is damaged, or the adapter belongs to another trunk or highway.
+        TypeError: ``backbone`` is none that tells its method.
+        ValueError: a file is damaged, or the adapter belongs to another method or trunk.
     """
     directory = Path(directory)
-    for name in (CONFIG_NAME, WEIGHTS_NAME):
-        if not (directory / name).is_file():
-            raise FileNotFoundError(f"no adapter at {directory}: {directory / name} is missing")
-    _check_config(directory / CONFIG_NAME, _config(backbone))
+    found = _read_config(directory)
+    _check_config(directory / CONFIG_NAME, found, _config(backbone))
     path = directory / WEIGHTS_NAME
     try:
         state = safetensors.torch.load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
     own = _state(backbone)
-    state.setdefault(f"highway.{FORM}", own[f"highway.{FORM}"])  # the config has told
-    unfit = sorted(state.keys() ^ own.keys()) + sorted(
-        name for name in state.keys() & own.keys() if state[name].shape != own[name].shape
-    )
-    if unfit:
-        raise ValueError(
-            f"{path} does not belong to its {CONFIG_NAME}: {len(unfit)} tensors are missing, "
-            f"unexpected or of another shape, among them {', '.join(unfit[:3])}"
-        )
-    check_form(state[f"highway.{FORM}"], backbone.highway.config)
+    form = f"highway.{FORM}"
+    if form in own:
+        state.setdefault(form, own[form])  # the config has told
+    if unfit := check_state(state, own):
+        raise ValueError(f"{path} does not belong to its {CONFIG_NAME}: {unfit}")
+    if isinstance(backbone, E3VABackbone):
+        check_form(state[form], backbone.highway.config)
     backbone.load_state_dict(state, strict=False)
 
 
-def _state(backbone: E3VABackbone) -> dict[str, Tensor]:
-    return {
-        name: value
-        for name, value in backbone.state_dict().items()
-        if name.startswith(("highway.", "norms."))
-    }
+def open_backbone(
+    directory: str | os.PathLike[str],
+    trunk: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+) -> Backbone:
+    """The backbone that an adapter was trained as, rebuilt from its own config.
+
+    Args:
+        directory: the adapter's.
+        trunk: the file of the pretrained weights that it was trained over, as for
+            :func:`e3va.load_trunk`.
+        dtype: what the trunk's frozen weights are stored in (default: as in the training).
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is damaged, or the trunk is not the adapter's.
+    """
+    path = Path(directory) / CONFIG_NAME
+    found = _read_config(Path(directory))
+    architecture = {k: v for k, v in found["trunk"].items() if k not in _ABOUT_TRUNK}
+    try:
+        family = FAMILIES[found["trunk"]["family"]]
+        names = {field.name for field in dataclasses.fields(family.config)}
+        config = family.config(**{k: v for k, v in architecture.items() if k in names})
+        stored = getattr(torch, found["trunk"]["dtype"])
+        options = {k: v for k, v in found["options"].items() if k in _options(found["method"])}
+        backbone = build_backbone(found["method"], config, dtype=dtype or stored, **options)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} describes no backbone that can be built: {error}") from error
+    load_trunk(backbone.trunk, trunk)
+    load_adapter(backbone, directory)
+    return backbone
 
 
-def _config(backbone: E3VABackbone) -> dict[str, Any]:
+_ABOUT_TRUNK = ("family", "dtype", "weight_hash")
+"""What of a config's trunk is not its architecture."""
+
+
+def _options(method: str) -> set[str]:
+    kind: Any = METHODS[method]
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def _state(backbone: Backbone) -> dict[str, Tensor]:
+    names = backbone.adapter_names()
+    return {name: value for name, value in backbone.state_dict().items() if name in names}
+
+
+def _config(backbone: Backbone) -> dict[str, Any]:
     from e3va import __version__
 
-    trunk = dataclasses.asdict(backbone.trunk.config)
+    method = getattr(backbone, "method", None)
+    if method is None:
+        raise TypeError(
+            "an adapter is of a backbone that e3va.build_backbone has built, or of an "
+            f"E3VABackbone, got a {type(backbone).__name__}"
+        )
+    trunk = backbone.trunk
     config = {
         "e3va_version": __version__,
-        "trunk": {**trunk, "weight_hash": trunk_hash(backbone.trunk)},
-        "highway": dataclasses.asdict(backbone.highway.config),
+        "method": method.name,
+        "options": dataclasses.asdict(method),
+        "trunk": {
+            "family": family_of(trunk.config).name,
+            **dataclasses.asdict(trunk.config),
+            "dtype": str(trunk.storage_dtype()).removeprefix("torch."),
+            "weight_hash": frozen_hash(backbone),
+        },
     }
     return json.loads(json.dumps(config))  # tuples as they come back from a file: lists
 
 
-def _check_config(path: Path, wanted: dict[str, Any]) -> None:
+def _read_config(directory: Path) -> dict[str, Any]:
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"no adapter at {directory}: {directory / name} is missing")
+    path = directory / CONFIG_NAME
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is damaged or no JSON file: {error}") from error
-    sections = ("trunk", "highway")
+    if isinstance(found, dict) and isinstance(found.get("highway"), dict):
+        found = _from_highway(found)
+    sections = ("trunk", "options")
     if not isinstance(found, dict) or not all(isinstance(found.get(s), dict) for s in sections):
         raise ValueError(f"{path} is no adapter's config: it lacks {' or '.join(sections)}")
-    # An adapter from before there were others is of the published form.
+    return found
+
+
+def _from_highway(found: dict[str, Any]) -> dict[str, Any]:
+    """An adapter from before other methods had one; one that tells no form is published."""
     form = dataclasses.asdict(HighwayConfig().published())
-    found["highway"] = {key: form[key] for key in ("tap", "mixing", "state")} | found["highway"]
+    options = {key: form[key] for key in ("tap", "mixing", "state")} | found.pop("highway")
+    if isinstance(found.get("trunk"), dict):
+        found["trunk"] = {"family": next(iter(FAMILIES)), "dtype": "float32", **found["trunk"]}
+    return {**found, "method": "e3va", "options": options}
+
+
+def _check_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    if found.get("method") != wanted["method"]:
+        raise ValueError(
+            f"{path} belongs to a backbone tuned by {found.get('method')!r}, this one is tuned by "
+            f"{wanted['method']!r}"
+        )
+    free = {f"options.{name}" for name in METHODS[wanted["method"]].free} | {"trunk.dtype"}
     unknown = sorted(found.keys() - wanted.keys())
     unfit = []
-    for section in sections:
+    for section in ("trunk", "options"):
         unknown += sorted(f"{section}.{key}" for key in found[section].keys() - wanted[section])
         for key, value in wanted[section].items():
-            if key != "weight_hash" and found[section].get(key) != value:
-                unfit.append(f"{section}.{key} is {found[section].get(key)}, here {value}")
+            name = f"{section}.{key}"
+            if key != "weight_hash" and name not in free and found[section].get(key) != value:
+                unfit.append(f"{name} is {found[section].get(key)}, here {value}")
     if unfit:
         raise ValueError(f"{path} belongs to a backbone of another shape: {'; '.join(unfit)}")
     theirs, ours = found["trunk"].get("weight_hash"), wanted["trunk"]["weight_hash"]

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from e3va import ops
-from e3va.config import TAPPED, HighwayConfig, SwinConfig
-from e3va.ops.taps import DEFAULT_TAPS, TAPS
+from e3va.config import HighwayConfig
+from e3va.ops.reference import project
+from e3va.ops.taps import TAPPED
+from e3va.trunks.base import Transition, TrunkConfig
 
 PARAMETERS = ("P", "D", "gamma", "g", "Q", "b", "U", "g_up", "V", "c")
 NO_DECAY = ("gamma", "b", "c")
@@ -19,17 +21,17 @@ first."""
 
 HEARD = 4
 """Adapters that are heard in full at first. In a stage of more gamma begins at HEARD / K: the state
-would otherwise grow by a factor with each, to thousands in the third stage of a Swin-B."""
+would otherwise grow by a factor with each, to thousands in one of 36."""
 
 FORM = "form"
 """Name of the buffer that tells how the adapters of a highway are built."""
 
 EPS = 1e-5
-"""Of the norm that is tapped after a stage's last sub-layer, as of Swin's own norms."""
+"""Of the norm that is tapped after a stage's last sub-layer, as of the trunks' own norms."""
 
 
 class Highway(nn.Module):
-    """The adapters of all stages of a Swin, all that is trained of an E³VA backbone but its norms.
+    """The adapters of all stages of a trunk, all that is trained of an E³VA backbone but its norms.
 
     Its buffer ``form`` (int64 [3]) tells what an adapter taps, the side of its convolution and
     whether there is a state. Weights of another form are refused; those that come without it, and
@@ -38,24 +40,19 @@ class Highway(nn.Module):
     Args:
         trunk: architecture of the trunk beside it.
         config: form and shape of the adapters.
-        taps: how the trunk's taps are kept for backward, one of :data:`e3va.ops.taps.TAPS`.
 
     Raises:
-        ValueError: a stage's channels do not fit the config, or ``taps`` is unknown.
+        ValueError: a stage's channels do not fit the config.
     """
 
     form: Tensor
 
-    def __init__(
-        self, trunk: SwinConfig, config: HighwayConfig | None = None, taps: str = DEFAULT_TAPS
-    ) -> None:
+    def __init__(self, trunk: TrunkConfig, config: HighwayConfig | None = None) -> None:
         super().__init__()
-        if taps not in TAPS:
-            raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
         self.config = config or HighwayConfig()
         self.register_buffer(FORM, _form(self.config))
         self.stages = nn.ModuleList(
-            HighwayStage(adapters, dim, self.config, taps)
+            HighwayStage(adapters, dim, self.config)
             for adapters, dim in zip(trunk.num_taps, trunk.dims, strict=True)
         )
 
@@ -102,18 +99,15 @@ class HighwayStage(nn.Module):
     g_up [K, branches, d, d], V [K, α, C], c [C].
 
     Args:
-        adapters: K, two per Swin block.
+        adapters: K, one for each sub-layer.
         channels: C.
         config: form and shape of the adapters.
-        taps: how the taps are kept for backward.
     """
 
-    def __init__(
-        self, adapters: int, channels: int, config: HighwayConfig, taps: str = DEFAULT_TAPS
-    ) -> None:
+    def __init__(self, adapters: int, channels: int, config: HighwayConfig) -> None:
         super().__init__()
         self.tap = config.tap
-        self.taps = taps
+        self.storage = config.storage
         rank, hidden, side = config.rank, config.hidden(channels), config.mixing
         kernel = (adapters, config.branches, config.kernel_dim, config.kernel_dim)
         self.P = nn.Parameter(torch.empty(adapters, channels, rank))
@@ -150,10 +144,6 @@ class HighwayStage(nn.Module):
         U = self.U.view(taps, -1, branches, d).transpose(1, 2) @ self.g_up
         return Q, U.transpose(1, 2).flatten(2)
 
-    def ride(self) -> StageRide:
-        """Begin a pass along the stage, to be handed to the trunk as its epilogue."""
-        return StageRide(self)
-
 
 class StageRide:
     """One pass of the highway along a stage of the trunk.
@@ -166,7 +156,7 @@ class StageRide:
         self._stage = stage
         self.tap = stage.tap
         # Without a backward to come nothing needs to be made smaller.
-        self._taps = stage.taps if torch.is_grad_enabled() else "full"
+        self._storage = stage.storage if torch.is_grad_enabled() else "full"
         self._seed: Tensor | None = None
         self._P: tuple[Tensor, ...] = ()
         self._kept: list[Tensor] = []
@@ -179,13 +169,13 @@ class StageRide:
             weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, EPS)
             if not k:
                 self._P = self._stage.P.to(x.dtype).unbind()  # cast once for all
-                if self._taps == "int4":
+                if self._storage == "int4":
                     # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
                     self._seed = torch.randint(2**31, (), device=x.device)
             y, z, t, kept, scale = ops.sublayer_epilogue(
-                x, y, weight, bias, eps, self._P[k], self.tap, self._taps, self._seed, k
+                x, y, weight, bias, eps, self._P[k], self.tap, self._storage, self._seed, k
             )
-            if self._taps == "full":
+            if self._storage == "full":
                 self._kept.append(x if self.tap == "output" else z)
             else:
                 self._kept.append(kept)
@@ -199,7 +189,7 @@ class StageRide:
         highway's pass completes the sub-layer."""
         tap = x if self.tap == "output" else z
         self._kept.append(tap)
-        self._t.append(tap.flatten(0, -2) @ self._stage.P[len(self._t)].to(tap))
+        self._t.append(project(tap, self._stage.P[len(self._t)]))
 
     def arrive(
         self, h: Tensor, y_in: Tensor, y_out: Tensor, carry: Tensor | None
@@ -219,5 +209,44 @@ class StageRide:
             gamma=stage.gamma,
             carry=carry,
             scale=self._scale,
-            taps=self._taps,
+            taps=self._storage,
         )
+
+
+class HighwayPass:
+    """One pass of a highway along a whole trunk, as its companion.
+
+    Args:
+        highway: the highway.
+        norms: the output norms of the stages.
+
+    Attributes:
+        maps: the normalised highway after each stage so far, [B, H, W, C].
+    """
+
+    def __init__(self, highway: Highway, norms: nn.ModuleList) -> None:
+        self.maps: list[Tensor] = []
+        self._highway = highway
+        self._norms = norms
+        self._ride: StageRide | None = None
+        self._h: Tensor | None = None
+        self._carry: Tensor | None = None
+
+    def epilogue(self, stage: int) -> StageRide:
+        adapters: Any = self._highway.stages[stage]
+        self._ride = StageRide(adapters)
+        return self._ride
+
+    def arrive(
+        self, stage: int, y_in: Tensor, y_out: Tensor, transition: Transition | None
+    ) -> None:
+        assert self._ride is not None
+        norm: Any = self._norms[stage]
+        h = y_in if self._h is None else self._h
+        h, carry = self._ride.arrive(h, y_in, y_out, self._carry)
+        if transition is None:
+            p, _ = ops.stage_exit(h, norm.weight, norm.bias, norm.eps)
+        else:
+            p, self._h = transition.exit(h, norm)
+            self._carry = None if carry is None else transition.pool(carry)
+        self.maps.append(p)

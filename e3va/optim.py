@@ -2,51 +2,85 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from torch import nn
 
 from e3va.highway import NO_DECAY, OUTPUTS, PARAMETERS, HighwayStage
+from e3va.trunks import FAMILIES
 
-# Some of them have more than one dimension: those of the stacked adapters, and Swin's tables.
-NO_DECAY_NAMES = frozenset({*NO_DECAY, "relative_position_bias_table"})
+NORMS = (
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.LocalResponseNorm,
+    nn.modules.batchnorm._NormBase,
+)
 
 
-def parameter_groups(
-    model: nn.Module,
-    lr: float,
-    weight_decay: float,
-    highway_lr_factor: float = 1.0,
-    highway_lr_ratio: float = 1.0,
-) -> list[dict[str, Any]]:
-    """The trainable parameters as groups for a torch optimizer.
+class Rates(NamedTuple):
+    """Learning rate and weight decay of the parameters, and where they differ.
 
-    Weights decay; norms, biases and position-bias tables do not. The highway learns
-    ``highway_lr_factor`` times as fast as the rest, and its V and c, which begin at zero,
-    ``highway_lr_ratio`` times as fast as that, as LoRA's B should (LoRA+, arXiv 2402.12354).
+    Attributes:
+        lr: of all but what follows.
+        weight_decay: of weights.
+        norm_decay: of norms (default 0).
+        bias_decay: of biases, and of the highway's gamma, b and c (default 0).
+        bias_lr_factor: learning rate of biases over ``lr`` (default 1).
+        highway_lr_factor: of the highway over ``lr`` (default 1).
+        highway_lr_ratio: of its V and c, which begin at zero, over that of the rest of it, as of
+            LoRA's B (LoRA+, arXiv 2402.12354; default 1).
+    """
+
+    lr: float
+    weight_decay: float
+    norm_decay: float = 0.0
+    bias_decay: float = 0.0
+    bias_lr_factor: float = 1.0
+    highway_lr_factor: float = 1.0
+    highway_lr_ratio: float = 1.0
+
+
+def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
+    """The trainable parameters as groups for a torch optimizer, one for each pair of learning rate
+    and weight decay.
+
+    The tables of a trunk that are neither norms nor biases and must be spared, such as those of
+    relative positions, do not decay.
 
     Raises:
         ValueError: the model has no trainable parameter.
     """
-    factors = {
-        id(getattr(stage, name)): highway_lr_factor * (highway_lr_ratio if name in OUTPUTS else 1)
-        for stage in model.modules()
-        if isinstance(stage, HighwayStage)
-        for name in PARAMETERS
-        if getattr(stage, name) is not None
-    }
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            keep = parameter.ndim <= 1 or name.rpartition(".")[2] in NO_DECAY_NAMES
-            key = (
-                lr * factors.get(id(parameter), 1.0),
-                0.0 if keep else weight_decay,
-            )
-            groups.setdefault(key, []).append(parameter)
+    seen: set[int] = set()
+    for module, name, parameter in _trainable(model):
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            groups.setdefault(_rates_of(module, name, rates), []).append(parameter)
     if not groups:
         raise ValueError(f"{type(model).__name__} has no trainable parameter")
     return [
-        {"params": parameters, "lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in groups.items()
+        {"params": parameters, "lr": lr, "weight_decay": decay}
+        for (lr, decay), parameters in groups.items()
     ]
+
+
+def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                yield module, name, parameter
+
+
+def _rates_of(module: nn.Module, name: str, rates: Rates) -> tuple[float, float]:
+    lr, decay = rates.lr, rates.weight_decay
+    if isinstance(module, HighwayStage) and name in PARAMETERS:
+        lr *= rates.highway_lr_factor * (rates.highway_lr_ratio if name in OUTPUTS else 1)
+        return lr, rates.bias_decay if name in NO_DECAY else decay
+    if isinstance(module, NORMS):
+        decay = rates.norm_decay
+    elif name == "bias":
+        lr, decay = lr * rates.bias_lr_factor, rates.bias_decay
+    elif any(name in family.no_decay for family in FAMILIES.values()):
+        decay = 0.0
+    return lr, decay

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from e3va.trunk import FrozenSwin, Swin
+from e3va.trunks import Trunk, family_of
+from e3va.trunks.base import Frozen
 from e3va.weights import trunk_hash
 
 PRECISIONS = ("int8", "fp8")
@@ -15,7 +16,7 @@ PRECISIONS = ("int8", "fp8")
 (e4m3): the same on GPUs from sm_89 on; elsewhere weights alone, with GEMMs in the trunk's dtype."""
 
 
-def quantize_trunk(trunk: Swin, precision: str) -> None:
+def quantize_trunk(trunk: Trunk, precision: str) -> None:
     """Replace the weights of a trunk's attention and MLP layers by quantised ones, in place.
 
     The highway's arithmetic and everything that is trained stay as they were. Load the trunk's
@@ -32,15 +33,15 @@ def quantize_trunk(trunk: Swin, precision: str) -> None:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
-    if not isinstance(trunk, FrozenSwin):
-        raise TypeError(f"only a FrozenSwin can be quantised, got a {type(trunk).__name__}")
+    if not isinstance(trunk, Frozen):
+        raise TypeError(f"only a frozen trunk can be quantised, got a {type(trunk).__name__}")
     if trunk.precision is not None:
         raise ValueError(f"the trunk is quantised already, to {trunk.precision}")
     try:
         from torchao import quantization as ao
     except ImportError as error:
         raise ImportError("a quantised trunk needs torchao: pip install torchao") from error
-    weight = trunk.patch_embed.proj.weight
+    weight = next(trunk.parameters())
     config: Any
     if precision == "int8":
         config = ao.Int8DynamicActivationInt8WeightConfig()
@@ -52,9 +53,9 @@ def quantize_trunk(trunk: Swin, precision: str) -> None:
     # An adapter knows its trunk by the weights as they were.
     trunk.weight_hash.copy_(torch.tensor(list(bytes.fromhex(trunk_hash(trunk)))))
 
-    def of_a_block(module: nn.Module, name: str) -> bool:
-        return isinstance(module, nn.Linear) and "blocks" in name
-
-    ao.quantize_(trunk.layers, config, filter_fn=of_a_block)
+    is_quantizable = family_of(trunk.config).is_quantizable
+    ao.quantize_(
+        trunk, config, lambda module, name: isinstance(module, nn.Linear) and is_quantizable(name)
+    )
     trunk.requires_grad_(False)
     trunk.precision = precision

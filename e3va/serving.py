@@ -9,10 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from e3va import ops
-from e3va.backbone import E3VABackbone
-from e3va.highway import StageRide
-from e3va.ops.reference import pool_2x2
+from e3va.highway import HighwayPass
+from e3va.methods import E3VABackbone
+from e3va.trunks.base import Epilogue, Transition
 from e3va.weights import trunk_hash
 
 
@@ -82,45 +81,38 @@ def shared_forward(backbones: Sequence[E3VABackbone], image: Tensor) -> list[dic
     Returns:
         For each what it would return by itself, up to rounding.
     """
-    trunk = backbones[0].trunk
-    maps: list[list[Tensor]] = [[] for _ in backbones]
-    x = image.to(trunk.compute_dtype())
-    with torch.autocast(image.device.type, enabled=False):
-        y = trunk.embed(x)
-        h = [y] * len(backbones)
-        carries: list[Tensor | None] = [None] * len(backbones)
-        for s in range(trunk.config.num_stages):
-            stages: list[Any] = [backbone.highway.stages[s] for backbone in backbones]
-            rides = [stage.ride() for stage in stages]
-            # One that taps norms makes the norm after the last sub-layer, too.
-            first, *others = sorted(rides, key=lambda ride: ride.tap != "norm")
+    along = _Convoy([HighwayPass(backbone.highway, backbone.norms) for backbone in backbones])
+    backbones[0].trunk.drive(image, along)
+    return [
+        backbone.features(one.maps, image)
+        for backbone, one in zip(backbones, along.passes, strict=True)
+    ]
 
-            def complete(
-                x: Tensor,
-                y: Tensor,
-                norm: nn.LayerNorm | None,
-                first: StageRide = first,
-                others: list[StageRide] = others,
-            ) -> tuple[Tensor, Tensor]:
-                y, z = first(x, y, norm)
-                for ride in others:
-                    ride.follow(x, z)
-                return y, z
 
-            y_in, y = y, trunk.stage(s, y, complete)
-            merging = trunk.merging(s)
-            for i, (backbone, ride) in enumerate(zip(backbones, rides, strict=True)):
-                norm: Any = backbone.norms[s]
-                arrived, carry = ride.arrive(h[i], y_in, y, carries[i])
-                if merging and carry is not None:
-                    carries[i] = pool_2x2(carry)
-                p, h[i] = ops.stage_exit(
-                    arrived, norm.weight, norm.bias, norm.eps, *(merging or ())
-                )
-                maps[i].append(p)
-            if merging:
-                y = trunk.merge(s, y)
-    return [b._features(own, image) for b, own in zip(backbones, maps, strict=True)]
+class _Convoy:
+    """Several highways along one trunk, one of which completes the sub-layers."""
+
+    def __init__(self, passes: list[HighwayPass]) -> None:
+        self.passes = passes
+
+    def epilogue(self, stage: int) -> Epilogue:
+        rides = [one.epilogue(stage) for one in self.passes]
+        # One that taps norms makes the norm after the last sub-layer, too.
+        first, *others = sorted(rides, key=lambda ride: ride.tap != "norm")
+
+        def complete(x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
+            y, z = first(x, y, norm)
+            for ride in others:
+                ride.follow(x, z)
+            return y, z
+
+        return complete
+
+    def arrive(
+        self, stage: int, y_in: Tensor, y_out: Tensor, transition: Transition | None
+    ) -> None:
+        for one in self.passes:
+            one.arrive(stage, y_in, y_out, transition)
 
 
 def _backbone(model: nn.Module) -> E3VABackbone:

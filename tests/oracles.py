@@ -6,6 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from e3va.trunks.base import residual
+
+
+class _Recorder:
+    def __init__(self):
+        self.stages, self.taps = [], []
+
+    def epilogue(self, stage):
+        def keep(x, y, norm, taps=self.taps):
+            taps.append(x)
+            return residual(x, y, norm)
+
+        return keep
+
+    def arrive(self, stage, y_in, y_out, transition):
+        self.stages.append((y_in, y_out, self.taps.copy()))
+        self.taps.clear()
+
+
+def stages_of(trunk, image):
+    """Each stage's input, output and taps, of a frozen trunk."""
+    recorder = _Recorder()
+    trunk.drive(image, recorder)
+    return recorder.stages
+
 
 def mixed(u: Tensor, D: Tensor) -> Tensor:
     """u + D ⋆ u of a map [B, H, W, α] that ends with zeros, one shift of the map at a time."""

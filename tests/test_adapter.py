@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -10,6 +11,7 @@ import safetensors.torch
 import torch
 
 from e3va import (
+    Backbone,
     E3VABackbone,
     FrozenSwin,
     HighwayConfig,
@@ -17,10 +19,12 @@ from e3va import (
     build_backbone,
     load_adapter,
     load_trunk,
+    open_backbone,
     save_adapter,
     save_trunk,
-    swin_config,
+    trunk_config,
 )
+from e3va.methods import METHODS
 from tests import libraries
 
 CONFIG = SwinConfig(16, (2, 2), (1, 2), window_size=4)
@@ -86,34 +90,101 @@ def test_the_config_says_what_the_adapter_belongs_to(saved):
     assert config["trunk"].pop("weight_hash")
     assert config.pop("e3va_version")
     assert config == {
+        "method": "e3va",
         "trunk": {
+            "family": "swin",
+            "dtype": "float32",
             "embed_dim": 16,
             "depths": [2, 2],
             "num_heads": [1, 2],
             "window_size": 4,
             "mlp_ratio": 4.0,
         },
-        "highway": {
+        "options": {
             "branches": 1,
             "kernel_dim": 4,
             "hidden_ratio": 0.5,
             "tap": "norm",
             "mixing": 3,
             "state": True,
+            "storage": "int4",
         },
     }
 
 
-def test_a_backbone_without_a_highway_is_refused(tmp_path):
-    backbone = build_backbone("frozen", swin_config("swin_digits"))
-    with pytest.raises(TypeError, match="an adapter is of an E3VABackbone, got a SwinBackbone"):
-        save_adapter(backbone, tmp_path / "adapter")
+def test_a_backbone_that_tells_no_method_is_refused(trunk, tmp_path):
+    with pytest.raises(TypeError, match=r"build_backbone has built, .* got a Backbone"):
+        save_adapter(Backbone(trunk), tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
+
+
+NEEDS_PEFT = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="PEFT is missing")
+EACH = [pytest.param(m, marks=NEEDS_PEFT) if m == "lora" else m for m in METHODS]
+
+
+@pytest.mark.parametrize("method", EACH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_method_is_rebuilt_from_its_adapter_alone(method, dtype, trunk, tmp_path):
+    dtype = torch.float32 if method == "full" else dtype
+    options = {"lora": {"rank": 3}, "adapter": {"hidden": 5}, "lorand": {"kernel_dim": 2}}
+    options |= {"mona": {"hidden": 6}, "adaptformer": {"hidden": 7}}
+    options |= {m: {"branches": 1, "kernel_dim": 4} for m in ("e3va", "e3va_paper")}
+    save_trunk(trunk, tmp_path / "trunk.safetensors")
+    backbone = build_backbone(method, CONFIG, dtype=dtype, **options.get(method, {}))
+    load_trunk(backbone.trunk, tmp_path / "trunk.safetensors")
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    save_adapter(backbone, tmp_path / "adapter")
+    saved = safetensors.torch.load_file(tmp_path / "adapter/adapter_model.safetensors")
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    assert trained <= saved.keys()
+    untrained = {name for name in saved if name.startswith("trunk.")} - trained
+    assert not untrained
+
+    again = open_backbone(tmp_path / "adapter", tmp_path / "trunk.safetensors").eval()
+    assert type(again) is type(backbone) and again.method == backbone.method
+    state = again.state_dict()
+    assert state.keys() == backbone.state_dict().keys()
+    assert all(torch.equal(value, state[name]) for name, value in backbone.state_dict().items())
+    image = torch.randn(1, 3, 37, 50)
+    ours, theirs = again(image), backbone.eval()(image)
+    assert all(torch.equal(ours[name], p) for name, p in theirs.items())
+    if method == "full":
+        return
+    libraries.randomise(trunk)
+    save_trunk(trunk, tmp_path / "other.safetensors")
+    with pytest.raises(ValueError, match="trained over a trunk whose weights have the hash"):
+        open_backbone(tmp_path / "adapter", tmp_path / "other.safetensors")
+
+
+def test_an_adapter_of_another_method_is_refused(saved, trunk, tmp_path):
+    save_trunk(trunk, tmp_path / "trunk.safetensors")
+    backbone = build_backbone("mona", CONFIG)
+    load_trunk(backbone.trunk, tmp_path / "trunk.safetensors")
+    assert_refuses(backbone, saved, ValueError, "tuned by 'e3va', this one is tuned by 'mona'")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"method": "dtl"}, {"method": None}, {"options": {"branches": "two"}}],
+    ids=str,
+)
+@pytest.mark.parametrize("trunk_change", [{}, {"family": "vit"}, {"dtype": "plain"}], ids=str)
+def test_a_config_that_describes_no_backbone(change, trunk_change, saved, tmp_path):
+    def spoil(config):
+        config |= change
+        config["trunk"] |= trunk_change
+
+    edit(saved, spoil)
+    with pytest.raises(ValueError, match=r"adapter_config\.json describes no backbone"):
+        open_backbone(saved, tmp_path / "trunk.safetensors")
 
 
 def test_swin_b_takes_a_few_megabytes(tmp_path):
     with torch.device("meta"):  # whose weights need no initialisation here
-        trunk = FrozenSwin(swin_config("swin_b"), torch.bfloat16)
+        trunk = FrozenSwin(trunk_config("swin_b"), torch.bfloat16)
     trunk.to_empty(device="cpu").weight_hash.fill_(1)
     backbone = E3VABackbone(trunk)
     save_adapter(backbone, tmp_path)
@@ -147,7 +218,7 @@ def test_refuses_a_trunk_of_another_architecture(saved):
 
 def test_refuses_a_highway_of_another_shape(saved, trunk):
     other = HighwayConfig(branches=2, kernel_dim=4, hidden_ratio=0.25)
-    match = r"highway\.branches is 1, here 2; highway\.hidden_ratio is 0\.5, here 0\.25"
+    match = r"options\.branches is 1, here 2; options\.hidden_ratio is 0\.5, here 0\.25"
     assert_refuses(fresh(trunk, other), saved, ValueError, match)
 
 
@@ -175,9 +246,9 @@ def test_says_that_a_config_is_no_adapters(content, saved, trunk):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(tap="output"), "highway.tap is norm, here output"),
-        (dict(mixing=5), "highway.mixing is 3, here 5"),
-        (dict(state=False), "highway.state is True, here False"),
+        (dict(tap="output"), "options.tap is norm, here output"),
+        (dict(mixing=5), "options.mixing is 3, here 5"),
+        (dict(state=False), "options.state is True, here False"),
     ],
 )
 def test_refuses_a_highway_of_another_form(change, message, saved, trunk):
@@ -191,8 +262,13 @@ def test_an_adapter_that_tells_no_form_is_of_the_published_one(trunk, tmp_path):
     save_adapter(backbone, tmp_path)
 
     def forget(config):
-        for key in ("tap", "mixing", "state"):
+        """As the first adapters were written."""
+        del config["method"]
+        config["highway"] = config.pop("options")
+        for key in ("tap", "mixing", "state", "storage"):
             del config["highway"][key]
+        for key in ("family", "dtype"):
+            del config["trunk"][key]
 
     edit(tmp_path, forget)
     path = tmp_path / "adapter_model.safetensors"
@@ -202,7 +278,7 @@ def test_an_adapter_that_tells_no_form_is_of_the_published_one(trunk, tmp_path):
     again = fresh(trunk, HIGHWAY.published())
     load_adapter(again, tmp_path)
     assert torch.equal(again.highway.stages[0].P, backbone.highway.stages[0].P)
-    assert_refuses(fresh(trunk), tmp_path, ValueError, "highway.tap is output, here norm")
+    assert_refuses(fresh(trunk), tmp_path, ValueError, "options.tap is output, here norm")
 
 
 def test_refuses_weights_of_another_adapter(saved, trunk, tmp_path):
@@ -216,11 +292,11 @@ def test_refuses_weights_of_another_adapter(saved, trunk, tmp_path):
 def test_ignores_newer_keys_with_a_warning(saved, trained, trunk):
     def newer(config):
         config |= {"e3va_version": "9.0", "task": "detection"}
-        config["highway"]["taps"] = "int4"
+        config["options"]["taps"] = "int4"
 
     edit(saved, newer)
     backbone = fresh(trunk)
-    with pytest.warns(UserWarning, match=r"e3va 9\.0; ignoring .*: task, highway\.taps"):
+    with pytest.warns(UserWarning, match=r"e3va 9\.0; ignoring .*: task, options\.taps"):
         load_adapter(backbone, saved)
     assert torch.equal(backbone.highway.stages[0].V, trained.highway.stages[0].V)
 

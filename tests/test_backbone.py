@@ -1,5 +1,6 @@
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,14 +8,14 @@ import torch.nn.functional as F
 
 import e3va
 from e3va import (
+    Backbone,
     E3VABackbone,
     FrozenSwin,
     HighwayConfig,
     Swin,
-    SwinBackbone,
     SwinConfig,
     build_backbone,
-    swin_config,
+    trunk_config,
 )
 from e3va.measure import LiveBytes, SavedBytes, trainable_parameters
 from e3va.native import build_info
@@ -64,7 +65,7 @@ def loss_of(features):
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_equals_the_frozen_network_at_initialisation(form, size, dtype):
     backbone = E3VABackbone(randomised(FrozenSwin(TINY)), form)
-    frozen = SwinBackbone(backbone.trunk)
+    frozen = Backbone(backbone.trunk)
     image = torch.randn(2, 3, *size)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         ours, theirs = backbone(image), frozen(image)
@@ -108,7 +109,9 @@ def test_every_trainable_parameter_gets_a_gradient(backbone):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_gradients_equal_autograd_through_the_unfused_network(form):
     """The oracle runs a trainable Swin, adapters one at a time and plain layers, in float64."""
-    backbone = wake(E3VABackbone(randomised(FrozenSwin(TINY)), form, taps="full")).double()
+    backbone = wake(
+        E3VABackbone(randomised(FrozenSwin(TINY)), replace(form, storage="full"))
+    ).double()
     trunk = Swin(TINY).double()
     trunk.load_state_dict(backbone.trunk.state_dict(), strict=False)
     image = torch.randn(1, 3, 45, 37, dtype=torch.float64)
@@ -119,7 +122,7 @@ def test_gradients_equal_autograd_through_the_unfused_network(form):
         loss, carry = 0.0, None
         for s, stage in enumerate(backbone.highway.stages):
             if s:
-                y, h = trunk.merge(s - 1, y), trunk.merge(s - 1, h)
+                y, h = map(trunk.transition(s - 1), (y, h))
                 carry = F.avg_pool2d(carry.permute(0, 3, 1, 2), 2, ceil_mode=True)
                 carry = carry.permute(0, 2, 3, 1)
             Q, U = stage.fold()
@@ -162,7 +165,7 @@ def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
     of width m per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
     stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
-    backbone = E3VABackbone(FrozenSwin(TINY), form, taps)
+    backbone = E3VABackbone(FrozenSwin(TINY), replace(form, storage=taps))
     config = backbone.highway.config
     image = torch.randn(2, 3, 41, 50)
     expected = 0
@@ -180,13 +183,14 @@ def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
 
 
 def test_nothing_of_the_trunk_but_taps_is_saved():
-    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), SMALL.published(), "full")
+    backbone = E3VABackbone(
+        randomised(FrozenSwin(TINY)), replace(SMALL.published(), storage="full")
+    )
     image = torch.randn(1, 3, 41, 50)
     with SavedBytes([backbone]) as saved:
         features = backbone(image)
-    stages = backbone.trunk.forward_taps(image)
     maps = [t for t in saved.tensors if t.dim() == 4 and t.shape[-1] > 1]
-    taps = [tap for stage in stages for tap in stage.taps]
+    taps = [tap for *_, taps in oracles.stages_of(backbone.trunk, image) for tap in taps]
     distinct = {t.data_ptr(): t for t in maps}.values()
     unexplained = [t for t in distinct if not any(torch.equal(t, tap) for tap in taps)]
     # What is left are the features themselves, which the neck keeps anyway.
@@ -197,7 +201,7 @@ def test_nothing_of_the_trunk_but_taps_is_saved():
 def test_keeps_far_less_alive_than_full_fine_tuning():
     peaks = {}
     for method in ("full", "frozen", "e3va"):
-        backbone = build_backbone(method, swin_config("swin_digits"))
+        backbone = build_backbone(method, trunk_config("swin_digits"))
         with LiveBytes() as memory:
             features = backbone(torch.randn(1, 3, 96, 128))
             if method != "frozen":
@@ -210,7 +214,7 @@ def test_keeps_far_less_alive_than_full_fine_tuning():
 @pytest.mark.parametrize("taps", ["full", "int4"])
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
 def test_compiles_without_a_graph_break(taps, form):
-    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), form, taps)
+    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), replace(form, storage=taps))
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 41, 50)
     ours, theirs = compiled(image), wake(backbone)(image)
@@ -257,7 +261,7 @@ def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
 def test_kernels_together_do_what_the_definitions_do(device, dtype, error):
     """Maps and gradients, with the backward in whatever thread autograd takes."""
     config = SwinConfig(32, (2, 2, 2, 2), (1, 2, 4, 8))
-    backbone = wake(E3VABackbone(randomised(FrozenSwin(config)), taps="full"))
+    backbone = wake(E3VABackbone(randomised(FrozenSwin(config)), HighwayConfig(storage="full")))
     image = torch.randn(2, 3, 45, 93)
 
     def run(backend, device, dtype):
@@ -304,13 +308,13 @@ def test_images_of_a_wrong_shape(backbone, shape):
 
 def test_methods():
     counts = {
-        m: trainable_parameters(build_backbone(m, TINY, highway=HighwayConfig(1, 4)))
-        for m in ("full", "frozen", "e3va")
+        m: trainable_parameters(build_backbone(m, TINY, **options))
+        for m, options in (("full", {}), ("frozen", {}), ("e3va", {"kernel_dim": 4}))
     }
     assert counts["frozen"] == 0 < counts["e3va"] < counts["full"]
     with pytest.raises(ValueError, match="unknown tuning method 'prefix'; known: full, frozen, b"):
         build_backbone("prefix", TINY)
-    with pytest.raises(TypeError, match="trunk must be a FrozenSwin, got Swin"):
+    with pytest.raises(TypeError, match="trunk must be a frozen one, got Swin"):
         E3VABackbone(Swin(TINY))
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from e3va import FrozenSwin, open_trunk, save_trunk, swin_config
+from e3va import FrozenSwin, open_trunk, save_trunk, trunk_config
 from e3va.cli import main
 from e3va.weights import trunk_hash
 
@@ -18,7 +18,7 @@ CONFIG = Path(__file__).parents[1] / "detectron2_configs/digits/mask_rcnn_e3va.y
 
 
 def test_convert_finds_the_variant_and_keeps_the_hash(tmp_path, capsys):
-    trunk = FrozenSwin(swin_config("swin_digits"))
+    trunk = FrozenSwin(trunk_config("swin_digits"))
     source, target = tmp_path / "microsoft.pth", tmp_path / "ours.safetensors"
     # With "model" around it and a head, as the official files have them.
     head = {"head.weight": torch.zeros(10, 256)}
@@ -35,7 +35,7 @@ def test_convert_names_what_is_wrong(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match=r"other\.safetensors"):
         main(["convert", str(tmp_path / "other.safetensors"), str(tmp_path / "x.safetensors")])
-    trunk = FrozenSwin(swin_config("swin_digits"))
+    trunk = FrozenSwin(trunk_config("swin_digits"))
     save_trunk(trunk, tmp_path / "ours.safetensors")
     with pytest.raises(ValueError, match=r"saved as \.safetensors"):
         main(["convert", str(tmp_path / "ours.safetensors"), str(tmp_path / "ours.pth")])

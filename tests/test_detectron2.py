@@ -24,8 +24,8 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from e3va import FrozenSwin, swin_config
-from e3va.backbone import METHODS, OutputNorm
+from e3va import FrozenSwin, trunk_config
+from e3va.backbone import OutputNorm
 from e3va.detectron2 import (
     E3VASwinBackbone,
     SafeCheckpointer,
@@ -35,6 +35,7 @@ from e3va.detectron2 import (
     register_coco_json,
 )
 from e3va.detectron2.train import StepTrainer, build_optimizer
+from e3va.methods import METHODS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "detectron2_configs").rglob("*.yaml"))
@@ -191,7 +192,7 @@ def test_every_config_is_valid(path):
     cfg = load_config(str(path))
     assert cfg.MODEL.BACKBONE.NAME in BACKBONE_REGISTRY
     assert cfg.MODEL.TUNING.METHOD == "e3va"
-    assert swin_config(cfg.MODEL.E3VA.VARIANT, cfg.MODEL.E3VA.WINDOW_SIZE)
+    assert trunk_config(cfg.MODEL.E3VA.VARIANT, window_size=cfg.MODEL.E3VA.WINDOW_SIZE)
     assert cfg.INPUT.FORMAT == "RGB"
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         assert all(s < cfg.SOLVER.MAX_ITER for s in cfg.SOLVER.STEPS)
@@ -224,7 +225,7 @@ def test_swin_t_config_builds_its_model():
     ("key", "value", "message"),
     [
         ("MODEL.TUNING.METHOD", "prefix", "unknown tuning method 'prefix'; known: full, frozen"),
-        ("MODEL.E3VA.VARIANT", "swin_xl", "unknown Swin variant 'swin_xl'; known: swin_t"),
+        ("MODEL.E3VA.VARIANT", "swin_xl", "unknown trunk variant 'swin_xl'; known: swin_t"),
         ("MODEL.E3VA.TRUNK_DTYPE", "int8", "TRUNK_DTYPE must be one of float32.* got 'int8'"),
         ("MODEL.E3VA.BRANCHES", 0, "branches must be at least 1"),
         ("MODEL.E3VA.HIDDEN_RATIO", 1.5, "hidden_ratio must be in"),
@@ -539,7 +540,7 @@ def test_gradient_clipping(tiny):
 
 def test_train_evaluate_resume(tmp_path, train_net):
     """Three iterations from given trunk weights, then evaluation alone, then two iterations."""
-    trunk = dict(FrozenSwin(swin_config("swin_digits")).named_parameters())
+    trunk = dict(FrozenSwin(trunk_config("swin_digits")).named_parameters())
     save_file(trunk, tmp_path / "trunk.safetensors")
     train, test = write_coco(tmp_path / "train"), write_coco(tmp_path / "test")
     opts = overrides(
@@ -579,7 +580,7 @@ def test_only_what_was_trained_is_evaluated(tmp_path, train_net):
 
     fails("--eval-only needs MODEL.WEIGHTS")
     fails(f"a checkpoint in {tmp_path}", resume=True)
-    trunk = dict(FrozenSwin(swin_config("swin_digits")).named_parameters())
+    trunk = dict(FrozenSwin(trunk_config("swin_digits")).named_parameters())
     save_file(trunk, tmp_path / "trunk.safetensors")
     fails("of another model: .* are missing", "MODEL.WEIGHTS", tmp_path / "trunk.safetensors")
 

@@ -29,7 +29,7 @@ from detectron2.utils.events import EventStorage
 from fvcore.nn import FlopCountAnalysis
 from torch import nn
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, cli, swin_config
+from e3va import E3VABackbone, FrozenSwin, HighwayConfig, cli, trunk_config
 from e3va.detectron2 import (
     SemanticInference,
     Trainer,
@@ -233,14 +233,14 @@ def test_lazy_configs(letter, tmp_path):
     cfg = LazyConfig.load(str(path))
     yaml = load_config(str(FOLDER / "coco" / path.with_suffix(".yaml").name))
     swin = cfg.model.backbone.bottom_up.swin
-    assert (swin.swin.swin.variant, swin.weights) == (f"swin_{letter}", yaml.MODEL.E3VA.WEIGHTS)
+    assert (swin.swin.trunk.variant, swin.weights) == (f"swin_{letter}", yaml.MODEL.E3VA.WEIGHTS)
     assert cfg.train.max_iter == cfg.lr_multiplier.scheduler.num_updates == yaml.SOLVER.MAX_ITER
     assert tuple(cfg.lr_multiplier.scheduler.milestones) == yaml.SOLVER.STEPS
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (1e-4, 0.05)
     assert list(cfg.model.pixel_mean) == yaml.MODEL.PIXEL_MEAN
     assert list(cfg.model.pixel_std) == pytest.approx(yaml.MODEL.PIXEL_STD)
 
-    swin.swin.swin.variant, swin.weights, swin.swin.dtype.name = "swin_digits", "", "float32"
+    swin.swin.trunk.variant, swin.weights, swin.swin.dtype.name = "swin_digits", "", "float32"
     cfg.model.roi_heads.batch_size_per_image = 16
     cfg.model.proposal_generator.post_nms_topk = (20, 20)
     names = f"lazy:{letter}"
@@ -324,7 +324,7 @@ def test_tools_of_detectron2_run_on_our_configs(tmp_path):
 def test_flops_of_our_ops():
     """Those of torchvision's Swin, where attention is made of plain products, and the adapters'."""
     swin_t = pytest.importorskip("torchvision.models").swin_t(weights=None).features.eval()
-    config, image = swin_config("swin_t"), torch.randn(1, 3, 224, 224)
+    config, image = trunk_config("swin_t"), torch.randn(1, 3, 224, 224)
     trunk = FrozenSwin(config)
     expected = FlopCountAnalysis(swin_t, image).total()
 

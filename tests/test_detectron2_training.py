@@ -22,7 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import train_net
-from e3va.config import SWIN_VARIANTS, SwinConfig, swin_config
+from e3va import SwinConfig, trunk_config
 from e3va.detectron2 import (
     SafeCheckpointer,
     Trainer,
@@ -32,7 +32,8 @@ from e3va.detectron2 import (
 )
 from e3va.detectron2.checkpoint import frozen_names
 from e3va.detectron2.train import build_optimizer, distribute
-from e3va.trunk import FrozenSwin
+from e3va.trunks import FrozenSwin
+from e3va.trunks.swin import SWIN_VARIANTS
 from e3va.weights import save_trunk, trunk_hash
 from tests import libraries
 from tests.test_detectron2 import DIGITS, overrides, write_coco
@@ -155,7 +156,7 @@ def test_a_trunk_that_no_file_brings_is_kept(tmp_path, tiny):
 def test_a_trunk_that_timm_brings(tmp_path, tiny, monkeypatch):
     """Its checkpoints name it as the config does, and know its weights in whatever file."""
     timm = pytest.importorskip("timm")
-    swin = libraries.build("timm", swin_config("swin_digits"), (224, 224))
+    swin = libraries.build("timm", trunk_config("swin_digits"), (224, 224))
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: swin)
     trainer = Trainer(tiny("MODEL.E3VA.WEIGHTS", "timm:swin_mine"))
     trainer.checkpointer.save("mine")

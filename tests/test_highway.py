@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from e3va import Highway, HighwayConfig, SwinConfig, swin_config
-from e3va.highway import HighwayStage
+from e3va import Highway, HighwayConfig, SwinConfig, trunk_config
+from e3va.highway import HighwayStage, StageRide
 from e3va.measure import trainable_parameters
 from tests import oracles
 
@@ -10,7 +10,7 @@ from tests import oracles
 @pytest.mark.parametrize("variant, count", [("swin_b", 1_181_312), ("swin_l", 1_765_824)])
 def test_parameter_counts_of_the_paper(variant, count):
     """The paper's 1.20 M and 1.79 M, less one output bias per adapter, plus one per stage."""
-    swin = swin_config(variant)
+    swin = trunk_config(variant)
     highway = Highway(swin, HighwayConfig().published())
     assert trainable_parameters(highway) == count
     biases = sum(taps * dim for taps, dim in zip(swin.num_taps, swin.dims, strict=True))
@@ -20,7 +20,7 @@ def test_parameter_counts_of_the_paper(variant, count):
 
 def test_mixing_and_state_add_a_few_parameters():
     """48 adapters of rank 16: a 3×3 kernel and a gain for each of their channels."""
-    count = trainable_parameters(Highway(swin_config("swin_b")))
+    count = trainable_parameters(Highway(trunk_config("swin_b")))
     assert count == 1_181_312 + 48 * 16 * (3 * 3 + 1)
 
 
@@ -36,10 +36,10 @@ def test_the_state_of_a_deep_stage_begins_as_small_as_that_of_a_shallow_one():
 
 
 def test_parameters_of_a_stage_are_stacked():
-    highway = Highway(swin_config("swin_b"))
+    highway = Highway(trunk_config("swin_b"))
     assert len(list(highway.parameters())) == 4 * 10
     assert highway.stages[2].P.shape == (36, 512, 16)
-    published = Highway(swin_config("swin_b"), HighwayConfig().published())
+    published = Highway(trunk_config("swin_b"), HighwayConfig().published())
     assert len(list(published.parameters())) == 4 * 8
 
 
@@ -56,21 +56,21 @@ def test_parameters_of_a_stage_are_stacked():
     ],
 )
 def test_weights_of_another_form_are_refused(theirs, ours, message):
-    swin = swin_config("swin_digits")
+    swin = trunk_config("swin_digits")
     theirs, ours = (Highway(swin, HighwayConfig(2, 8, 1.0, **c)) for c in (theirs, ours))
     with pytest.raises(ValueError, match=message):
         ours.load_state_dict(theirs.state_dict(), strict=False)
 
 
 def test_weights_with_d_and_gamma_need_not_tell_their_form():
-    swin, config = swin_config("swin_digits"), HighwayConfig(2, 8, 1.0)
+    swin, config = trunk_config("swin_digits"), HighwayConfig(2, 8, 1.0)
     state = dict(Highway(swin, config).named_parameters())
     Highway(swin, config).load_state_dict(state, strict=False)
 
 
 def test_weights_that_tell_no_form_are_of_the_published_one():
     config = HighwayConfig(2, 8, 1.0)
-    swin = swin_config("swin_digits")
+    swin = trunk_config("swin_digits")
     published = Highway(swin, config.published())
     state = {name: v for name, v in published.state_dict().items() if name != "form"}
     published.load_state_dict(dict(state))
@@ -118,7 +118,7 @@ def test_config_that_does_not_fit_the_trunk():
         Highway(odd)
     Highway(odd, HighwayConfig(hidden_ratio=1.0))  # odd channel counts are fine in themselves
     with pytest.raises(ValueError, match="exceeds the stage's 32 channels"):
-        Highway(swin_config("swin_digits"), HighwayConfig(branches=5))
+        Highway(trunk_config("swin_digits"), HighwayConfig(branches=5))
 
 
 @pytest.mark.parametrize(
@@ -133,19 +133,19 @@ def test_config_that_does_not_fit_the_trunk():
         (dict(mlp_ratio=0), ValueError, "mlp_ratio must be positive"),
     ],
 )
-def test_swin_config_out_of_range(arguments, error, message):
+def test_trunk_config_out_of_range(arguments, error, message):
     with pytest.raises(error, match=message):
         SwinConfig(**arguments)
 
 
 def test_unknown_variant_lists_the_known():
-    with pytest.raises(ValueError, match="unknown Swin variant 'swin_xl'; known: swin_t, swin_s"):
-        swin_config("swin_xl")
+    with pytest.raises(ValueError, match="unknown trunk variant 'swin_xl'; known: swin_t, swin_s"):
+        trunk_config("swin_xl")
 
 
 def test_every_tap_is_rounded_by_noise_of_its_own():
-    stage = Highway(swin_config("swin_digits"), HighwayConfig(hidden_ratio=1.0)).stages[0]
-    ride, x = stage.ride(), torch.randn(1, 5, 7, 32)
+    stage = Highway(trunk_config("swin_digits"), HighwayConfig(hidden_ratio=1.0)).stages[0]
+    ride, x = StageRide(stage), torch.randn(1, 5, 7, 32)
     for _ in range(2):
         ride(x, x, None)
     first, second = ride._kept

@@ -9,13 +9,23 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAY_IMPORT = {
-    "config": set(),
     "files": set(),
-    "ops": {"config", "files", "native", "kernels"},
-    "trunk": {"config", "ops"},
-    "highway": {"config", "ops"},
-    "peers": {"config", "trunk"},
-    "backbone": {"config", "ops", "trunk", "highway", "peers"},
+    "seeding": set(),
+    "ops": {"files", "native", "kernels"},
+    "config": {"ops"},
+    "trunks": {"config", "ops"},
+    "weights": {"files", "trunks"},
+    "highway": {"config", "ops", "trunks"},
+    "backbone": {"ops", "trunks"},
+    "methods": {"backbone", "config", "highway", "trunks"},
+    "optim": {"highway", "trunks"},
+    "checkpoint": {"trunks", "weights"},
+    "precision": {"trunks", "weights"},
+    "adapter": {
+        "__version__",
+        *("backbone", "checkpoint", "config", "files", "highway", "methods", "trunks", "weights"),
+    },
+    "serving": {"highway", "methods", "trunks", "weights"},
 }
 """Modules of e3va that each core module may import, beside itself."""
 

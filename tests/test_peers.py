@@ -9,15 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from e3va import Swin, SwinBackbone, SwinConfig, build_backbone, swin_config
-from e3va.backbone import METHODS
+from e3va import Backbone, Swin, SwinConfig, build_backbone, trunk_config
 from e3va.measure import trainable_parameters
-from e3va.peers import PEERS
+from e3va.methods import METHODS
 from e3va.weights import load_trunk, save_trunk
 from tests import oracles
 
 TINY = SwinConfig(16, (2, 2, 2, 2), (1, 2, 4, 8), window_size=5)
 NEEDS_PEFT = pytest.mark.skipif(not importlib.util.find_spec("peft"), reason="PEFT is missing")
+PEERS = [m for m in METHODS if m not in ("full", "frozen", "e3va", "e3va_paper")]
 ALL = [pytest.param(m, marks=NEEDS_PEFT) if m == "lora" else m for m in PEERS]
 WITH_ADAPTERS = ALL[3:]
 WITH_DROPOUT = ("adapter", "adaptformer", "lorand")
@@ -114,7 +114,7 @@ def count(method, config):
 @pytest.mark.parametrize("method", ALL)
 def test_parameter_counts(method):
     for variant, millions in zip(("swin_b", "swin_l"), MILLIONS[method], strict=True):
-        config = swin_config(variant)
+        config = trunk_config(variant)
         with torch.device("meta"):
             trained = trainable_parameters(build_backbone(method, config))
         assert trained == count(method, config)
@@ -156,7 +156,7 @@ def test_equals_the_frozen_network_at_initialisation(method, size, dtype):
     image = torch.randn(2, 3, *size)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         ours = backbone(image)
-        alike = SwinBackbone(backbone.trunk)(image)  # the same kernels
+        alike = Backbone(backbone.trunk)(image)  # the same kernels
         frozen = build("frozen", state={**state, "weight_hash": torch.zeros(32)})(image)
     for s, (name, p) in enumerate(ours.items()):
         assert p.shape == (2, 16 * 2**s, *(math.ceil(n / 2 ** (s + 2)) for n in size))
@@ -240,7 +240,7 @@ def test_adapters_equal_their_formulas(method):
             y = method(next(remaining), x, y)
             return y, y if norm is None else norm(y)
 
-        y = trunk.stage(s, trunk.merge(s - 1, y) if s else y, complete)
+        y = trunk.stage(s, trunk.transition(s - 1)(y) if s else y, complete)
         assert not list(remaining)
         expected[f"p{s}"] = F.layer_norm(y, y.shape[-1:]).permute(0, 3, 1, 2)
     torch.testing.assert_close(backbone(image), expected, rtol=1e-9, atol=1e-9)
@@ -259,7 +259,7 @@ def test_lora_equals_the_network_with_its_products_added_to_the_weights():
             )
             block.attn.qkv.weight.data += torch.cat((q, torch.zeros_like(q), v)).detach()
     image = torch.randn(2, 3, 29, 42, dtype=torch.float64)
-    merged = SwinBackbone(trunk).double()
+    merged = Backbone(trunk).double()
     torch.testing.assert_close(backbone(image), merged(image), rtol=1e-9, atol=1e-9)
 
 
@@ -329,7 +329,10 @@ def test_the_trunk_loads_the_same_files(method, tmp_path):
 
 
 def test_wrong_names_and_missing_peft(monkeypatch):
-    assert ("full", "frozen", *PEERS, "e3va_paper", "e3va") == METHODS
+    assert list(METHODS) == [
+        *("full", "frozen", "bitfit", "norm", "partial1", "adapter", "adaptformer", "lora"),
+        *("lorand", "mona", "e3va_paper", "e3va"),
+    ]
     with pytest.raises(ValueError, match=f"'dtl'; known: {', '.join(METHODS)}$"):
         build_backbone("dtl", TINY)
     monkeypatch.setitem(sys.modules, "peft", None)

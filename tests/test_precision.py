@@ -11,14 +11,14 @@ from e3va import (
     load_adapter,
     quantize_trunk,
     save_adapter,
-    swin_config,
+    trunk_config,
 )
 from e3va.precision import PRECISIONS
 from tests.oracles import relative_error
 
 pytest.importorskip("torchao", reason="torchao is missing: quantised trunks are left untested")
 
-CONFIG = swin_config("swin_digits")
+CONFIG = trunk_config("swin_digits")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -62,7 +62,7 @@ def test_weights_come_before(tmp_path):
 def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="precision must be one of int8, fp8, got 'int2'"):
         quantize_trunk(FrozenSwin(CONFIG), "int2")
-    with pytest.raises(TypeError, match="only a FrozenSwin can be quantised, got a Swin"):
+    with pytest.raises(TypeError, match="only a frozen trunk can be quantised, got a Swin"):
         quantize_trunk(Swin(CONFIG), "int8")
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match="pip install torchao"):

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn: pip install 'e3va[demo]'")
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, load_trunk, swin_config
+from e3va import E3VABackbone, FrozenSwin, HighwayConfig, load_trunk, trunk_config
 from e3va.demo import pretrain
 from e3va.demo.digits import digit_pool
 from e3va.demo.engines import WEIGHTS
@@ -20,7 +20,7 @@ def test_packaged_trunk():
     with safe_open(WEIGHTS, "pt") as file:
         metadata = file.metadata()
     assert metadata["command"].startswith("python -m e3va.demo.pretrain")
-    trunk = FrozenSwin(swin_config("swin_digits"))
+    trunk = FrozenSwin(trunk_config("swin_digits"))
     load_trunk(trunk, WEIGHTS)
     assert trunk.weight_hash.any()
 
@@ -29,7 +29,7 @@ def test_packaged_trunk():
 def test_its_features_tell_digits_apart():
     """A nearest-mean classifier on its last map, fitted on the training scenes' digits and tried on
     the validation scenes', neither of which it has seen; chance is 10 %."""
-    trunk = FrozenSwin(swin_config("swin_digits"))
+    trunk = FrozenSwin(trunk_config("swin_digits"))
     load_trunk(trunk, WEIGHTS)
 
     def features(pool, seed):
@@ -47,7 +47,7 @@ def test_its_features_tell_digits_apart():
 def test_pretraining_runs(tmp_path: Path, capsys):
     output = tmp_path / "trunk.safetensors"
     pretrain.main(["--output", str(output), "--iterations", "2", "--batch-size", "2"])
-    trunk = FrozenSwin(swin_config("swin_digits"))
+    trunk = FrozenSwin(trunk_config("swin_digits"))
     load_trunk(trunk, output)
     assert "held-out digits" in capsys.readouterr().out
 
@@ -55,7 +55,7 @@ def test_pretraining_runs(tmp_path: Path, capsys):
 def gradients_of_P(taps, runs):
     """P's gradients of all stages, flat, for each of the runs: the loss is a fixed random
     projection of the features, on digits."""
-    trunk = FrozenSwin(swin_config("swin_digits"))
+    trunk = FrozenSwin(trunk_config("swin_digits"))
     load_trunk(trunk, WEIGHTS)
     torch.manual_seed(0)
     backbone = E3VABackbone(trunk, HighwayConfig(kernel_dim=16, hidden_ratio=1.0), taps)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from e3va import E3VABackbone, FrozenSwin, swin_config
+from e3va import E3VABackbone, FrozenSwin, trunk_config
 from e3va.serving import SharedTrunk, shared_forward
 from tests.oracles import relative_error
 
-CONFIG = swin_config("swin_digits")
+CONFIG = trunk_config("swin_digits")
 
 
 def make_backbones(count, dtype=torch.float32):

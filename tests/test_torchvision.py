@@ -12,7 +12,7 @@ from PIL import Image
 
 import e3va
 from e3va.data.coco import CocoInstances, average_precision, flip
-from e3va.optim import parameter_groups
+from e3va.optim import Rates, parameter_groups
 
 pytest.importorskip("torchvision")
 rle = pytest.importorskip("pycocotools.mask")
@@ -45,8 +45,8 @@ def detector(method="e3va", seed=0, trunk_seed=0, **options):
     torch.manual_seed(trunk_seed)
     trunk = e3va.Swin(TINY).state_dict()
     torch.manual_seed(seed)
-    highway = e3va.HighwayConfig(1, 4) if method == "e3va" else None
-    backbone = e3va.build_backbone(method, TINY, highway=highway)
+    highway = {"branches": 1, "kernel_dim": 4} if method == "e3va" else {}
+    backbone = e3va.build_backbone(method, TINY, **highway)
     backbone.trunk.load_state_dict(trunk)
     return mask_rcnn(backbone, 3, **{**SMALL_HEADS, **options})
 
@@ -149,7 +149,7 @@ def test_one_step_trains_what_is_trainable_and_nothing_else(method):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
-    torch.optim.AdamW(parameter_groups(model, 1e-3, 0.05)).step()
+    torch.optim.AdamW(parameter_groups(model, Rates(1e-3, 0.05))).step()
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k, p in model.named_parameters() if p.requires_grad}
     trunk = {k for k in before if k.startswith("backbone.body.trunk.")}
@@ -211,7 +211,7 @@ def test_bfloat16_training_step_is_near_float32():
 
 def test_bad_arguments_are_named():
     backbone = e3va.build_backbone("frozen", TINY)
-    with pytest.raises(TypeError, match="SwinBackbone, got FrozenSwin"):
+    with pytest.raises(TypeError, match="Backbone, got FrozenSwin"):
         mask_rcnn(backbone.trunk, 3)
     with pytest.raises(ValueError, match="counts the background"):
         mask_rcnn(backbone, 1)
@@ -223,7 +223,7 @@ def test_norms_biases_and_tables_do_not_decay():
     model = detector("full")
     model.highway = e3va.Highway(TINY, e3va.HighwayConfig(1, 4))
     frozen = next(model.backbone.body.norms[0].parameters()).requires_grad_(False)
-    decay, rest = parameter_groups(model, 1e-3, 0.1)
+    decay, rest = parameter_groups(model, Rates(1e-3, 0.1))
     if rest["weight_decay"]:
         decay, rest = rest, decay
     assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
@@ -236,12 +236,12 @@ def test_norms_biases_and_tables_do_not_decay():
     grouped = [id(p) for p in (*decay["params"], *rest["params"])]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)
     with pytest.raises(ValueError, match="no trainable"):
-        parameter_groups(e3va.FrozenSwin(TINY), 1e-3, 0.1)
+        parameter_groups(e3va.FrozenSwin(TINY), Rates(1e-3, 0.1))
 
 
 def test_the_highway_may_learn_faster():
     model = detector("e3va")
-    groups = parameter_groups(model, 1e-3, 0.1, highway_lr_factor=2, highway_lr_ratio=5)
+    groups = parameter_groups(model, Rates(1e-3, 0.1, highway_lr_factor=2, highway_lr_ratio=5))
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -606,7 +606,7 @@ def test_command_line(tmp_path, capsys):
     from safetensors.torch import save_file
 
     path = coco_tree(tmp_path / "data")
-    trunk = e3va.Swin(e3va.swin_config("swin_digits"))
+    trunk = e3va.Swin(e3va.trunk_config("swin_digits"))
     save_file(trunk.state_dict(), tmp_path / "trunk.safetensors")
     arguments = ["--method", "e3va", "--variant", "swin_digits", "--output", str(tmp_path / "out")]
     arguments += ["--weights", str(tmp_path / "trunk.safetensors"), "--device", "cpu"]

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from e3va import FrozenSwin, Swin, SwinConfig, swin_config
-from e3va.trunk import WEIGHT_HASH
+from e3va import FrozenSwin, Swin, SwinConfig, trunk_config
+from e3va.trunks.base import WEIGHT_HASH
 from e3va.weights import convert_weights
 from tests import libraries, oracles
 
@@ -84,7 +84,7 @@ def test_mergings_of_mmdetection_are_those_of_unfold():
     y = torch.randn(2, 6, 8, 16)
     columns = nn.functional.unfold(y.permute(0, 3, 1, 2), kernel_size=2, stride=2)
     expected = reduction(norm(columns.transpose(1, 2))).view(2, 3, 4, 32)
-    torch.testing.assert_close(trunk.merge(0, y), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(trunk.transition(0)(y), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_variants_have_the_shapes_of_other_libraries(variant, window, timm_name,
     timm = pytest.importorskip("timm")
     torchvision = pytest.importorskip("torchvision")
     with torch.device("meta"):
-        ours = FrozenSwin(swin_config(variant, window)).state_dict()
+        ours = FrozenSwin(trunk_config(variant, window_size=window)).state_dict()
         theirs = [timm.create_model(timm_name)]
         if torchvision_name:
             theirs.append(getattr(torchvision.models, torchvision_name)())
@@ -120,7 +120,8 @@ def test_never_trains_even_when_told_to():
     for module in (trunk, parent):
         module.train()
         assert not any(part.training for part in trunk.modules())
-        outputs = trunk(image) + [t for s in trunk.forward_taps(image) for t in (s.y_out, *s.taps)]
+        stages = oracles.stages_of(trunk, image)
+        outputs = trunk(image) + [t for _, y_out, taps in stages for t in (y_out, *taps)]
         assert not any(y.requires_grad for y in outputs)
         assert all(map(torch.equal, outputs, expected))
     assert parent.training
@@ -141,7 +142,7 @@ def test_stochastic_depth_acts_on_the_trainable_swin_in_training_only():
 def test_taps_are_what_the_residual_stream_gains(size):
     trunk = random_trunk(dtype=torch.float64)
     image = torch.randn(2, 3, *size, dtype=torch.float64)
-    for stage, (y_in, y_out, taps) in enumerate(trunk.forward_taps(image)):
+    for stage, (y_in, y_out, taps) in enumerate(oracles.stages_of(trunk, image)):
         assert len(taps) == SMALL.num_taps[stage]
         assert all(tap.shape == y_out.shape for tap in taps)
         torch.testing.assert_close(y_in + sum(taps), y_out, rtol=1e-12, atol=1e-12)

@@ -21,9 +21,9 @@ from e3va import (
     load_trunk,
     open_trunk,
     save_trunk,
-    swin_config,
+    trunk_config,
 )
-from e3va.trunk import WEIGHT_HASH
+from e3va.trunks.base import WEIGHT_HASH
 from e3va.weights import convert_weights, read_weights, trunk_hash
 from tests import libraries
 
@@ -193,7 +193,7 @@ def test_loads_what_timm_knows_by_name(timm_hub):
     for found in (trunk, opened):
         torch.testing.assert_close(found(image)[-1].flatten(1, 2), expected, rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match=rf"{NAME} does not fit the trunk: .* and windows of 4"):
-        load_trunk(FrozenSwin(swin_config("swin_t")), NAME)
+        load_trunk(FrozenSwin(trunk_config("swin_t")), NAME)
 
 
 @pytest.mark.parametrize(
@@ -355,9 +355,9 @@ def test_says_that_a_file_holds_no_swin(content, tmp_path):
 
 
 def test_says_which_variant_a_wrong_file_looks_like(tmp_path):
-    digits = FrozenSwin(swin_config("swin_digits", 12))
+    digits = FrozenSwin(trunk_config("swin_digits", window_size=12))
     save_trunk(digits, tmp_path / "swin.safetensors")
-    trunk = FrozenSwin(swin_config("swin_t"))
+    trunk = FrozenSwin(trunk_config("swin_t"))
     before = copy.deepcopy(trunk.state_dict())
     with pytest.raises(ValueError) as error:
         load_trunk(trunk, tmp_path / "swin.safetensors")

@@ -7,12 +7,12 @@ from detectron2.data import transforms as T
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from e3va.backbone import build_backbone
-from e3va.config import swin_config
 from e3va.detectron2 import E3VASwinBackbone, with_weights
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.data import InstanceCrop
 from e3va.highway import NO_DECAY
+from e3va.methods import build_backbone
+from e3va.trunks import trunk_config
 
 constants = model_zoo.get_config("common/data/constants.py").constants
 
@@ -24,10 +24,9 @@ model.backbone.bottom_up = L(E3VASwinBackbone)(
     swin=L(with_weights)(
         swin=L(build_backbone)(
             method="e3va",
-            swin=L(swin_config)(variant="swin_b", window_size=7),
+            trunk=L(trunk_config)(variant="swin_b", window_size=7),
             # That tool's mixed precision is in float16.
             dtype=L(dtype_of)(key="dtype", name="float16"),
-            drop_path=0.3,
         ),
         weights="",
     ),

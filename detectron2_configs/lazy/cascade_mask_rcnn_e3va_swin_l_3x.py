@@ -9,7 +9,7 @@ from .Base_cascade_mask_rcnn_e3va import (  # noqa: F401
 )
 
 swin = model.backbone.bottom_up.swin
-swin.swin.swin.variant = "swin_l"
+swin.swin.trunk.variant = "swin_l"
 swin.weights = (
     "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
     "swin_large_patch4_window7_224_22k.pth"

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import e3va
-from e3va import HighwayConfig, build_backbone, load_trunk, swin_config
+from e3va import build_backbone, load_trunk, trunk_config
+from e3va.methods import options_of
 
 WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
 BATCH_SIZE = 4
 LEARNING_RATE = 1e-3
 HIGHWAY_LR_FACTOR = 3
 HIGHWAY_LR_RATIO = 10
-HIGHWAY = HighwayConfig(kernel_dim=16, hidden_ratio=1.0)
+HIGHWAY: dict[str, Any] = {"kernel_dim": 16, "hidden_ratio": 1.0}
 """Wider than the paper's, for a trunk much narrower."""
 
 
@@ -151,7 +152,8 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         for split in ("train", "val")
     )
     torch.manual_seed(seed)
-    backbone = build_backbone(method, swin_config("swin_digits"), highway=HIGHWAY)
+    options = {name: HIGHWAY[name] for name in options_of(method) if name in HIGHWAY}
+    backbone = build_backbone(method, trunk_config("swin_digits"), **options)
     load_trunk(backbone.trunk, WEIGHTS)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = mask_rcnn(

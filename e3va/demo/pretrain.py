@@ -4,7 +4,7 @@
 
 Digits of the pretraining pool (disjoint from those of all scenes) are drawn alone on crops of the
 photographs. The maps of the four stages together tell digit from photograph at every patch and
-name the digit, and the pooled last map names it too: a Swin this small learns where to look from
+name the digit, and the pooled last map names it too: a trunk this small learns where to look from
 the former and hardly at all from the latter alone. A tenth of the pool is held out and scored.
 Half an hour on a CPU core.
 """
@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from e3va.config import swin_config
 from e3va.demo.digits import (
     CLASSES,
     MIN_DIGIT,
@@ -30,9 +29,11 @@ from e3va.demo.digits import (
     digit_pool,
     paste,
 )
-from e3va.trunk import PATCH_SIZE, Swin
+from e3va.methods import build_backbone
+from e3va.trunks import trunk_config
 from e3va.weights import save_trunk
 
+CONFIG = trunk_config("swin_digits")
 SIDE = 48
 """Of a crop, in pixels."""
 LARGEST = 44
@@ -63,7 +64,7 @@ def sample(
         noisy = np.clip(canvas + rng.normal(0, 4, canvas.shape), 0, 255)
         crops[i] = (noisy - PIXEL_MEAN) / PIXEL_STD
         masks[i] = mask
-    fractions = F.avg_pool2d(torch.from_numpy(masks), PATCH_SIZE)[:, 0]
+    fractions = F.avg_pool2d(torch.from_numpy(masks), CONFIG.strides[0])[:, 0]
     return (
         torch.from_numpy(crops).permute(0, 3, 1, 2),
         torch.from_numpy(labels[chosen]).long(),
@@ -72,14 +73,14 @@ def sample(
 
 
 class Reader(nn.Module):
-    """A Swin under linear layers that read a digit off it: once per image and at every patch."""
+    """A trunk under linear layers that read a digit off it: once per image and at every patch."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.trunk = Swin(swin_config("swin_digits"))
+        self.trunk = build_backbone("full", CONFIG).trunk
         for layer in self.trunk.modules():
             if isinstance(layer, nn.Linear):
-                # Swin's own 0.02 is meant for hundreds of channels; tens would stay silent.
+                # The trunk's own 0.02 is meant for hundreds of channels; tens would stay silent.
                 nn.init.trunc_normal_(layer.weight, std=layer.in_features**-0.5)
         dims = self.trunk.config.dims
         self.norms = nn.ModuleList(nn.LayerNorm(dim) for dim in dims)

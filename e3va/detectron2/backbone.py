@@ -6,6 +6,7 @@ import logging
 from importlib.resources import files
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, FPN, Backbone
@@ -13,18 +14,18 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool, LastLevelP6P7
 from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
-from e3va.backbone import SwinBackbone, build_backbone
-from e3va.config import HighwayConfig, swin_config
+from e3va.backbone import Backbone as CoreBackbone
 from e3va.detectron2.config import dtype_of
+from e3va.methods import build_backbone, options_of
 from e3va.precision import quantize_trunk
-from e3va.trunk import PATCH_SIZE
+from e3va.trunks import trunk_config
 from e3va.weights import load_trunk
 
 logger = logging.getLogger(__name__)
 
 
 class E3VASwinBackbone(Backbone):
-    """A :class:`~e3va.backbone.SwinBackbone` as a bottom-up network of Detectron2: maps "p0" to
+    """A :class:`~e3va.backbone.Backbone` as a bottom-up network of Detectron2: maps "p0" to
     "p3" of strides 4 to 32.
 
     Args:
@@ -32,16 +33,16 @@ class E3VASwinBackbone(Backbone):
     """
 
     @configurable
-    def __init__(self, swin: SwinBackbone) -> None:
+    def __init__(self, swin: CoreBackbone) -> None:
         super().__init__()
         self.swin = swin
-        self._out_features = [f"p{s}" for s in range(swin.trunk.config.num_stages)]
+        self._out_features = [f"p{s}" for s in range(len(swin.trunk.config.dims))]
         self._out_feature_channels = dict(
             zip(self._out_features, swin.trunk.config.dims, strict=True)
         )
-        self._out_feature_strides = {
-            name: PATCH_SIZE * 2**s for s, name in enumerate(self._out_features)
-        }
+        self._out_feature_strides = dict(
+            zip(self._out_features, swin.trunk.config.strides, strict=True)
+        )
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -51,15 +52,26 @@ class E3VASwinBackbone(Backbone):
                 f"{input_shape.channels}"
             )
         e3va = cfg.MODEL.E3VA
+        method = cfg.MODEL.TUNING.METHOD
+        given = {
+            "branches": e3va.BRANCHES,
+            "kernel_dim": e3va.KERNEL_DIM,
+            "hidden_ratio": e3va.HIDDEN_RATIO,
+            "tap": e3va.TAP,
+            "mixing": e3va.MIXING,
+            "state": e3va.STATE,
+            "storage": e3va.TAPS,
+            "drop_path": e3va.DROP_PATH_RATE,
+        }
+        known = options_of(method)
+        if method != "lorand":  # whose branches are not the highway's
+            known = {name: given[name] for name in known if name in given}
+        dtype = dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE)
         swin = build_backbone(
-            cfg.MODEL.TUNING.METHOD,
-            swin_config(e3va.VARIANT, e3va.WINDOW_SIZE),
-            highway=HighwayConfig(
-                e3va.BRANCHES, e3va.KERNEL_DIM, e3va.HIDDEN_RATIO, e3va.TAP, e3va.MIXING, e3va.STATE
-            ),
-            taps=e3va.TAPS,
-            dtype=dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE),
-            drop_path=e3va.DROP_PATH_RATE,
+            method,
+            trunk_config(e3va.VARIANT, window_size=e3va.WINDOW_SIZE),
+            dtype=torch.float32 if method == "full" else dtype,
+            **known,
         )
         with_weights(swin, e3va.WEIGHTS)
         if e3va.TRUNK_PRECISION:
@@ -75,7 +87,7 @@ class E3VASwinBackbone(Backbone):
         return self.swin(image)
 
 
-def with_weights(swin: SwinBackbone, weights: str) -> SwinBackbone:
+def with_weights(swin: CoreBackbone, weights: str) -> CoreBackbone:
     """``swin``, its trunk's weights loaded from a path, URL or timm:NAME; empty: left alone."""
     if weights:
         load_trunk(swin.trunk, PathManager.get_local_path(weights))

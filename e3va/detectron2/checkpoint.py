@@ -10,8 +10,9 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
+from e3va.checkpoint import find_trunk as _trunk
+from e3va.checkpoint import frozen_hash, frozen_names
 from e3va.files import atomic_path
-from e3va.trunk import Swin
 from e3va.weights import read_weights, trunk_hash
 
 PARTIAL = ".partial"
@@ -113,29 +114,3 @@ class CompleteCheckpointer(SafeCheckpointer):
             f"the weights are of another model: {what}. Give the config.yaml that training wrote "
             "beside them: it knows the method and the number of classes"
         )
-
-
-def frozen_names(model: nn.Module) -> set[str]:
-    """Names of the tensors of the model's trunk that training leaves as they are."""
-    prefix, trunk = _trunk(model)
-    return {prefix + name for name in _frozen(trunk)} if trunk else set()
-
-
-def frozen_hash(model: nn.Module) -> str | None:
-    """The hash of what :func:`frozen_names` names (see :func:`e3va.weights.trunk_hash`); None if
-    the model has no trunk."""
-    trunk = _trunk(model)[1]
-    return trunk_hash(trunk, _frozen(trunk)) if trunk else None
-
-
-def _trunk(model: nn.Module) -> tuple[str, Swin | None]:
-    """The model's trunk, and what the names of its tensors begin with."""
-    for name, module in model.named_modules():
-        if isinstance(module, Swin):
-            return f"{name}." if name else "", module
-    return "", None
-
-
-def _frozen(trunk: Swin) -> set[str]:
-    trained = {name for name, p in trunk.named_parameters() if p.requires_grad}
-    return trunk.state_dict().keys() - trained

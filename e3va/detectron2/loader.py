@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode
 from detectron2.data.build import _train_loader_from_config
 from detectron2.data.common import DatasetFromList, MapDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
+
+from e3va.seeding import reseed
 
 Sample = dict[str, Any]
 
@@ -88,15 +87,6 @@ class _Seeded(Dataset[Sample]):
         position, index = key
         reseed(self._seed, 0, position)
         return self._samples[index]
-
-
-def reseed(*key: int) -> None:
-    """Seed Python's, numpy's and PyTorch's generators from ``key``, integers that are not
-    negative."""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def batch_share(cfg: CfgNode) -> int:

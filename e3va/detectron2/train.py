@@ -23,21 +23,22 @@ from detectron2.evaluation import (
 )
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_default_lr_scheduler
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.solver.build import maybe_add_gradient_clipping
 from detectron2.utils import comm
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from e3va.detectron2.checkpoint import SafeCheckpointer, frozen_hash, frozen_names
+from e3va.checkpoint import frozen_hash, frozen_names
+from e3va.detectron2.checkpoint import SafeCheckpointer
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.data import build_mapper
 from e3va.detectron2.loader import TrainLoader, batch_share, reseed
 from e3va.detectron2.semantic import build_semantic_evaluator, semantic_inference
 from e3va.detectron2.voc import VOCTreeEvaluator
-from e3va.highway import NO_DECAY, OUTPUTS, PARAMETERS, HighwayStage
 from e3va.measure import trainable_parameters
+from e3va.optim import Rates, parameter_groups
 
 logger = logging.getLogger(__name__)
 
@@ -222,22 +223,17 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         ValueError: SOLVER.OPTIMIZER is unknown.
     """
     solver = cfg.SOLVER
-    overrides: dict[str, dict[str, float]] = {"relative_position_bias_table": {"weight_decay": 0.0}}
-    highway = any(isinstance(module, HighwayStage) for module in model.modules())
-    for name in PARAMETERS if highway else ():  # a peer's may have the same names
-        ratio = solver.HIGHWAY_LR_RATIO if name in OUTPUTS else 1.0
-        overrides[name] = {"lr": solver.BASE_LR * solver.HIGHWAY_LR_FACTOR * ratio}
-        if name in NO_DECAY and solver.WEIGHT_DECAY_BIAS is not None:
-            overrides[name]["weight_decay"] = solver.WEIGHT_DECAY_BIAS
-    groups = get_default_optimizer_params(
-        model,
-        base_lr=solver.BASE_LR,
-        weight_decay=solver.WEIGHT_DECAY,
-        weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+    bias_decay = solver.WEIGHT_DECAY_BIAS
+    rates = Rates(
+        solver.BASE_LR,
+        solver.WEIGHT_DECAY,
+        norm_decay=solver.WEIGHT_DECAY_NORM,
+        bias_decay=solver.WEIGHT_DECAY if bias_decay is None else bias_decay,
         bias_lr_factor=solver.BIAS_LR_FACTOR,
-        weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
-        overrides=overrides,
+        highway_lr_factor=solver.HIGHWAY_LR_FACTOR,
+        highway_lr_ratio=solver.HIGHWAY_LR_RATIO,
     )
+    groups = parameter_groups(model, rates)
     options: dict[str, Any]
     kind: type[torch.optim.Optimizer]
     if solver.OPTIMIZER == "ADAMW":

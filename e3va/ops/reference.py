@@ -34,11 +34,16 @@ def sublayer_epilogue(
         z = F.layer_norm(y_out, y.shape[-1:], _to(norm_weight, y), _to(norm_bias, y), eps)
     if P is not None:
         tapped = x if tap == "output" else z
-        t = tapped.flatten(0, -2) @ P.to(x)
+        t = project(tapped, P)
         if taps != "full":
             kept, scale = compress(tapped, taps, index if seed is None else seed + index)
             z = z if norm_weight is not None else x.new_empty(0)
     return y_out, z, t, kept, scale
+
+
+def project(tapped: Tensor, P: Tensor) -> Tensor:
+    """t, what an adapter reads of a tap [..., C]: [N, r]."""
+    return tapped.flatten(0, -2) @ P.to(tapped)
 
 
 def adapters(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e3va.config import TAPPED
 from e3va.ops import dispatch, reference
 from e3va.ops.checks import (
     check_floating,
@@ -15,7 +14,7 @@ from e3va.ops.checks import (
     check_shape,
 )
 from e3va.ops.library import frozen_operator
-from e3va.ops.taps import TAPS, stored_channels, stored_dtype
+from e3va.ops.taps import TAPPED, TAPS, stored_channels, stored_dtype
 
 dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
 

@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+TAPPED = ("output", "norm")
+"""What an adapter may read."""
+
 TAPS = ("full", "fp8", "int8", "int4")
 """``full``: in the dtype of the map. ``fp8``: e4m3, round to nearest. ``int8``: round to nearest.
 ``int4``: stochastic rounding, so that the gradient of P stays unbiased; u (see

@@ -1,4 +1,4 @@
-"""torchvision's own FPN and Mask R-CNN over the features of a :class:`SwinBackbone`."""
+"""torchvision's own FPN and Mask R-CNN over the features of a :class:`Backbone`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from e3va.backbone import SwinBackbone
+from e3va.backbone import Backbone
 
 
 class SwinFPN(nn.Module):
@@ -26,7 +26,7 @@ class SwinFPN(nn.Module):
         out_channels: channels of each map.
     """
 
-    def __init__(self, body: SwinBackbone, out_channels: int) -> None:
+    def __init__(self, body: Backbone, out_channels: int) -> None:
         super().__init__()
         self.body = body
         dims = list(body.trunk.config.dims)
@@ -47,7 +47,7 @@ class _Anchors(AnchorGenerator):
 
 
 def mask_rcnn(
-    backbone: SwinBackbone,
+    backbone: Backbone,
     num_classes: int,
     *,
     out_channels: int = 256,
@@ -76,16 +76,16 @@ def mask_rcnn(
         options: further arguments of torchvision's MaskRCNN.
 
     Raises:
-        TypeError: ``backbone`` is no SwinBackbone.
+        TypeError: ``backbone`` is no Backbone.
         ValueError: ``num_classes`` leaves no object class, or the anchor sizes do not fit.
     """
-    if not isinstance(backbone, SwinBackbone):
-        raise TypeError(f"backbone must be a SwinBackbone, got {type(backbone).__name__}")
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"backbone must be a Backbone, got {type(backbone).__name__}")
     if num_classes < 2:
         raise ValueError(
             f"num_classes counts the background, so it is at least 2, got {num_classes}"
         )
-    levels = backbone.trunk.config.num_stages
+    levels = len(backbone.trunk.config.dims)
     if len(anchor_sizes) != levels + 1:
         raise ValueError(
             f"anchor_sizes needs one size for each of {levels + 1} levels, "

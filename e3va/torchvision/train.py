@@ -20,18 +20,20 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
 
-from e3va.backbone import METHODS, build_backbone
-from e3va.config import MIXING, TAPPED, HighwayConfig, swin_config
+from e3va.config import MIXING
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
 from e3va.highway import HighwayStage
 from e3va.measure import trainable_parameters
-from e3va.ops.taps import DEFAULT_TAPS, TAPS
-from e3va.optim import parameter_groups
+from e3va.methods import METHODS, build_backbone, options_of
+from e3va.ops.taps import DEFAULT_TAPS, TAPPED, TAPS
+from e3va.optim import Rates, parameter_groups
 from e3va.precision import PRECISIONS, quantize_trunk
+from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.evaluation import evaluate
 from e3va.torchvision.model import mask_rcnn
+from e3va.trunks import trunk_config
 from e3va.weights import load_trunk
 
 logger = logging.getLogger(__name__)
@@ -120,7 +122,7 @@ def train(
         "seed": seed,
         "images": len(train_data),
         "classes": train_data.classes,
-        "taps": [m.taps for m in model.modules() if isinstance(m, HighwayStage)],
+        "storage": [m.storage for m in model.modules() if isinstance(m, HighwayStage)],
         "min_size": list(model.transform.min_size),
         "max_size": model.transform.max_size,
         "rois": model.roi_heads.fg_bg_sampler.batch_size_per_image,
@@ -128,7 +130,15 @@ def train(
 
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = parameter_groups(model, lr, weight_decay, highway_lr_factor, highway_lr_ratio)
+    groups = parameter_groups(
+        model,
+        Rates(
+            lr,
+            weight_decay,
+            highway_lr_factor=highway_lr_factor,
+            highway_lr_ratio=highway_lr_ratio,
+        ),
+    )
     optimizer = torch.optim.AdamW(groups, lr=lr)
     highest = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
@@ -178,7 +188,7 @@ def train(
     with tqdm(batches, initial=start, total=iterations, unit="it") as progress:
         for iteration, batch in enumerate(progress, start=start):
             began = time.perf_counter()
-            torch.manual_seed(_seed(seed, iteration))
+            reseed(seed, 1, iteration)
             factor = schedule(iteration, iterations, warmup)
             for group, rate in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = rate * factor
@@ -259,7 +269,7 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         self._seed = seed
 
     def __getitem__(self, iteration: int) -> list[tuple[Tensor, Target]]:
-        random = torch.Generator().manual_seed(_seed(self._seed, iteration))
+        random = torch.Generator().manual_seed(seed_of(self._seed, 0, iteration))
         batch = []
         for position in range(iteration * self._batch_size, (iteration + 1) * self._batch_size):
             epoch, i = divmod(position, len(self._data))
@@ -270,7 +280,7 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         return batch
 
     def _order(self, epoch: int) -> Tensor:
-        random = torch.Generator().manual_seed(_seed(self._seed, epoch))
+        random = torch.Generator().manual_seed(seed_of(self._seed, 2, epoch))
         return torch.randperm(len(self._data), generator=random)
 
 
@@ -298,11 +308,6 @@ def _entry(line: str) -> dict[str, float] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def _seed(seed: int, number: int) -> int:
-    """One of 2³² seeds for each iteration or epoch of each run."""
-    return (seed * 1_000_003 + number) % 2**32
 
 
 def _check_settings(
@@ -407,17 +412,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     train_data = CocoInstances(args.train_json, args.train_images, keep_empty=args.keep_empty)
     val_data = CocoInstances(args.val_json, args.val_images)
     torch.manual_seed(args.seed)
+    given = {
+        "kernel_dim": args.kernel_dim,
+        "hidden_ratio": args.hidden_ratio,
+        "tap": args.tap,
+        "mixing": args.mixing,
+        "state": not args.no_state,
+        "storage": args.taps,
+    }
+    options = {name: given[name] for name in options_of(args.method) if name in given}
     backbone = build_backbone(
-        args.method,
-        swin_config(args.variant, args.window_size),
-        highway=HighwayConfig(
-            kernel_dim=args.kernel_dim,
-            hidden_ratio=args.hidden_ratio,
-            tap=args.tap,
-            mixing=args.mixing,
-            state=not args.no_state,
-        ),
-        taps=args.taps,
+        args.method, trunk_config(args.variant, window_size=args.window_size), **options
     )
     load_trunk(backbone.trunk, args.weights)
     if args.trunk_precision:

@@ -4,8 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from e3va.config import TAPPED
-from e3va.ops.taps import LARGEST, compress, expand
+from e3va.ops.taps import LARGEST, TAPPED, compress, expand
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")

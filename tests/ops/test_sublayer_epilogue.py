@@ -4,8 +4,7 @@ import torch.nn.functional as F
 
 import e3va
 from e3va import ops
-from e3va.config import TAPPED
-from e3va.ops.taps import compress
+from e3va.ops.taps import TAPPED, compress
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 

@@ -7,9 +7,10 @@ import torch
 
 import e3va
 from e3va import ops
-from e3va.config import SWIN_VARIANTS, TAPPED
 from e3va.ops import dispatch
 from e3va.ops import taps as tap_storage
+from e3va.ops.taps import TAPPED
+from e3va.trunks.swin import SWIN_VARIANTS
 from tests.ops.backends import backend_of
 from tests.ops.test_highway import NAMES, make_parameters
 from tests.ops.test_sublayer_epilogue import make_arguments

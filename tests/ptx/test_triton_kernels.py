@@ -8,8 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not executed")
 
-from e3va.config import TAPPED
-from e3va.ops.taps import LARGEST, TAPS
+from e3va.ops.taps import LARGEST, TAPPED, TAPS
 from tests.kernels import test_adapters, test_sublayer_epilogue, test_tap_gradient
 from tests.oracles import UGLY_MAPS
 
