@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 from e3va.files import atomic_path
 from e3va.trunks import FAMILIES, Trunk, TrunkFamily, family_of
 from e3va.trunks.base import WEIGHT_HASH
-from e3va.weights.reading import State, read_weights
+from e3va.weights.reading import State, read_candidates
 
 
 def convert_weights(state: Mapping[str, Tensor]) -> State:
@@ -29,7 +30,20 @@ def convert_weights(state: Mapping[str, Tensor]) -> State:
     return _translate(state)[1]
 
 
+_FOREIGN = {
+    "a Swin V2, whose attention is another": r"\.(logit_scale|(cpb|continuous_position_bias)_mlp)",
+    "a plain vision transformer (ViT)": r"(^|\.)(cls_token|class_token|cls_token_embed)",
+    "a ConvNeXt": r"(dwconv|conv_dw|depthwise_conv)\.weight$",
+    "a ResNet": r"(^|\.)layer1\.0\.conv1\.weight$|(^|\.)res2\.0\.conv1\.weight$",
+}
+"""Networks that are taken for a trunk, and names by which they are told."""
+
+
 def _translate(state: Mapping[str, Tensor]) -> tuple[TrunkFamily, State]:
+    families = ", ".join(FAMILIES)
+    for what, pattern in _FOREIGN.items():
+        if any(re.search(pattern, name) for name in state):
+            raise ValueError(f"holds {what}: a trunk is one of the family {families}")
     for family in FAMILIES.values():
         translated = family.translate(state)
         if translated is not None:
@@ -57,11 +71,14 @@ def load_trunk(trunk: Trunk, path: str | os.PathLike[str]) -> None:
 
 
 def _read_trunk(path: str | os.PathLike[str]) -> tuple[TrunkFamily, State]:
-    content = read_weights(path)
-    try:
-        return _translate(content)
-    except ValueError as error:
-        raise ValueError(f"{path} {error}") from None
+    candidates = read_candidates(path)
+    problem = ""
+    for where, state in candidates.items():
+        try:
+            return _translate(state)
+        except ValueError as error:
+            problem = problem or (f"(under {where}) {error}" if where else str(error))
+    raise ValueError(f"{path} {problem}")
 
 
 def _load(trunk: Trunk, state: State, path: str | os.PathLike[str]) -> None:
@@ -69,6 +86,9 @@ def _load(trunk: Trunk, state: State, path: str | os.PathLike[str]) -> None:
     own = trunk.state_dict()
     if WEIGHT_HASH in own:
         weights[WEIGHT_HASH] = _hash(state)
+    for name, value in weights.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{path} is broken: {name} holds values that are NaN or infinite")
     family = family_of(trunk.config)
     if problems := _compare(weights, own):
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ def read_weights(path: str | os.PathLike[str]) -> State:
     """The tensors of a checkpoint, on the CPU, under the names they have in it.
 
     Reads ``.safetensors``, PyTorch's ``.pth``, ``.pt`` and ``.bin``, and Detectron2's ``.pkl``.
-    Dictionaries around the weights ("model", "state_dict") and a common prefix ``module.`` are
+    Dictionaries around the weights, of any name and depth, and a common prefix ``module.`` are
     taken off. No file can run code: only tensors, arrays and plain containers are built.
 
     ``timm:NAME`` reads the pretrained weights that timm knows by NAME, which it downloads once.
@@ -34,11 +34,17 @@ def read_weights(path: str | os.PathLike[str]) -> State:
     Raises:
         FileNotFoundError: no such file.
         ImportError: timm is wanted and not installed.
-        ValueError: the file has another suffix, is damaged, or holds more than plain weights; timm
-            does not know the name or cannot download it.
+        ValueError: the file has another suffix, is damaged, or holds more than plain weights, or
+            none; timm does not know the name or cannot download it.
     """
+    return next(iter(read_candidates(path).values()))
+
+
+def read_candidates(path: str | os.PathLike[str]) -> dict[str, State]:
+    """All dictionaries of tensors in a checkpoint, by the keys that lead to them ("model",
+    "state_dict.model", …; "": the file itself), as :func:`read_weights` reads and prefers them."""
     if str(path).startswith(TIMM):
-        return _read_timm(str(path))
+        return {"": _read_timm(str(path))}
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -47,6 +53,7 @@ def read_weights(path: str | os.PathLike[str]) -> State:
             f"cannot read {path}: weights are files ending in {', '.join(_READERS)}, "
             f"not {path.suffix!r}"
         )
+    _refuse_placeholder(path)
     try:
         content = _READERS[path.suffix](path)
     except pickle.UnpicklingError as error:
@@ -56,15 +63,59 @@ def read_weights(path: str | os.PathLike[str]) -> State:
         ) from error
     except _DAMAGED as error:
         raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
-    for key in ("model", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return state
+    found = dict(_dictionaries(content))
+    if not found:
+        keys = ", ".join(f"{key} ({_kind(value)})" for key, value in list(content.items())[:8])
+        raise ValueError(f"{path} holds no dictionary of weights; its keys are {keys or 'none'}")
+    return found
+
+
+_PREFERRED = ("model", "state_dict", "teacher", "model_ema", "state_dict_ema", "ema")
+"""Keys of the weights, where a checkpoint has several of them."""
+
+_DEEPEST = 8
+"""Dictionaries within each other that are looked into."""
+
+
+def _dictionaries(content: Mapping[Any, Any]) -> Iterator[tuple[str, State]]:
+    """The dictionaries of tensors in ``content``, the outermost first."""
+    level: list[tuple[str, Mapping[Any, Any]]] = [("", content)]
+    for _ in range(_DEEPEST):
+        inner: list[tuple[str, Mapping[Any, Any]]] = []
+        for where, mapping in level:
+            state = {str(name): v for name, v in mapping.items() if isinstance(v, Tensor)}
+            if state:
+                if all(name.startswith("module.") for name in state):
+                    state = {name.removeprefix("module."): v for name, v in state.items()}
+                yield where, state
+            keys = sorted(
+                (key for key, value in mapping.items() if isinstance(value, Mapping)),
+                key=lambda key: _PREFERRED.index(key) if key in _PREFERRED else len(_PREFERRED),
+            )
+            inner += [(f"{where}.{key}" if where else str(key), mapping[key]) for key in keys]
+        level = inner
+
+
+def _kind(value: Any) -> str:
+    return f"{len(value)} entries" if isinstance(value, Mapping) else type(value).__name__
+
+
+_PLACEHOLDERS = {
+    b"version https://git-lfs.github.com/spec": "a pointer of Git LFS: run `git lfs pull`",
+    b"<!doctype html": "an HTML page: the download has brought an error or a login",
+    b"<html": "an HTML page: the download has brought an error or a login",
+}
+"""What a file begins with that stands where weights should be, in small letters."""
+
+
+def _refuse_placeholder(path: Path) -> None:
+    with path.open("rb") as file:
+        start = file.read(256).lstrip().lower()
+    for mark, what in _PLACEHOLDERS.items():
+        if start.startswith(mark):
+            raise ValueError(f"{path} is no weights but {what}")
 
 
 def _read_timm(source: str) -> State:
