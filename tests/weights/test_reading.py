@@ -38,7 +38,7 @@ def test_loads_what_other_libraries_save(library, suffix, model_of, tmp_path):
         torch.save(model.state_dict(), path)
     trunk = FrozenSwin(CONFIG)
     load_trunk(trunk, path)
-    # That these are the right weights, tests/trunks/test_swin.py shows by what is computed with them.
+    # That these are the right weights, tests/trunks/test_swin.py shows by what they compute.
     expected = convert_weights(model.state_dict())
     assert expected.keys() == dict(trunk.named_parameters()).keys()
     assert all(torch.equal(value, expected[name]) for name, value in trunk.named_parameters())
