@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from e3va.trunks.base import Trunk, TrunkConfig, TrunkFamily
-from e3va.trunks.swin import SWIN, FrozenSwin, Swin, SwinConfig
+from e3va.trunks import swin as swin
+from e3va.trunks.base import FAMILIES, Trunk, TrunkConfig, TrunkFamily
+from e3va.trunks.swin import FrozenSwin, Swin, SwinConfig
 
-__all__ = ["FrozenSwin", "Swin", "SwinConfig", "Trunk", "trunk_config"]
-
-FAMILIES: dict[str, TrunkFamily] = {family.name: family for family in (SWIN,)}
-"""The families that there are, by name."""
+__all__ = ["FAMILIES", "FrozenSwin", "Swin", "SwinConfig", "Trunk", "family_of", "trunk_config"]
 
 
 def family_of(config: TrunkConfig) -> TrunkFamily:

@@ -263,6 +263,16 @@ class TrunkFamily:
     is_quantizable: Callable[[str], bool] = lambda name: False
 
 
+FAMILIES: dict[str, TrunkFamily] = {}
+"""The families that there are, by name."""
+
+
+def register_family(family: TrunkFamily) -> TrunkFamily:
+    """Make ``family`` known to the rest of the package."""
+    FAMILIES[family.name] = family
+    return family
+
+
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """``norm(x)``, computed in the dtype of ``x``."""
     return F.layer_norm(x, x.shape[-1:], norm.weight.to(x), norm.bias.to(x), norm.eps)

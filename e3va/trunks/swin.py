@@ -16,7 +16,16 @@ from e3va import ops
 from e3va.config import check_positive_int
 from e3va.ops import reference
 from e3va.trunks import swin_weights
-from e3va.trunks.base import Epilogue, Frozen, Linear, Transition, Trunk, TrunkFamily, layer_norm
+from e3va.trunks.base import (
+    Epilogue,
+    Frozen,
+    Linear,
+    Transition,
+    Trunk,
+    TrunkFamily,
+    layer_norm,
+    register_family,
+)
 
 PATCH_SIZE = 4
 
@@ -309,16 +318,18 @@ def _describe(config: SwinConfig) -> str:
     )
 
 
-SWIN = TrunkFamily(
-    name="swin",
-    config=SwinConfig,
-    variants=SWIN_VARIANTS,
-    trainable=Swin,
-    frozen=FrozenSwin,
-    translate=swin_weights.translate,
-    config_of=_config_of,
-    describe=_describe,
-    marks=swin_weights.MARKS,
-    no_decay=frozenset({"relative_position_bias_table"}),
-    is_quantizable=lambda name: "blocks" in name,
+register_family(
+    TrunkFamily(
+        name="swin",
+        config=SwinConfig,
+        variants=SWIN_VARIANTS,
+        trainable=Swin,
+        frozen=FrozenSwin,
+        translate=swin_weights.translate,
+        config_of=_config_of,
+        describe=_describe,
+        marks=swin_weights.MARKS,
+        no_decay=frozenset({"relative_position_bias_table"}),
+        is_quantizable=lambda name: "blocks" in name,
+    )
 )
