@@ -1,0 +1,264 @@
+"""Semantic maps: an image of numbers for each image, a class for each pixel."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from e3va.data.images import image_size, list_images
+
+UNLABELLED = 255
+"""Label of the pixels that neither train nor count."""
+
+NO_CLASS = ("unlabelled", "unlabeled", "unlabel", "ignore", "ignored", "void", "unknown", "none")
+"""Names, in small letters, of values that are no class."""
+
+SPLITS = {
+    "train": ("training", "train"),
+    "val": ("validation", "val", "valid"),
+    "test": ("testing", "test"),
+}
+"""Our names of the splits, and those of their folders."""
+
+FOLDERS = ("annotations", "masks", "maps", "labels", "annotation", "mask", "SegmentationClass")
+"""Names of the folder of maps beside ``images``."""
+
+CLASS_FILES = ("classes.csv", "_classes.csv", "classes.txt")
+
+
+@dataclass
+class Maps:
+    """Images and their maps.
+
+    Attributes:
+        source: the folder that they come from, for messages.
+        classes: their names.
+        values: the class, a position in ``classes``, of each value of a map; other values are
+            unlabelled.
+        pairs: (image, map) files.
+        seen: maps in which each value occurs.
+        note: what was made of the values, in words.
+    """
+
+    source: str
+    classes: list[str]
+    values: dict[int, int]
+    pairs: list[tuple[Path, Path]]
+    seen: Counter[int] = field(default_factory=Counter)
+    note: str = ""
+
+    def counts(self) -> dict[str, int]:
+        """Maps that each class occurs in."""
+        number: Counter[int] = Counter()
+        for value, index in self.values.items():
+            number[index] += self.seen[value]
+        return {name: number[index] for index, name in enumerate(self.classes)}
+
+    def subset(self, pairs: Sequence[tuple[Path, Path]]) -> Maps:
+        """Some of the images."""
+        return Maps(self.source, self.classes, self.values, list(pairs), _look(pairs), self.note)
+
+    def renamed(self, names: Mapping[str, str | None], classes: Sequence[str]) -> Maps:
+        """With other classes: ``names`` of the old ones, None where one is unlabelled from now
+        on."""
+        values = {
+            value: list(classes).index(name)
+            for value, index in self.values.items()
+            if (name := names.get(self.classes[index])) is not None
+        }
+        return Maps(self.source, list(classes), values, self.pairs, self.seen, self.note)
+
+
+def read_values(path: str | os.PathLike[str]) -> np.ndarray:
+    """The numbers of a map: [H, W], uint8 or wider.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, damaged, or in colour; names the file.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode == "1":
+                return np.asarray(file).astype(np.uint8)
+            values, mode = np.asarray(file), file.mode
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no map at {path}") from None
+    except UnidentifiedImageError:
+        raise ValueError(f"{path} is no image of a kind that Pillow reads") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is damaged, cannot be read as an image: {error}") from error
+    if values.ndim == 3 and (values == values[..., :1]).all():
+        values = values[..., 0]  # grey, written in three channels
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
+        raise ValueError(f"{path} is {mode}: a semantic map has one class number per pixel")
+    return values
+
+
+def read_map(path: str | os.PathLike[str], values: Mapping[int, int]) -> np.ndarray:
+    """A map's classes: [H, W], uint8, with 255 where a pixel is unlabelled.
+
+    Args:
+        path: the file.
+        values: the class of each value; others are unlabelled.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_values`.
+    """
+    found = read_values(path)
+    largest = max(int(found.max(initial=0)), max(values, default=0))
+    table = np.full(largest + 1, UNLABELLED, np.uint8)
+    for value, index in values.items():
+        table[value] = index
+    return table[found]
+
+
+def read_classes(path: str | os.PathLike[str]) -> dict[int, str]:
+    """The names of values: lines "value, name" under any heading, or a name a line, from 0.
+
+    Raises:
+        ValueError: a value or a name stands there twice, or none does.
+    """
+    path = Path(path)
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(row)]
+    numbered = [(int(row[0]), row[1]) for row in rows if len(row) >= 2 and row[0].isdigit()]
+    if not numbered and path.suffix == ".txt":
+        numbered = list(enumerate(row[0] for row in rows))
+    names = dict(numbered)
+    if not names:
+        raise ValueError(f'{path} names no class: lines "value, name" are wanted')
+    if len(names) < len(numbered):
+        raise ValueError(f"{path} names a value twice")
+    return names
+
+
+def read_folder(root: str | os.PathLike[str]) -> dict[str, Maps]:
+    """The splits of a folder that holds ``images`` and a folder of maps beside it, each with a
+    folder for each split or none; a file ``classes.csv`` names the values.
+
+    A value whose name says that it is no class, or that no line names, is unlabelled. Without such
+    a file black and white maps (0 and 255, or 0 and 1) are of a background and an object.
+
+    Raises:
+        FileNotFoundError: a folder or a map is missing.
+        ValueError: a map is of another size than its image, in colour, damaged or holds values that
+            no class has; no pixel to train on is labelled, or the classes are not clear.
+    """
+    root = Path(root)
+    images = root / "images"
+    maps = next((root / name for name in FOLDERS if (root / name).is_dir()), None)
+    if not images.is_dir() or maps is None:
+        raise FileNotFoundError(f"{root} has no images and {' or '.join(FOLDERS[:2])}")
+    places = {
+        split: (images / name, next((maps / n for n in names if (maps / n).is_dir()), maps / name))
+        for split, names in SPLITS.items()
+        for name in names
+        if (images / name).is_dir()
+    } or {"train": (images, maps)}
+    pairs = {split: pair(*folders) for split, folders in places.items()}
+    seen = {split: _look(of_split) for split, of_split in pairs.items()}
+    every: Counter[int] = sum(seen.values(), Counter())
+    named = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
+    classes, values, note = _classes(every, named, root)
+    result = {
+        split: Maps(f"{root} ({split})", classes, values, of_split, seen[split], note)
+        for split, of_split in pairs.items()
+    }
+    if not any(value in values for value in seen["train" if "train" in seen else next(iter(seen))]):
+        raise ValueError(f"{root}: no pixel of the maps to train on is of a class")
+    return result
+
+
+def pair(images: Path, maps: Path) -> list[tuple[Path, Path]]:
+    """The images of a folder, each with the map of the same name.
+
+    Raises:
+        FileNotFoundError: a map is missing, or there is no image.
+        ValueError: several maps or images have one name.
+    """
+    if not maps.is_dir():
+        raise FileNotFoundError(f"no folder {maps} for the images of {images}")
+    by_name: dict[Path, Path] = {}
+    for path in list_images(maps):
+        name = path.relative_to(maps).with_suffix("")
+        if name in by_name:
+            raise ValueError(f"{by_name[name]} and {path} have one name: which map is it?")
+        by_name[name] = path
+    pairs = []
+    for image in list_images(images):
+        name = image.relative_to(images).with_suffix("")
+        if name not in by_name:
+            raise FileNotFoundError(f"no map at {maps / name}.png for the image {image}")
+        pairs.append((image, by_name[name]))
+    if not pairs:
+        raise FileNotFoundError(f"no images in {images}")
+    return pairs
+
+
+def _look(pairs: Sequence[tuple[Path, Path]]) -> Counter[int]:
+    """Maps in which each value occurs; checks their sizes."""
+    seen: Counter[int] = Counter()
+    for image, path in pairs:
+        values = read_values(path)
+        size = image_size(image)
+        if values.shape != size:
+            raise ValueError(
+                f"{path} is {values.shape[1]}×{values.shape[0]} pixels, but {image} is "
+                f"{size[1]}×{size[0]}"
+            )
+        seen.update(np.unique(values).tolist())
+    return seen
+
+
+def _classes(
+    seen: Counter[int], named: Path | None, root: Path
+) -> tuple[list[str], dict[int, int], str]:
+    found = sorted(set(seen) - {UNLABELLED})
+    if named is None:
+        if set(seen) == {0, 255} or set(seen) == {0, 1}:
+            note = f"0 is the background, {max(seen)} an object"
+            return ["background", "object"], {0: 0, max(seen): 1}, note
+        raise ValueError(
+            f'{root} names no classes: write a classes.csv with lines "value, name" there. Its '
+            f"maps hold {_listed(sorted(seen))}; 255, and values called unlabelled, are ignored"
+        )
+    names = read_classes(named)
+    if set(seen) == {0, 255} and 255 not in names and len(names.keys() - {0}) == 1:
+        # Black and white, whose white is counted as 1.
+        names = {0: names.get(0, "background"), 255: names[max(names)]}
+    kept = {v: name for v, name in sorted(names.items()) if name.lower() not in NO_CLASS}
+    unknown = [value for value in found if value not in names and value != 0]
+    if unknown:
+        raise ValueError(
+            f"maps in {root} hold the values {_listed(unknown)}, which {named} does not name: name "
+            "them, or call them unlabelled"
+        )
+    if 0 in found and 0 not in names and max(kept, default=0) not in seen:
+        raise ValueError(
+            f"maps in {root} hold 0, which {named} does not name, and never "
+            f"{max(kept, default=0)}, its last: are the values counted from 0? Name 0 there, or "
+            "call it unlabelled"
+        )
+    if len(kept) < 2:
+        raise ValueError(
+            f"{named} leaves one class, {', '.join(kept.values()) or 'none'}: every pixel would be "
+            'of it. Name the background, too ("0, background")'
+        )
+    if len(kept) >= UNLABELLED:
+        raise ValueError(f"{root} has {len(kept)} classes: at most {UNLABELLED - 1} fit a map")
+    ignored = sorted(set(seen) - set(kept))
+    note = f"the values {_listed(ignored)} are unlabelled" if ignored else ""
+    return list(kept.values()), {value: index for index, value in enumerate(kept)}, note
+
+
+def _listed(values: Sequence[Any]) -> str:
+    more = f", … ({len(values)})" if len(values) > 8 else ""
+    return ", ".join(map(str, values[:8])) + more
