@@ -9,7 +9,16 @@ from e3va.trunks import swin as swin
 from e3va.trunks.base import FAMILIES, Trunk, TrunkConfig, TrunkFamily
 from e3va.trunks.swin import FrozenSwin, Swin, SwinConfig
 
-__all__ = ["FAMILIES", "FrozenSwin", "Swin", "SwinConfig", "Trunk", "family_of", "trunk_config"]
+__all__ = [
+    "FAMILIES",
+    "FrozenSwin",
+    "Swin",
+    "SwinConfig",
+    "Trunk",
+    "family_of",
+    "source_of",
+    "trunk_config",
+]
 
 
 def family_of(config: TrunkConfig) -> TrunkFamily:
@@ -23,6 +32,14 @@ def family_of(config: TrunkConfig) -> TrunkFamily:
             return family
     kinds = ", ".join(family.config.__name__ for family in FAMILIES.values())
     raise TypeError(f"a trunk's architecture is one of {kinds}, got a {type(config).__name__}")
+
+
+def source_of(variant: str) -> str | None:
+    """Where the pretrained weights of a variant are published; None if they are not."""
+    for family in FAMILIES.values():
+        if variant in family.sources:
+            return family.sources[variant]
+    return None
 
 
 def trunk_config(variant: str, **changes: Any) -> Any:

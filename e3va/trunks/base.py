@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 import torch
@@ -246,6 +246,7 @@ class TrunkFamily:
         config_of: the architecture that the shapes of a trunk's weights, under our names, speak of.
         describe: an architecture in words.
         marks: name endings by which its published formats are recognised, for messages.
+        sources: where the pretrained weights of a variant are published.
         no_decay: names of parameters that weight decay must spare, beside norms and biases.
         is_quantizable: whether a linear layer, by its name in the trunk, may be stored in 8 bits.
     """
@@ -259,6 +260,7 @@ class TrunkFamily:
     config_of: Callable[[Mapping[str, Tensor]], Any]
     describe: Callable[[Any], str]
     marks: tuple[str, ...]
+    sources: Mapping[str, str] = field(default_factory=dict)
     no_decay: frozenset[str] = frozenset()
     is_quantizable: Callable[[str], bool] = lambda name: False
 

@@ -304,6 +304,16 @@ SWIN_VARIANTS: dict[str, SwinConfig] = {
 }
 
 
+_RELEASE = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0"
+SOURCES = {
+    "swin_t": f"{_RELEASE}/swin_tiny_patch4_window7_224.pth",
+    "swin_s": f"{_RELEASE}/swin_small_patch4_window7_224.pth",
+    "swin_b": f"{_RELEASE}/swin_base_patch4_window7_224_22k.pth",
+    "swin_l": f"{_RELEASE}/swin_large_patch4_window7_224_22k.pth",
+    "swin_digits": "e3va://swin_digits.safetensors",
+}
+
+
 def _config_of(state: Mapping[str, Tensor]) -> SwinConfig:
     return SwinConfig(*swin_weights.architecture_of(state))
 
@@ -329,6 +339,7 @@ register_family(
         config_of=_config_of,
         describe=_describe,
         marks=swin_weights.MARKS,
+        sources=SOURCES,
         no_decay=frozenset({"relative_position_bias_table"}),
         is_quantizable=lambda name: "blocks" in name,
     )
