@@ -1,0 +1,213 @@
+"""What people would rather look at: annotations and predictions drawn in, and curves."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from e3va.data.folder import Data
+from e3va.data.images import read_image
+from e3va.data.maps import UNLABELLED, Maps, read_map
+from e3va.files import atomic_path
+
+CELL = 320
+"""Width of a picture on a page, in pixels."""
+
+COLUMNS = 4
+EXAMPLES = 12
+OPACITY = 0.45
+
+
+def colour(index: int) -> tuple[int, int, int]:
+    """A colour for each class: far apart for those next to each other."""
+    hue = index * 0.618034 % 1
+    red, green, blue = colorsys.hsv_to_rgb(hue, 0.75, 0.95)
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def draw_instances(
+    pixels: np.ndarray, instances: Sequence[Mapping[str, Any]], classes: Sequence[str]
+) -> Image.Image:
+    """An image with its instances drawn in.
+
+    Args:
+        pixels: [H, W, 3], uint8, RGB.
+        instances: ``bbox`` [x, y, width, height], ``label`` (a position in ``classes``) and, if
+            there are such, ``segmentation`` (polygons or a run-length encoding) and ``score``.
+        classes: their names.
+    """
+    canvas = pixels.astype(np.float32)
+    for instance in instances:
+        if instance.get("segmentation"):
+            mask = decode_mask(instance["segmentation"], *pixels.shape[:2])
+            canvas[mask] += OPACITY * (np.array(colour(instance["label"])) - canvas[mask])
+    image = Image.fromarray(np.rint(canvas).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    width = max(1, min(image.size) // 250)
+    font = ImageFont.load_default(size=max(10, min(image.size) // 35))
+    for instance in instances:
+        x, y, w, h = instance["bbox"]
+        ink = colour(instance["label"])
+        pen.rectangle((x, y, x + w, y + h), outline=ink, width=width)
+        text = classes[instance["label"]]
+        if "score" in instance:
+            text += f" {instance['score']:.2f}"
+        _label(pen, (x, y), text, ink, font)
+    return image
+
+
+def draw_map(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Image.Image:
+    """An image [H, W, 3] with its classes [H, W] drawn over it, and their names."""
+    table = np.zeros((256, 3), np.float32)
+    for index in range(len(classes)):
+        table[index] = colour(index)
+    canvas = pixels.astype(np.float32)
+    labelled = labels != UNLABELLED
+    canvas[labelled] += OPACITY * (table[labels[labelled]] - canvas[labelled])
+    image = Image.fromarray(np.rint(canvas).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    font = ImageFont.load_default(size=max(10, min(image.size) // 35))
+    y = 2
+    for index in np.unique(labels[labelled]):
+        y = _label(pen, (2, y), classes[index], colour(int(index)), font, below=True)
+    return image
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Polygons or a run-length encoding, checked before, as a mask [H, W], bool.
+
+    Raises:
+        ImportError: pycocotools is missing.
+    """
+    try:
+        from pycocotools import mask as masks
+    except ImportError as error:
+        raise ImportError("masks need pycocotools: pip install 'e3va[train]'") from error
+    rle = segmentation
+    if isinstance(rle, list):
+        rle = masks.merge(masks.frPyObjects(rle, height, width))
+    elif isinstance(rle["counts"], list):
+        rle = masks.frPyObjects(rle, height, width)
+    return masks.decode(rle).astype(bool)
+
+
+def data_page(data: Data, path: Path, seed: int = 0) -> None:
+    """A page of images of each split with their annotations drawn in."""
+    pictures = []
+    for name, split in data.splits.items():
+        for title, image in _examples(split, np.random.default_rng(seed)):
+            pictures.append((f"{name}: {title}", image))
+    save(page(pictures), path)
+
+
+def page(pictures: Sequence[tuple[str, Image.Image]], columns: int = COLUMNS) -> Image.Image:
+    """Pictures in rows of ``columns``, each under its title."""
+    font = ImageFont.load_default(size=14)
+    cells = [(title, image.resize(_fitting(image.size))) for title, image in pictures]
+    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    heights = [max(image.height for _, image in row) + 24 for row in rows]
+    sheet = Image.new("RGB", (columns * (CELL + 8), max(1, sum(heights))), "white")
+    pen = ImageDraw.Draw(sheet)
+    y = 0
+    for row, height in zip(rows, heights, strict=True):
+        for column, (title, image) in enumerate(row):
+            x = column * (CELL + 8)
+            pen.text((x, y + 3), title[-44:], fill="black", font=font)
+            sheet.paste(image, (x, y + 22))
+        y += height
+    return sheet
+
+
+def curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss and learning rate by iteration, and the metrics of the evaluations.
+
+    Args:
+        metrics: lines of metrics.json: ``iteration`` with ``loss`` and ``lr``, or with the results
+            of an evaluation.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("curves need matplotlib: pip install 'e3va[train]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [line for line in metrics if "loss" in line]
+    scores = [line for line in metrics if "loss" not in line]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    if steps:
+        loss = np.array([line["loss"] for line in steps])
+        window = max(1, len(loss) // 50)
+        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
+        left.plot([line["iteration"] for line in steps][window - 1 :], smooth)
+        rate = left.twinx()
+        rate.plot(
+            [line["iteration"] for line in steps], [line["lr"] for line in steps], color="0.8"
+        )
+        rate.set_ylabel("learning rate")
+        left.set(xlabel="iteration", ylabel=f"loss (mean of {window})", title="training")
+    for name in sorted({key for line in scores for key in line} - {"iteration"}):
+        points = [(line["iteration"], line[name]) for line in scores if name in line]
+        right.plot(*zip(*points, strict=True), marker="o", label=name)
+    if scores:
+        right.legend()
+    right.set(xlabel="iteration", title="validation")
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")
+
+
+def _examples(split: Any, random: np.random.Generator) -> list[tuple[str, Image.Image]]:
+    items = split.pairs if isinstance(split, Maps) else split.images
+    chosen = sorted(random.permutation(len(items))[:EXAMPLES].tolist())
+    found = []
+    for i in chosen:
+        if isinstance(split, Maps):
+            image, labels = items[i]
+            drawn = draw_map(read_image(image), read_map(labels, split.values), split.classes)
+            found.append((image.name, drawn))
+        else:
+            place = {category["id"]: n for n, category in enumerate(split.categories)}
+            own = [
+                {**a, "label": place[a["category_id"]]}
+                for a in split.annotations
+                if a["image_id"] == items[i]["id"]
+            ]
+            path = Path(items[i]["file_name"])
+            found.append((path.name, draw_instances(read_image(path), own, split.classes)))
+    return found
+
+
+def _fitting(size: tuple[int, int]) -> tuple[int, int]:
+    width, height = size
+    scale = min(CELL / width, CELL / height)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def _label(
+    pen: Any, corner: tuple[float, float], text: str, ink: Any, font: Any, below: bool = False
+) -> int:
+    """Text on a plate of ``ink`` above or below ``corner``; returns where it ends."""
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+    width, height = right - left + 4, bottom - top + 4
+    x = max(0, corner[0])
+    y = corner[1] if below else max(0, corner[1] - height)
+    pen.rectangle((x, y, x + width, y + height), fill=ink)
+    pen.text((x + 2 - left, y + 2 - top), text, fill="black", font=font)
+    return round(y + height)
