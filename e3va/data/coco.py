@@ -28,7 +28,7 @@ Target = dict[str, Tensor]
 class _Instance(NamedTuple):
     box: tuple[float, float, float, float]  # x1, y1, x2, y2 within the image
     label: int
-    segmentation: Any  # polygons, or a run-length encoding
+    segmentation: Any  # polygons or a run-length encoding; None where masks are not read
     crowd: bool
     annotation: dict[str, Any]  # as in the file
 
@@ -38,14 +38,16 @@ class CocoInstances:
 
     ``image`` is [3, H, W] float32 in [0, 1]. ``target`` is what torchvision's detectors train on:
     ``boxes`` [n, 4] float32 (x1, y1, x2, y2, clipped to the image), ``labels`` [n] int64 (1 is the
-    first category by id, 0 is the background), ``masks`` [n, H, W] uint8. Crowds are no targets;
-    evaluation ignores what is found in them. Annotations without a mask, or with a box that is
-    outside its image or thinner than 0.1 pixels, are dropped; one warning says how many. Those
-    whose mask covers no pixel are no targets either.
+    first category by id, 0 is the background) and, where masks are read, ``masks`` [n, H, W]
+    uint8. Crowds are no targets; evaluation ignores what is found in them. Annotations with a box
+    that is outside its image or thinner than 0.1 pixels, and those without a mask where masks are
+    read, are dropped; one warning says how many. Those whose mask covers no pixel are no targets
+    either.
 
     Args:
         annotations: the JSON file; masks as polygons or as run-length encodings.
         images: the folder that its file names are relative to.
+        masks: read masks (default True); False: boxes alone, and no annotation needs a mask.
         keep_empty: keep the images without a target (default True).
 
     Attributes:
@@ -62,10 +64,12 @@ class CocoInstances:
         annotations: str | os.PathLike[str],
         images: str | os.PathLike[str],
         *,
+        masks: bool = True,
         keep_empty: bool = True,
     ) -> None:
         self.path = Path(annotations)
         self.folder = Path(images)
+        self.masks = masks
         content = read_coco(self.path)
         self._categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [category["name"] for category in self._categories]
@@ -82,12 +86,13 @@ class CocoInstances:
     def _parse(self, content: dict[str, Any]) -> dict[Any, list[_Instance]]:
         labels = {category["id"]: i + 1 for i, category in enumerate(self._categories)}
         instances: dict[Any, list[_Instance]] = {image_id: [] for image_id in self._sizes}
+        needed = ["image_id", "category_id", "bbox", *(["segmentation"] if self.masks else [])]
         dropped = 0
         for annotation in content["annotations"]:
             where = f"annotation {annotation.get('id')} of {self.path}"
-            for key in ("image_id", "category_id", "bbox", "segmentation"):
+            for key in needed:
                 if key not in annotation:
-                    raise ValueError(f"{where} has no {key!r}: instance segmentation needs it")
+                    raise ValueError(f"{where} has no {key!r}")
             if annotation["image_id"] not in instances:
                 raise ValueError(f"{where} names the unknown image {annotation['image_id']!r}")
             if annotation["category_id"] not in labels:
@@ -95,8 +100,8 @@ class CocoInstances:
                     f"{where} names the unknown category {annotation['category_id']!r}"
                 )
             box = clip_box(annotation["bbox"], *self._sizes[annotation["image_id"]])
-            segmentation = _usable(annotation["segmentation"], where)
-            if box is None or segmentation is None:
+            segmentation = _usable(annotation["segmentation"], where) if self.masks else None
+            if box is None or (self.masks and segmentation is None):
                 dropped += 1
                 continue
             label, crowd = labels[annotation["category_id"]], bool(annotation.get("iscrowd", 0))
@@ -105,11 +110,12 @@ class CocoInstances:
             )
         if dropped:
             logger.warning(
-                "dropped %d of %d annotations of %s: no mask, or a box outside its image or "
-                "thinner than %g pixels",
+                "dropped %d of %d annotations of %s: %sa box outside its image or thinner than %g "
+                "pixels",
                 dropped,
                 len(content["annotations"]),
                 self.path,
+                "no mask, or " if self.masks else "",
                 MIN_SIDE,
             )
         return instances
@@ -120,16 +126,18 @@ class CocoInstances:
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         record = self._images[index]
         targets = [i for i in self._instances[record["id"]] if not i.crowd]
-        masks = np.zeros((len(targets), record["height"], record["width"]), dtype=np.uint8)
-        for mask, instance in zip(masks, targets, strict=True):
-            mask[:] = self._decode(instance)
         target = {
             "boxes": torch.tensor([i.box for i in targets], dtype=torch.float32).reshape(-1, 4),
             "labels": torch.tensor([i.label for i in targets], dtype=torch.int64),
-            "masks": torch.from_numpy(masks),
         }
-        visible = torch.from_numpy(masks.any((1, 2)))
-        return self.image(index), {name: values[visible] for name, values in target.items()}
+        if self.masks:
+            masks = np.zeros((len(targets), record["height"], record["width"]), dtype=np.uint8)
+            for mask, instance in zip(masks, targets, strict=True):
+                mask[:] = self._decode(instance)
+            visible = torch.from_numpy(masks.any((1, 2)))
+            target["masks"] = torch.from_numpy(masks)
+            target = {name: values[visible] for name, values in target.items()}
+        return self.image(index), target
 
     def image(self, index: int) -> Tensor:
         """The image alone: [3, H, W] float32 in [0, 1].
@@ -165,60 +173,106 @@ class CocoInstances:
         return mask.decode(rle)
 
     def results(
-        self, index: int, boxes: Tensor, labels: Tensor, scores: Tensor, masks: Tensor
+        self,
+        index: int,
+        boxes: Tensor,
+        labels: Tensor,
+        scores: Tensor,
+        masks: Tensor | None = None,
     ) -> list[dict[str, Any]]:
-        """Predictions for image ``index`` in COCO's result format.
+        """Predictions for image ``index`` in COCO's result format, with masks where they are read.
 
         Args:
             index: position of the image in this data set.
-            boxes: [n, 4], x1, y1, x2, y2. labels: [n]. scores: [n]. masks: [n, H, W], boolean.
+            boxes: [n, 4], x1, y1, x2, y2. labels: [n], from 1. scores: [n].
+            masks: [n, H, W], boolean; not looked at where masks are not read.
+
+        Raises:
+            ValueError: masks are read, but there are none here.
         """
-        _, _, mask = _pycocotools()
-        encoded = mask.encode(
-            np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-        )
         sizes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)
-        return [
+        results = [
             {
                 "image_id": self._images[index]["id"],
                 "category_id": self._categories[label - 1]["id"],
                 "bbox": box,
                 "score": score,
-                "segmentation": {**segmentation, "counts": segmentation["counts"].decode()},
             }
-            for box, label, score, segmentation in zip(
-                sizes.tolist(), labels.tolist(), scores.tolist(), encoded, strict=True
+            for box, label, score in zip(
+                sizes.tolist(), labels.tolist(), scores.tolist(), strict=True
             )
         ]
+        if self.masks:
+            if masks is None:
+                raise ValueError(
+                    f"{self.path} was read with masks, but the detector predicts none: "
+                    "read it with masks=False"
+                )
+            _, _, mask = _pycocotools()
+            pixels = masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            encoded = mask.encode(np.asfortranarray(pixels))
+            for result, rle in zip(results, encoded, strict=True):
+                result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+        return results
 
     def ground_truth(self) -> dict[str, Any]:
-        """The annotations that predictions are scored against, crowds included, in COCO's format.
-
-        They are numbered afresh from 1: COCO's evaluation takes the id 0 for "not matched".
-        """
-        instances = [i for image in self._images for i in self._instances[image["id"]]]
+        """The annotations that predictions are scored against, crowds included, in COCO's format;
+        see :func:`scorable`."""
+        annotations = [i.annotation for image in self._images for i in self._instances[image["id"]]]
         return {
             "info": {},
             "images": self._images,
             "categories": self._categories,
-            "annotations": [
-                {
-                    "area": i.annotation["bbox"][2] * i.annotation["bbox"][3],
-                    **i.annotation,
-                    "id": number,
-                    "segmentation": i.segmentation,
-                    "iscrowd": int(i.crowd),
-                }
-                for number, i in enumerate(instances, start=1)
-            ],
+            "annotations": scorable(annotations, self.masks)[0],
         }
+
+
+def scorable(
+    annotations: Sequence[dict[str, Any]], masks: bool
+) -> tuple[list[dict[str, Any]], int]:
+    """What pycocotools can score predictions against.
+
+    Each annotation gets what pycocotools needs and files often lack: ``area`` (default: the box's)
+    and ``iscrowd`` (default: 0). They are numbered afresh from 1, because pycocotools takes a match
+    with annotation 0 for no match. Polygons of fewer than three points are left out.
+
+    Args:
+        annotations: in COCO's format; not changed.
+        masks: whether masks are scored as well as boxes.
+
+    Returns:
+        The annotations that are kept, as new dictionaries, and how many are dropped: those without
+        a box of positive width and height and, where masks are scored, those without a mask.
+
+    Raises:
+        ValueError: a run-length encoding lacks its counts or its size.
+    """
+    kept: list[dict[str, Any]] = []
+    for annotation in annotations:
+        box = annotation.get("bbox") or []
+        if len(box) != 4 or not all(map(math.isfinite, box)) or min(box[2:]) <= 0:
+            continue
+        scored = {
+            **annotation,
+            "id": len(kept) + 1,
+            "iscrowd": int(bool(annotation.get("iscrowd"))),
+        }
+        if scored.get("area") is None:
+            scored["area"] = box[2] * box[3]
+        if masks:
+            where = f"annotation {annotation.get('id')}"
+            scored["segmentation"] = _usable(annotation.get("segmentation"), where)
+            if scored["segmentation"] is None:
+                continue
+        kept.append(scored)
+    return kept, len(annotations) - len(kept)
 
 
 def average_precision(data: CocoInstances, results: Sequence[dict[str, Any]]) -> dict[str, float]:
     """COCO's AP of predictions, as made by :meth:`CocoInstances.results`, on the scale 0–100.
 
     Returns:
-        ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50``.
+        ``box_ap``, ``box_ap50`` and, where ``data`` has masks, ``mask_ap``, ``mask_ap50``.
 
     Raises:
         ImportError: pycocotools is missing.
@@ -228,9 +282,10 @@ def average_precision(data: CocoInstances, results: Sequence[dict[str, Any]]) ->
     truth = data.ground_truth()
     if all(annotation["iscrowd"] for annotation in truth["annotations"]):
         raise ValueError(f"{data.path} has no instance to find: its AP is undefined")
+    kinds = [("bbox", "box", "segmentation")] + [("segm", "mask", "bbox")] * data.masks
     metrics = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        for kind, name, other in (("bbox", "box", "segmentation"), ("segm", "mask", "bbox")):
+        for kind, name, other in kinds:
             # pycocotools writes into what it is given, hence a copy for each kind.
             expected = coco.COCO()
             expected.dataset = {**truth, "annotations": [dict(a) for a in truth["annotations"]]}
@@ -252,8 +307,10 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     """Mirror an image and its target left to right."""
     x1, y1, x2, y2 = target["boxes"].unbind(1)
     width = image.shape[-1]
-    boxes = torch.stack([width - x2, y1, width - x1, y2], dim=1)
-    return image.flip(-1), {**target, "boxes": boxes, "masks": target["masks"].flip(-1)}
+    flipped = {**target, "boxes": torch.stack([width - x2, y1, width - x1, y2], dim=1)}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(-1)
+    return image.flip(-1), flipped
 
 
 def read_coco(path: str | os.PathLike[str]) -> dict[str, Any]:

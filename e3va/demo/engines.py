@@ -143,8 +143,7 @@ def detectron2_loss(model: Any, batch: list[dict[str, Any]]) -> Tensor:
 def train_torchvision(method: str, coco: Path, output: Path, iterations: int, seed: int) -> Trained:
     """As :func:`train_detectron2`, by torchvision, with heads of the same widths."""
     from e3va.data.coco import CocoInstances
-    from e3va.torchvision import mask_rcnn
-    from e3va.torchvision.evaluation import detect
+    from e3va.torchvision import TrainConfig, detect, mask_rcnn
     from e3va.torchvision.train import HISTORY, train
 
     train_data, val_data = (
@@ -155,7 +154,6 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
     options = {name: HIGHWAY[name] for name in options_of(method) if name in HIGHWAY}
     backbone = build_backbone(method, trunk_config("swin_digits"), **options)
     load_trunk(backbone.trunk, WEIGHTS)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = mask_rcnn(
         backbone,
         len(train_data.classes) + 1,
@@ -171,11 +169,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         rpn_post_nms_top_n_test=200,
         box_batch_size_per_image=64,
     )
-    metrics = train(
-        model,
-        train_data,
-        val_data,
-        output,
+    config = TrainConfig(
         iterations=iterations,
         batch_size=BATCH_SIZE,
         lr=LEARNING_RATE,
@@ -184,8 +178,9 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         warmup=min(30, iterations // 2),
         horizontal_flip=False,
         seed=seed,
-        device=device,
     )
+    metrics = train(model, train_data, val_data, output, config)
+    device = config.resolved_device()
     batch = [train_data[i] for i in range(BATCH_SIZE)]
     images = [image.to(device) for image, _ in batch]
     targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]

@@ -1,4 +1,4 @@
-"""COCO's average precision of a torchvision Mask R-CNN."""
+"""COCO's average precision of a torchvision detector."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchvision.models.detection import MaskRCNN
 
 from e3va.data.coco import CocoInstances, average_precision
 
 
 def evaluate(
-    model: MaskRCNN,
+    model: nn.Module,
     data: CocoInstances,
     device: torch.device | str,
     *,
@@ -23,14 +22,18 @@ def evaluate(
     """Find the instances in every image of ``data`` and score them; arguments as :func:`detect`.
 
     Returns:
-        ``box_ap``, ``box_ap50``, ``mask_ap``, ``mask_ap50``, on the scale 0–100.
+        ``box_ap``, ``box_ap50`` and, where ``data`` has masks, ``mask_ap``, ``mask_ap50``, on the
+        scale 0–100.
+
+    Raises:
+        ValueError: ``data`` has masks, and the detector predicts none; or has nothing to find.
     """
     return average_precision(data, detect(model, data, device, amp_dtype=amp_dtype))
 
 
 @torch.no_grad()
 def detect(
-    model: MaskRCNN,
+    model: nn.Module,
     data: CocoInstances,
     device: torch.device | str,
     *,
@@ -47,7 +50,11 @@ def detect(
         amp_dtype: autocast to this dtype (default: no autocast).
 
     Returns:
-        Detections in COCO's result format, as JSON can hold them.
+        Detections in COCO's result format, as JSON can hold them; with masks where ``data`` has
+        them.
+
+    Raises:
+        ValueError: ``data`` has masks, and the detector predicts none.
     """
     device = torch.device(device)
     results = []
@@ -56,8 +63,9 @@ def detect(
             image = data.image(index).to(device)
             with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
                 found = model([image])[0]
-            masks = found.pop("masks")[:, 0] > 0.5
-            results += data.results(index, **found, masks=masks)
+            if "masks" in found:
+                found["masks"] = found["masks"][:, 0] > 0.5
+            results += data.results(index, **found)
     return results
 
 

@@ -1,4 +1,4 @@
-"""Train a torchvision Mask R-CNN over an E³VA backbone: ``python -m e3va.torchvision.train -h``."""
+"""Train a torchvision detector over an E³VA backbone: ``python -m e3va.torchvision.train -h``."""
 
 from __future__ import annotations
 
@@ -20,128 +20,78 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
 
-from e3va.config import MIXING
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
 from e3va.highway import HighwayStage
 from e3va.measure import trainable_parameters
-from e3va.methods import METHODS, build_backbone, options_of
-from e3va.ops.taps import DEFAULT_TAPS, TAPPED, TAPS
-from e3va.optim import Rates, parameter_groups
-from e3va.precision import PRECISIONS, quantize_trunk
-from e3va.seeding import reseed, seed_of
+from e3va.optim import parameter_groups
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
+from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
 from e3va.torchvision.evaluation import evaluate
-from e3va.torchvision.model import mask_rcnn
-from e3va.trunks import trunk_config
-from e3va.weights import load_trunk
+from e3va.torchvision.model import DETECTORS
+from e3va.torchvision.run import CHECKPOINT, RUN, Run, build_model
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint.pt"
-PREVIOUS = "checkpoint.previous.pt"
 HISTORY = "history.jsonl"
 
 
 def train(
-    model: MaskRCNN,
+    model: nn.Module,
     train_data: CocoInstances,
-    val_data: CocoInstances,
+    val_data: CocoInstances | None,
     output_dir: str | os.PathLike[str],
+    config: TrainConfig,
     *,
-    iterations: int,
-    batch_size: int,
-    lr: float,
-    highway_lr_factor: float = 1.0,
-    highway_lr_ratio: float = 1.0,
-    weight_decay: float = 0.05,
-    warmup: int = 0,
-    clip_norm: float = 1.0,
-    horizontal_flip: bool = True,
-    amp_dtype: torch.dtype | None = None,
-    eval_period: int | None = None,
-    checkpoint_period: int = 500,
     resume: bool = False,
-    seed: int = 0,
-    workers: int = 0,
-    device: torch.device | str | None = None,
 ) -> dict[str, float]:
     """Train with AdamW: linear warm-up, cosine decay to zero, clipped gradients.
 
-    Every ``checkpoint_period`` iterations, and before and after each evaluation, ``checkpoint.pt``
-    is written to ``output_dir``; ``history.jsonl`` there gets a line for each iteration
-    (``iteration``, ``loss``, ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``,
-    …). A checkpoint of an earlier run is kept as ``checkpoint.previous.pt``. Everything
-    random in an iteration follows from the seed and its number, so that a resumed run repeats the
-    uninterrupted one, to the last bit on a CPU.
+    ``run.json`` is written to ``output_dir`` at first: the settings, the classes' names and where
+    the data are. Every ``checkpoint_period`` iterations, and before and after each evaluation,
+    ``checkpoint.pt`` is; ``history.jsonl`` gets a line for each iteration (``iteration``, ``loss``,
+    ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``, …). Those of an earlier run
+    are kept as ``run.previous.json`` and ``checkpoint.previous.pt``.
+
+    Everything random in an iteration follows from the seed and its number, so that a resumed run
+    repeats the uninterrupted one, to the last bit on a CPU. It may be resumed with more iterations
+    than before: the learning rate then follows the longer schedule from there on, so that it jumps
+    up, and the run is not the one that had been as long from the beginning.
 
     Args:
-        model: the detector; moved to ``device``, left in training mode.
-        train_data: what to train on. val_data: what to evaluate on; of the same classes.
+        model: one of torchvision's detectors; moved to the device, left in training mode.
+        train_data: what to train on, with masks for a Mask R-CNN.
+        val_data: what to evaluate on every ``eval_period`` iterations and at the end, of the same
+            classes, with masks if they are to be scored; None: nothing is evaluated.
         output_dir: where to write.
-        iterations: optimizer steps in all. batch_size: images of each.
-        lr: the highest learning rate; the highway's is ``highway_lr_factor`` times as high, and
-            that of its V and c ``highway_lr_ratio`` times that (e3va.optim.parameter_groups).
-        weight_decay: AdamW's, for weights alone.
-        warmup: iterations until the learning rate is reached.
-        clip_norm: the most that the norm of all gradients together may be.
-        horizontal_flip: mirror half of the training images.
-        amp_dtype: autocast to float16 (with loss scaling) or bfloat16; default: no autocast.
-        eval_period: evaluate every so many iterations, and at the end; default: only there.
-        checkpoint_period: iterations between checkpoints.
-        resume: go on from ``output_dir``'s checkpoint if it has one; the settings must be alike.
-        seed: of sampling, augmentation and the model's own randomness.
-        workers: processes that load images; 0: load in this one.
-        device: default: "cuda" where there is one, else "cpu".
+        config: the settings.
+        resume: go on from ``output_dir``'s checkpoint if it has one.
 
     Returns:
         The last evaluation's metrics, ``trainable_params``, ``seconds_per_iter`` (median) and
         ``peak_bytes`` (GPU memory allocated in training; on a CPU, of the process, resident).
 
     Raises:
-        ValueError: a setting is out of range, the data sets differ in their classes or are empty
-            (that to evaluate on: without an instance to find),
-            or the checkpoint is of another run.
+        ValueError: the data sets differ in their classes, lack masks, or are empty (that to
+            evaluate on: without an instance to find), or the checkpoint is of another run.
         FloatingPointError: the loss is no longer finite.
     """
-    _check_settings(iterations, batch_size, lr, warmup, eval_period, checkpoint_period)
-    _check_data(train_data, val_data)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    output = Path(output_dir)
-    settings = {
-        "iterations": iterations,
-        "batch_size": batch_size,
-        "lr": lr,
-        "highway_lr_factor": highway_lr_factor,
-        "highway_lr_ratio": highway_lr_ratio,
-        "weight_decay": weight_decay,
-        "warmup": warmup,
-        "clip_norm": clip_norm,
-        "horizontal_flip": horizontal_flip,
-        "amp_dtype": str(amp_dtype),
-        "seed": seed,
-        "images": len(train_data),
-        "classes": train_data.classes,
-        "storage": [m.storage for m in model.modules() if isinstance(m, HighwayStage)],
-        "min_size": list(model.transform.min_size),
-        "max_size": model.transform.max_size,
-        "rois": model.roi_heads.fg_bg_sampler.batch_size_per_image,
-    }
+    _check_data(model, train_data, val_data)
+    device, output = config.resolved_device(), Path(output_dir)
+    settings = _settings(config, model, train_data)
 
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
     groups = parameter_groups(
         model,
-        Rates(
-            lr,
-            weight_decay,
-            highway_lr_factor=highway_lr_factor,
-            highway_lr_ratio=highway_lr_ratio,
-        ),
+        config.lr,
+        config.weight_decay,
+        config.highway_lr_factor,
+        config.highway_lr_ratio,
     )
-    optimizer = torch.optim.AdamW(groups, lr=lr)
+    optimizer = torch.optim.AdamW(groups, lr=config.lr)
     highest = [group["lr"] for group in groups]
-    scaler = torch.amp.GradScaler(device.type, enabled=amp_dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp_dtype == torch.float16)
     start, metrics, evaluated = 0, {}, 0
     if resume and (output / CHECKPOINT).is_file():
         state = load_checkpoint(output / CHECKPOINT, model)
@@ -150,16 +100,20 @@ def train(
         scaler.load_state_dict(state["scaler"])
         start, metrics, evaluated = state["iteration"], state["metrics"], state["evaluated"]
         logger.info("resuming from iteration %d of %s", start, output / CHECKPOINT)
+        _check_schedule(config, start, state["iterations"])
     elif (output / CHECKPOINT).is_file():
-        (output / CHECKPOINT).replace(output / PREVIOUS)
-        logger.warning("an earlier run's checkpoint is now %s", output / PREVIOUS)
+        for name in (CHECKPOINT, RUN):
+            if (output / name).is_file():
+                (output / name).replace(_previous(output / name))
+        logger.warning("an earlier run's checkpoint is now %s", _previous(output / CHECKPOINT))
+    Run.of(config, train_data, val_data).write(output)
     history = _History(output / HISTORY, start)
 
     batches = DataLoader(
-        _Batches(train_data, batch_size, horizontal_flip, seed),
+        _Batches(train_data, config.batch_size, config.horizontal_flip, config.seed),
         batch_size=None,
-        sampler=range(start, iterations),
-        num_workers=workers,
+        sampler=range(start, config.iterations),
+        num_workers=config.workers,
         generator=torch.Generator(),
     )
 
@@ -168,6 +122,7 @@ def train(
             output / CHECKPOINT,
             model,
             iteration=iteration,
+            iterations=config.iterations,
             metrics=metrics,
             evaluated=evaluated,
             settings=settings,
@@ -178,33 +133,36 @@ def train(
     def score(iteration: int) -> None:
         nonlocal metrics, evaluated
         save(iteration)  # what was trained outlives a failed evaluation
-        metrics = evaluate(model, val_data, device, amp_dtype=amp_dtype)
-        evaluated = iteration
-        history.add(iteration=iteration, **metrics)
-        save(iteration)
+        if val_data is not None:
+            metrics = evaluate(model, val_data, device, amp_dtype=config.amp_dtype)
+            evaluated = iteration
+            history.add(iteration=iteration, **metrics)
+            save(iteration)
 
     peak = 0
     _reset_peak_bytes(device)
-    with tqdm(batches, initial=start, total=iterations, unit="it") as progress:
+    with tqdm(batches, initial=start, total=config.iterations, unit="it") as progress:
         for iteration, batch in enumerate(progress, start=start):
             began = time.perf_counter()
-            reseed(seed, 1, iteration)
-            factor = schedule(iteration, iterations, warmup)
+            torch.manual_seed(_seed(config.seed, iteration))
+            factor = schedule(iteration, config.iterations, config.warmup)
             for group, rate in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = rate * factor
             images = [image.to(device) for image, _ in batch]
             targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-            with torch.autocast(device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            with torch.autocast(
+                device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
+            ):
                 loss = sum(model(images, targets).values())
             if not math.isfinite(loss.item()):
                 raise FloatingPointError(
-                    f"the loss is {loss.item()} at iteration {iteration + 1}: lower lr ({lr}), "
-                    f"lengthen warmup ({warmup}), or do without float16"
+                    f"the loss is {loss.item()} at iteration {iteration + 1}: lower lr "
+                    f"({config.lr}), lengthen warmup ({config.warmup}), or do without float16"
                 )
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, clip_norm)
+            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             scaler.step(optimizer)
             scaler.update()
             peak = max(peak, peak_bytes(device))
@@ -212,21 +170,21 @@ def train(
             history.add(
                 iteration=done,
                 loss=loss.item(),
-                lr=lr * factor,
+                lr=config.lr * factor,
                 seconds=time.perf_counter() - began,
             )
-            if eval_period and done % eval_period == 0:
+            if config.eval_period and done % config.eval_period == 0:
                 score(done)
                 _reset_peak_bytes(device)
-            elif done % checkpoint_period == 0:
+            elif done % config.checkpoint_period == 0:
                 save(done)
             progress.set_postfix(
                 loss=f"{loss.item():.3f}",
-                mask_ap=f"{metrics['mask_ap']:.1f}" if metrics else "–",
+                **{name: f"{value:.1f}" for name, value in metrics.items() if name[-3:] == "_ap"},
                 memory=f"{peak / 2**20:.0f} MiB",
             )
-    if evaluated < iterations:
-        score(iterations)
+    if evaluated < config.iterations:
+        score(config.iterations)
     return {
         **metrics,
         "trainable_params": trainable_parameters(model),
@@ -269,7 +227,7 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         self._seed = seed
 
     def __getitem__(self, iteration: int) -> list[tuple[Tensor, Target]]:
-        random = torch.Generator().manual_seed(seed_of(self._seed, 0, iteration))
+        random = torch.Generator().manual_seed(_seed(self._seed, iteration))
         batch = []
         for position in range(iteration * self._batch_size, (iteration + 1) * self._batch_size):
             epoch, i = divmod(position, len(self._data))
@@ -280,7 +238,7 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         return batch
 
     def _order(self, epoch: int) -> Tensor:
-        random = torch.Generator().manual_seed(seed_of(self._seed, 2, epoch))
+        random = torch.Generator().manual_seed(_seed(self._seed, epoch))
         return torch.randperm(len(self._data), generator=random)
 
 
@@ -310,31 +268,32 @@ def _entry(line: str) -> dict[str, float] | None:
         return None
 
 
-def _check_settings(
-    iterations: int,
-    batch_size: int,
-    lr: float,
-    warmup: int,
-    eval_period: int | None,
-    checkpoint_period: int,
+def _seed(seed: int, number: int) -> int:
+    """One of 2³² seeds for each iteration or epoch of each run."""
+    return (seed * 1_000_003 + number) % 2**32
+
+
+def _previous(path: Path) -> Path:
+    """Where a file of an earlier run is kept."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def _check_data(
+    model: nn.Module, train_data: CocoInstances, val_data: CocoInstances | None
 ) -> None:
-    if iterations < 1 or batch_size < 1:
-        raise ValueError(
-            f"iterations and batch_size must be at least 1, got {iterations} and {batch_size}"
-        )
-    if not lr > 0:
-        raise ValueError(f"lr must be positive, got {lr}")
-    if not 0 <= warmup < iterations:
-        raise ValueError(f"warmup must be in [0, iterations = {iterations}), got {warmup}")
-    if eval_period is not None and eval_period < 1:
-        raise ValueError(f"eval_period must be at least 1, or None, got {eval_period}")
-    if checkpoint_period < 1:
-        raise ValueError(f"checkpoint_period must be at least 1, got {checkpoint_period}")
-
-
-def _check_data(train_data: CocoInstances, val_data: CocoInstances) -> None:
     if not len(train_data):
         raise ValueError(f"{train_data.path} has no image to train on")
+    masks = isinstance(model, MaskRCNN)
+    if masks and not train_data.masks:
+        raise ValueError(f"{train_data.path} was read without masks: a Mask R-CNN needs them")
+    if val_data is None:
+        logger.info("no validation data: nothing is evaluated")
+        return
+    if val_data.masks and not masks:
+        raise ValueError(
+            f"{val_data.path} was read with masks, but the detector predicts none: "
+            "read it with masks=False"
+        )
     if train_data.classes != val_data.classes:
         raise ValueError(
             f"{train_data.path} and {val_data.path} have different classes: "
@@ -342,6 +301,24 @@ def _check_data(train_data: CocoInstances, val_data: CocoInstances) -> None:
         )
     if not val_data.instances:
         raise ValueError(f"{val_data.path} has no instance to find: nothing can be evaluated on it")
+
+
+def _settings(config: TrainConfig, model: nn.Module, data: CocoInstances) -> dict[str, Any]:
+    """All that a resumed run must share with the checkpoint's, as JSON can hold it.
+
+    A model that was not built from the config tells what of it shows in no weight.
+    """
+    transform: Any = model.transform
+    settings = {
+        "model": type(model).__name__,
+        "taps": [m.taps for m in model.modules() if isinstance(m, HighwayStage)],
+        "min_size": transform.min_size,
+        "max_size": transform.max_size,
+        **fixed_settings(config),
+        "images": len(data),
+        "classes": data.classes,
+    }
+    return json.loads(json.dumps(settings))
 
 
 def _check_same(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
@@ -353,113 +330,67 @@ def _check_same(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> 
             )
 
 
+def _check_schedule(config: TrainConfig, start: int, before: int) -> None:
+    """A run may become longer, but not shorter."""
+    if config.iterations < before:
+        raise ValueError(
+            f"the run is {before} iterations long, not {config.iterations}: it can become longer, "
+            "not shorter"
+        )
+    if config.iterations > before:
+        was, now = (
+            config.lr * schedule(start, length, config.warmup)
+            for length in (before, config.iterations)
+        )
+        logger.warning(
+            "the run is now %d iterations long instead of %d: the learning rate goes on at %.3g "
+            "instead of %.3g and decays to zero at the new end",
+            config.iterations,
+            before,
+            now,
+            was,
+        )
+
+
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m e3va.torchvision.train",
-        description="Train torchvision's Mask R-CNN over a Swin on COCO JSON annotations.",
+        description="Train a torchvision detector over a Swin on COCO JSON annotations.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     data = parser.add_argument_group("data")
-    for split in ("train", "val"):
-        data.add_argument(f"--{split}-json", type=Path, required=True, help="COCO annotations")
-        data.add_argument(f"--{split}-images", type=Path, required=True, help="folder of images")
-    data.add_argument("--keep-empty", action="store_true", help="train on empty images too")
-    data.add_argument("--workers", type=int, default=0, help="processes that load images")
-    net = parser.add_argument_group("model")
-    net.add_argument("--method", choices=METHODS, default="e3va", help="what is trained")
-    net.add_argument("--variant", default="swin_b", help="swin_t, swin_s, swin_b, swin_l, …")
-    net.add_argument("--window-size", type=int, default=7, help="of the trunk")
-    net.add_argument("--kernel-dim", type=int, default=8, help="the adapters' rank is twice that")
-    net.add_argument("--taps", choices=TAPS, default=DEFAULT_TAPS, help="as kept for backward")
-    net.add_argument("--hidden-ratio", type=float, default=0.5, help="of their hidden width to C")
-    net.add_argument(
-        "--tap", choices=TAPPED, default="norm", help="what method e3va's adapters read"
+    for split, required in (("train", True), ("val", False)):
+        data.add_argument(f"--{split}-json", type=Path, required=required, help="COCO annotations")
+        data.add_argument(f"--{split}-images", type=Path, required=required, help="their images")
+    data.add_argument(
+        "--keep-empty",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train on empty images too",
     )
-    net.add_argument("--mixing", type=int, choices=MIXING, default=3, help="side of their kernels")
-    net.add_argument("--no-state", action="store_true", help="they do not hear those before them")
-    net.add_argument("--weights", type=Path, required=True, help="the trunk's: file or timm:NAME")
-    net.add_argument("--trunk-precision", choices=PRECISIONS, help="quantise the frozen trunk")
-    net.add_argument("--min-size", type=int, nargs="+", default=[800], help="shorter image side")
-    net.add_argument("--max-size", type=int, default=1333, help="limit of the longer side")
-    net.add_argument("--anchor-sizes", type=int, nargs="+", default=[32, 64, 128, 256, 512])
-    net.add_argument("--out-channels", type=int, default=256, help="channels of the FPN")
-    net.add_argument("--representation-size", type=int, default=1024, help="box head's width")
-    net.add_argument("--mask-channels", type=int, nargs="+", default=[256] * 4)
-    net.add_argument("--rois", type=int, default=512, help="that the heads train on, per image")
-    run = parser.add_argument_group("training")
-    run.add_argument("--output", type=Path, required=True, help="folder to write to")
-    run.add_argument("--iterations", type=int, required=True)
-    run.add_argument("--batch-size", type=int, default=2)
-    run.add_argument("--lr", type=float, default=1e-4)
-    run.add_argument("--highway-lr-factor", type=float, default=1.0, help="of the highway's rate")
-    run.add_argument("--highway-lr-ratio", type=float, default=1.0, help="of its V's and c's to it")
-    run.add_argument("--weight-decay", type=float, default=0.05)
-    run.add_argument("--warmup", type=int, default=0, help="iterations of linear warm-up")
-    run.add_argument("--eval-period", type=int, help="default: only at the end")
-    run.add_argument("--checkpoint-period", type=int, default=500)
-    run.add_argument("--no-flip", action="store_true", help="do not mirror training images")
-    run.add_argument("--amp", choices=("bfloat16", "float16"), help="autocast to this dtype")
-    run.add_argument("--device", help="default: cuda where there is one, else cpu")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-    return parser.parse_args(argv)
+    data.add_argument("--output", type=Path, required=True, help="folder to write to")
+    data.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if (args.val_json is None) != (args.val_images is None):
+        parser.error("--val-json and --val-images go together")
+    return args
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see ``--help``."""
     args = _arguments(argv)
+    config = from_arguments(args)
+    assert config.model is not None
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    train_data = CocoInstances(args.train_json, args.train_images, keep_empty=args.keep_empty)
-    val_data = CocoInstances(args.val_json, args.val_images)
-    torch.manual_seed(args.seed)
-    given = {
-        "kernel_dim": args.kernel_dim,
-        "hidden_ratio": args.hidden_ratio,
-        "tap": args.tap,
-        "mixing": args.mixing,
-        "state": not args.no_state,
-        "storage": args.taps,
-    }
-    options = {name: given[name] for name in options_of(args.method) if name in given}
-    backbone = build_backbone(
-        args.method, trunk_config(args.variant, window_size=args.window_size), **options
+    masks = DETECTORS[config.model.detector].masks
+    train_data = CocoInstances(
+        args.train_json, args.train_images, masks=masks, keep_empty=args.keep_empty
     )
-    load_trunk(backbone.trunk, args.weights)
-    if args.trunk_precision:
-        backbone.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        quantize_trunk(backbone.trunk, args.trunk_precision)
-    model = mask_rcnn(
-        backbone,
-        len(train_data.classes) + 1,
-        out_channels=args.out_channels,
-        min_size=args.min_size,
-        max_size=args.max_size,
-        anchor_sizes=args.anchor_sizes,
-        representation_size=args.representation_size,
-        mask_channels=args.mask_channels,
-        box_batch_size_per_image=args.rois,
-    )
-    result = train(
-        model,
-        train_data,
-        val_data,
-        args.output,
-        iterations=args.iterations,
-        batch_size=args.batch_size,
-        lr=args.lr,
-        highway_lr_factor=args.highway_lr_factor,
-        highway_lr_ratio=args.highway_lr_ratio,
-        weight_decay=args.weight_decay,
-        warmup=args.warmup,
-        horizontal_flip=not args.no_flip,
-        amp_dtype=getattr(torch, args.amp) if args.amp else None,
-        eval_period=args.eval_period,
-        checkpoint_period=args.checkpoint_period,
-        resume=args.resume,
-        seed=args.seed,
-        workers=args.workers,
-        device=args.device,
-    )
+    val_data = args.val_json and CocoInstances(args.val_json, args.val_images, masks=masks)
+    torch.manual_seed(config.seed)
+    model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
+    result = train(model, train_data, val_data, args.output, config, resume=args.resume)
     print(json.dumps(result, indent=2))
 
 

@@ -368,35 +368,3 @@ def test_one_step_in_detectron2(method, tmp_path):
     other.checkpointer.load(str(tmp_path / "out/saved.pth"))
     loaded = other.model.backbone.bottom_up.swin.state_dict()
     assert all(torch.equal(loaded[name], value) for name, value in swin.state_dict().items())
-
-
-@pytest.mark.parametrize("method", ["mona", "bitfit", pytest.param("lora", marks=NEEDS_PEFT)])
-def test_torchvision_trains_and_resumes_exactly(method, tmp_path):
-    pytest.importorskip("torchvision")
-    pytest.importorskip("pycocotools")
-    from e3va.torchvision.train import train
-    from tests import test_torchvision as tv
-
-    data = tv.coco(tmp_path / "data")
-    options = {"iterations": 4, "batch_size": 1, "lr": 1e-3, "workers": 0, "checkpoint_period": 2}
-
-    def interrupted(*_, **__):
-        raise KeyboardInterrupt
-
-    whole = tv.detector(method)
-    before = copy.deepcopy(whole.backbone.body.state_dict())
-    train(whole, data, data, tmp_path / "whole", **options)
-    trained = names_of_trained(whole.backbone.body)
-    for name, value in whole.backbone.body.named_parameters():
-        if name not in trained:
-            assert torch.equal(value, before[name]), name
-    assert any(not torch.equal(whole.backbone.body.state_dict()[n], before[n]) for n in trained)
-
-    half = tv.detector(method)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("e3va.torchvision.train.evaluate", interrupted)
-        train(half, data, data, tmp_path / "half", eval_period=2, **options)
-    resumed = tv.detector(method, seed=1, trunk_seed=1)
-    train(resumed, data, data, tmp_path / "half", resume=True, eval_period=2, **options)
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name

@@ -1,0 +1,186 @@
+"""The settings of a run, each told once: Python, command line, ``run.json`` and the check on resume
+all read the fields of :class:`TrainConfig`."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field
+from typing import Any, TypeVar
+
+import torch
+
+from e3va.backbone import METHODS
+from e3va.config import SWIN_VARIANTS
+from e3va.precision import PRECISIONS
+from e3va.torchvision.model import ANCHOR_SIZES, DETECTORS
+
+Config = TypeVar("Config")
+
+
+def _setting(
+    help: str, default: Any = MISSING, choices: Sequence[str] | None = None, fixed: bool = True
+) -> Any:
+    """A field of a config; one that is not ``fixed`` may differ when a run is resumed."""
+    metadata = {"help": help, "choices": choices, "fixed": fixed}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What :func:`e3va.torchvision.build_model` builds; the fields' ``help`` says what each is."""
+
+    # Their hash tells whether they are the same, wherever they lie.
+    weights: str = _setting("weights of the trunk: a file or timm:NAME", fixed=False)
+    detector: str = _setting("what is trained on top", "mask_rcnn", tuple(DETECTORS))
+    method: str = _setting("how the backbone is tuned", "e3va", METHODS)
+    options: Mapping[str, Any] = _setting("of the method", {})
+    variant: str = _setting("of the trunk", "swin_b", tuple(SWIN_VARIANTS))
+    window_size: int = _setting("of the trunk", 7)
+    trunk_precision: str | None = _setting("quantise the frozen trunk", None, PRECISIONS)
+    out_channels: int = _setting("channels of the FPN", 256)
+    anchor_sizes: tuple[int, ...] = _setting("of the smallest anchors on each level", ANCHOR_SIZES)
+    min_size: tuple[int, ...] = _setting("shorter image side; several: one is drawn", (800,))
+    max_size: int = _setting("limit of the longer image side", 1333)
+    detector_options: Mapping[str, Any] = _setting("more arguments of the detector's function", {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How :func:`e3va.torchvision.train.train` trains; the fields' ``help`` says what each is.
+
+    ``model`` is what the detector was built from: without it, ``run.json`` does not tell how to
+    build it again.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    iterations: int = _setting("optimizer steps in all", fixed=False)
+    batch_size: int = _setting("images of each step", 2)
+    lr: float = _setting("the highest learning rate", 1e-4)
+    highway_lr_factor: float = _setting("the highway's learning rate over lr", 1.0)
+    highway_lr_ratio: float = _setting("that of its V and c over the highway's", 1.0)
+    weight_decay: float = _setting("AdamW's, for weights alone", 0.05)
+    warmup: int = _setting("iterations of linear warm-up", 0)
+    clip_norm: float = _setting("the most that the norm of all gradients may be", 1.0)
+    horizontal_flip: bool = _setting("mirror half of the training images", True)
+    amp: str | None = _setting("autocast to this dtype", None, ("bfloat16", "float16"))
+    eval_period: int | None = _setting("iterations between evaluations", None, fixed=False)
+    checkpoint_period: int = _setting("iterations between checkpoints", 500, fixed=False)
+    seed: int = _setting("of sampling, augmentation and the model's own randomness", 0)
+    workers: int = _setting("processes that load images; 0: this one", 0, fixed=False)
+    device: str | None = _setting("default: cuda where there is one, else cpu", None, fixed=False)
+    model: ModelConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "batch_size", "checkpoint_period", "eval_period"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")
+        if not 0 <= self.warmup < self.iterations:
+            raise ValueError(
+                f"warmup must be in [0, iterations = {self.iterations}), got {self.warmup}"
+            )
+        if self.amp not in (None, "bfloat16", "float16"):
+            raise ValueError(f"amp must be bfloat16, float16 or None, got {self.amp!r}")
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.amp) if self.amp else None
+
+    def resolved_device(self) -> torch.device:
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def fixed_settings(config: Any) -> dict[str, Any]:
+    """The settings that a resumed run must share with the checkpoint's, by name."""
+    settings: dict[str, Any] = {}
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            settings |= fixed_settings(value)
+        elif f.metadata.get("fixed"):
+            settings[f.name] = value
+    return settings
+
+
+def from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
+    """The config that ``dataclasses.asdict`` and JSON made ``content`` of.
+
+    Raises:
+        TypeError: a setting is missing or unknown.
+    """
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    if values.get("model") is not None:
+        values["model"] = from_json(ModelConfig, values["model"])
+    return kind(**values)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add an option for every setting: ``--batch-size`` for ``batch_size``, …."""
+    for title, kind in (("model", ModelConfig), ("training", TrainConfig)):
+        group = parser.add_argument_group(title)
+        hints = typing.get_type_hints(kind)
+        for f in _told(kind):
+            mapping = typing.get_origin(hints[f.name]) is Mapping
+            name = f.name.removesuffix("s") if mapping else f.name
+            group.add_argument(f"--{name.replace('_', '-')}", **_argument(f, hints[f.name]))
+
+
+def from_arguments(args: argparse.Namespace) -> TrainConfig:
+    """The config that the options of :func:`add_arguments` describe.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
+
+    def settings(kind: type) -> dict[str, Any]:
+        return {f.name: getattr(args, f.name) for f in _told(kind)}
+
+    return from_json(TrainConfig, {**settings(TrainConfig), "model": settings(ModelConfig)})
+
+
+def _told(kind: type) -> list[dataclasses.Field[Any]]:
+    return [f for f in dataclasses.fields(kind) if "help" in f.metadata]
+
+
+def _argument(f: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
+    """How argparse reads the value of a field of type ``hint``."""
+    argument: dict[str, Any] = {"dest": f.name, "help": f.metadata["help"]}
+    if f.default_factory is not MISSING:
+        argument["default"] = f.default_factory()
+    elif f.default is not MISSING:
+        argument["default"] = f.default
+    else:
+        argument["required"] = True
+    if hint is bool:
+        return {**argument, "action": argparse.BooleanOptionalAction}
+    if typing.get_origin(hint) is Mapping:
+        return {**argument, "action": _Pair, "metavar": "NAME=VALUE"}
+    if typing.get_origin(hint) is tuple:
+        return {**argument, "nargs": "+", "type": typing.get_args(hint)[0]}
+    if typing.get_origin(hint) is types.UnionType:  # with None
+        hint = typing.get_args(hint)[0]
+    return {**argument, "type": hint, "choices": f.metadata["choices"]}
+
+
+class _Pair(argparse.Action):
+    """NAME=VALUE as an entry of a dictionary; the value is read as Python's, else as a string."""
+
+    def __call__(self, parser: Any, namespace: Any, text: Any, option_string: Any = None) -> None:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            parser.error(f"{option_string} takes NAME=VALUE, got {text!r}")
+        with contextlib.suppress(ValueError, SyntaxError):  # a string
+            value = ast.literal_eval(value)
+        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})

@@ -1,0 +1,52 @@
+"""Checkpoints of detectors."""
+
+import pytest
+import torch
+
+from tests.torchvision.conftest import SMALL_HEADS, detector
+
+pytest.importorskip("torchvision")
+
+from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
+
+
+@pytest.mark.parametrize("kind", SMALL_HEADS)
+def test_checkpoint_leaves_out_the_frozen_trunk_and_refuses_another(kind, tmp_path):
+    model, path = detector(kind=kind), tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model, iteration=3)
+    content = torch.load(path, weights_only=True)
+    assert not any("trunk" in name for name in content["model"])
+    assert any("highway" in name for name in content["model"])
+    other = detector(kind=kind, seed=5)
+    assert load_checkpoint(path, other) == {"iteration": 3}
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="frozen trunk"):
+        load_checkpoint(path, detector(kind=kind, trunk_seed=1))
+    with pytest.raises(ValueError, match="frozen trunk"):
+        load_checkpoint(path, detector("full", kind))
+    with pytest.raises(ValueError, match="another model"):
+        load_checkpoint(path, detector(kind=kind, out_channels=32))
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
+        load_checkpoint(tmp_path / "nowhere.pt", model)
+
+
+def test_full_checkpoint_holds_the_trunk(tmp_path):
+    model = detector("full")
+    save_checkpoint(tmp_path / "checkpoint.pt", model)
+    other = detector("full", trunk_seed=1)
+    load_checkpoint(tmp_path / "checkpoint.pt", other)
+    trunks = (m.backbone.body.trunk.parameters() for m in (model, other))
+    for a, b in zip(*trunks, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "foreign"])
+def test_foreign_checkpoints_are_named(tmp_path, content):
+    path = tmp_path / "checkpoint.pt"
+    if content is None:
+        torch.save({"weights": torch.zeros(2)}, path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or no checkpoint"):
+        load_checkpoint(path, detector())
