@@ -39,7 +39,7 @@ class Run:
 
     config: TrainConfig
     classes: list[str]
-    data: dict[str, dict[str, Any] | None]
+    data: dict[str, Any]
 
     @classmethod
     def of(

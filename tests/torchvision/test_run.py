@@ -14,7 +14,7 @@ from tests.torchvision.conftest import detector
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from e3va.torchvision import ModelConfig, TrainConfig, detect, load_run
+from e3va.torchvision import ModelConfig, TrainConfig, detect, load_run, score
 from e3va.torchvision.config import fixed_settings, from_arguments, from_json
 from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import Run
@@ -166,6 +166,10 @@ def test_a_run_is_rebuilt_from_its_folder(tmp_path, trunk, capsys, kind):
     assert ("mask_ap" in report) == DETECTORS[kind].masks
 
     main([*words, "--iterations", "2", "--resume"])
+    report = json.loads(capsys.readouterr().out)
+    score.main([str(tmp_path / "out")])
+    scores = json.loads(capsys.readouterr().out)
+    assert scores and scores.items() <= report.items()
     model, run = load_run(tmp_path / "out")
     assert not model.training and run.classes == ["tall", "wide"]
     assert run.config.iterations == 2 and run.config.model.options == {"kernel_dim": 4}
@@ -184,6 +188,24 @@ def test_a_run_is_rebuilt_from_its_folder(tmp_path, trunk, capsys, kind):
     save_file(other.state_dict(), trunk)
     with pytest.raises(ValueError, match="frozen trunk"):
         load_run(tmp_path / "out")
+
+
+def test_scores_need_data_of_the_same_classes(tmp_path, trunk, capsys):
+    path = coco_tree(tmp_path / "data")
+    words = [*SMALL, "--detector", "retinanet", "--output", str(tmp_path / "out")]
+    words += ["--variant", "swin_digits", "--weights", str(trunk), "--iterations", "1"]
+    main([*words, "--train-json", str(path), "--train-images", str(path.parent)])
+    for more, message in [
+        ([], "no validation data"),
+        (["--json", str(path)], "--json and --images go together"),
+    ]:
+        with pytest.raises(SystemExit):
+            score.main([str(tmp_path / "out"), *more])
+        assert message in capsys.readouterr().err
+    path.write_text(path.read_text().replace("wide", "broad"))
+    with pytest.raises(SystemExit):
+        score.main([str(tmp_path / "out"), "--json", str(path), "--images", str(path.parent)])
+    assert "classes ['tall', 'broad'], not ['tall', 'wide']" in capsys.readouterr().err
 
 
 def test_bad_folders_are_named(tmp_path):
