@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from e3va import cli
+from e3va.torchvision import score as torchvision_score
 from e3va.torchvision import train as torchvision_train
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +47,12 @@ def test_train_net(words):
 @of("python", "-m", "e3va.torchvision.train")
 def test_torchvision(words):
     assert torchvision_train._arguments(words).iterations > 0
+
+
+@of("python", "-m", "e3va.torchvision.score")
+def test_torchvision_score(words):
+    with pytest.raises(FileNotFoundError, match="run.json"):  # understood, and nothing is there
+        torchvision_score.main(words)
 
 
 @of("e3va")
