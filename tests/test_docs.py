@@ -51,7 +51,7 @@ def test_torchvision(words):
 
 @of("python", "-m", "e3va.torchvision.score")
 def test_torchvision_score(words):
-    with pytest.raises(FileNotFoundError, match="run.json"):  # understood, and nothing is there
+    with pytest.raises(FileNotFoundError, match=r"run\.json"):  # understood, and nothing is there
         torchvision_score.main(words)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import e3va
-from e3va import build_backbone, load_trunk, trunk_config
 from e3va.methods import options_of
 
 WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
@@ -143,31 +142,31 @@ def detectron2_loss(model: Any, batch: list[dict[str, Any]]) -> Tensor:
 def train_torchvision(method: str, coco: Path, output: Path, iterations: int, seed: int) -> Trained:
     """As :func:`train_detectron2`, by torchvision, with heads of the same widths."""
     from e3va.data.coco import CocoInstances
-    from e3va.torchvision import TrainConfig, detect, mask_rcnn
+    from e3va.torchvision import ModelConfig, TrainConfig, build_model, detect
     from e3va.torchvision.train import HISTORY, train
 
     train_data, val_data = (
         CocoInstances(coco / f"annotations/instances_{split}.json", coco / f"images/{split}")
         for split in ("train", "val")
     )
-    torch.manual_seed(seed)
-    options = {name: HIGHWAY[name] for name in options_of(method) if name in HIGHWAY}
-    backbone = build_backbone(method, trunk_config("swin_digits"), **options)
-    load_trunk(backbone.trunk, WEIGHTS)
-    model = mask_rcnn(
-        backbone,
-        len(train_data.classes) + 1,
+    built = ModelConfig(
+        weights=str(WEIGHTS),
+        variant="swin_digits",
+        method=method,
+        options={name: HIGHWAY[name] for name in options_of(method) if name in HIGHWAY},
         out_channels=64,
-        min_size=train_data.image(0).shape[-2],
+        min_size=(train_data.image(0).shape[-2],),
         anchor_sizes=(8, 16, 32, 64, 128),
-        representation_size=256,
-        mask_channels=(64, 64),
-        rpn_batch_size_per_image=128,
-        rpn_pre_nms_top_n_train=500,
-        rpn_post_nms_top_n_train=200,
-        rpn_pre_nms_top_n_test=300,
-        rpn_post_nms_top_n_test=200,
-        box_batch_size_per_image=64,
+        detector_options={
+            "representation_size": 256,
+            "mask_channels": (64, 64),
+            "rpn_batch_size_per_image": 128,
+            "rpn_pre_nms_top_n_train": 500,
+            "rpn_post_nms_top_n_train": 200,
+            "rpn_pre_nms_top_n_test": 300,
+            "rpn_post_nms_top_n_test": 200,
+            "box_batch_size_per_image": 64,
+        },
     )
     config = TrainConfig(
         iterations=iterations,
@@ -178,16 +177,19 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         warmup=min(30, iterations // 2),
         horizontal_flip=False,
         seed=seed,
+        model=built,
     )
-    metrics = train(model, train_data, val_data, output, config)
     device = config.resolved_device()
+    torch.manual_seed(seed)
+    model: Any = build_model(built, len(train_data.classes) + 1, device)
+    metrics = train(model, train_data, val_data, output, config)
     batch = [train_data[i] for i in range(BATCH_SIZE)]
     images = [image.to(device) for image, _ in batch]
     targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
     history = [json.loads(line) for line in (output / HISTORY).read_text().splitlines()]
     return Trained(
         model=model,
-        backbone=backbone,
+        backbone=model.backbone.body,
         images=model.transform(images)[0].tensors,
         loss=lambda: sum(model(images, targets).values()),
         metrics={key: metrics[key] for key in ("box_ap", "mask_ap", "mask_ap50")},

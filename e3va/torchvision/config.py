@@ -15,12 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 
-from e3va.backbone import METHODS
-from e3va.config import SWIN_VARIANTS
+from e3va.methods import METHODS
 from e3va.precision import PRECISIONS
 from e3va.torchvision.model import ANCHOR_SIZES, DETECTORS
+from e3va.trunks import FAMILIES
 
 Config = TypeVar("Config")
+
+VARIANTS = tuple(variant for family in FAMILIES.values() for variant in family.variants)
 
 
 def _setting(
@@ -40,16 +42,16 @@ class ModelConfig:
     # Their hash tells whether they are the same, wherever they lie.
     weights: str = _setting("weights of the trunk: a file or timm:NAME", fixed=False)
     detector: str = _setting("what is trained on top", "mask_rcnn", tuple(DETECTORS))
-    method: str = _setting("how the backbone is tuned", "e3va", METHODS)
-    options: Mapping[str, Any] = _setting("of the method", {})
-    variant: str = _setting("of the trunk", "swin_b", tuple(SWIN_VARIANTS))
-    window_size: int = _setting("of the trunk", 7)
+    method: str = _setting("how the backbone is tuned", "e3va", tuple(METHODS))
+    options: Mapping[str, Any] = _setting("an option of the method", {})
+    variant: str = _setting("of the trunk", "swin_b", VARIANTS)
+    trunk_options: Mapping[str, Any] = _setting("what differs from the variant: window_size=12", {})
     trunk_precision: str | None = _setting("quantise the frozen trunk", None, PRECISIONS)
     out_channels: int = _setting("channels of the FPN", 256)
     anchor_sizes: tuple[int, ...] = _setting("of the smallest anchors on each level", ANCHOR_SIZES)
     min_size: tuple[int, ...] = _setting("shorter image side; several: one is drawn", (800,))
     max_size: int = _setting("limit of the longer image side", 1333)
-    detector_options: Mapping[str, Any] = _setting("more arguments of the detector's function", {})
+    detector_options: Mapping[str, Any] = _setting("an argument of the detector's function", {})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""torchvision's own detectors over the features of a :class:`SwinBackbone`."""
+"""torchvision's own detectors over the features of a :class:`Backbone`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torchvision.ops.feature_pyramid_network import (
     LastLevelP6P7,
 )
 
-from e3va.backbone import SwinBackbone
+from e3va.backbone import Backbone
 
 ANCHOR_SIZES = (32, 64, 128, 256, 512)
 ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -30,7 +30,7 @@ ASPECT_RATIOS = (0.5, 1.0, 2.0)
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class SwinFPN(nn.Module):
+class BackboneFPN(nn.Module):
     """A backbone and torchvision's feature pyramid over it.
 
     Args:
@@ -42,7 +42,7 @@ class SwinFPN(nn.Module):
 
     def __init__(
         self,
-        body: SwinBackbone,
+        body: Backbone,
         out_channels: int,
         top: ExtraFPNBlock | None = None,
         first: int = 0,
@@ -72,7 +72,7 @@ class Float32Anchors(AnchorGenerator):
 
 
 def mask_rcnn(
-    backbone: SwinBackbone,
+    backbone: Backbone,
     num_classes: int,
     *,
     mask_channels: Sequence[int] = (256, 256, 256, 256),
@@ -105,7 +105,7 @@ def mask_rcnn(
     )
 
 
-def faster_rcnn(backbone: SwinBackbone, num_classes: int, **options: Any) -> FasterRCNN:
+def faster_rcnn(backbone: Backbone, num_classes: int, **options: Any) -> FasterRCNN:
     """torchvision's Faster R-CNN over p0..p3 of ``backbone`` and a pooled fifth level.
 
     It takes and gives what torchvision's detectors do: images [3, H, W] in [0, 1], RGB, of any
@@ -122,7 +122,7 @@ def faster_rcnn(backbone: SwinBackbone, num_classes: int, **options: Any) -> Fas
             training), ``max_size``, the most that the longer side may then have (default 1333), ….
 
     Raises:
-        TypeError: ``backbone`` is no SwinBackbone, or torchvision knows no such option.
+        TypeError: ``backbone`` is no Backbone, or torchvision knows no such option.
         ValueError: ``num_classes`` leaves no object class, or the anchor sizes do not fit.
     """
     parts = _two_stages(FasterRCNN, backbone, num_classes, **options)
@@ -130,7 +130,7 @@ def faster_rcnn(backbone: SwinBackbone, num_classes: int, **options: Any) -> Fas
 
 
 def retinanet(
-    backbone: SwinBackbone,
+    backbone: Backbone,
     num_classes: int,
     *,
     out_channels: int = 256,
@@ -157,7 +157,7 @@ def retinanet(
     top = LastLevelP6P7(backbone.trunk.config.dims[-1], out_channels)
     scales = [tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes]
     model = _RetinaNet(
-        SwinFPN(backbone, out_channels, top, first=1),
+        BackboneFPN(backbone, out_channels, top, first=1),
         num_classes - 1,
         anchor_generator=Float32Anchors(tuple(scales), (ASPECT_RATIOS,) * len(scales)),
         **options,
@@ -180,7 +180,7 @@ DETECTORS = {
 
 
 def build_detector(
-    name: str, backbone: SwinBackbone, num_classes: int, **options: Any
+    name: str, backbone: Backbone, num_classes: int, **options: Any
 ) -> MaskRCNN | FasterRCNN | RetinaNet:
     """The detector called ``name``, with random weights outside of ``backbone``.
 
@@ -212,7 +212,7 @@ class _RetinaNet(RetinaNet):
 
 def _two_stages(
     kind: type[FasterRCNN],
-    backbone: SwinBackbone,
+    backbone: Backbone,
     num_classes: int,
     *,
     out_channels: int = 256,
@@ -222,7 +222,7 @@ def _two_stages(
 ) -> dict[str, Any]:
     """The arguments that torchvision's FasterRCNN and MaskRCNN share."""
     _check(kind, backbone, num_classes, anchor_sizes, options)
-    fpn = SwinFPN(backbone, out_channels)
+    fpn = BackboneFPN(backbone, out_channels)
     return {
         "backbone": fpn,
         "rpn_anchor_generator": Float32Anchors(
@@ -237,13 +237,13 @@ def _two_stages(
 
 def _check(
     kind: type[nn.Module],
-    backbone: SwinBackbone,
+    backbone: Backbone,
     num_classes: int,
     anchor_sizes: Sequence[int],
     options: Mapping[str, Any],
 ) -> None:
-    if not isinstance(backbone, SwinBackbone):
-        raise TypeError(f"backbone must be a SwinBackbone, got {type(backbone).__name__}")
+    if not isinstance(backbone, Backbone):
+        raise TypeError(f"backbone must be a Backbone, got {type(backbone).__name__}")
     # torchvision ignores what it does not know.
     known = {n for of in (kind, GeneralizedRCNNTransform) for n in signature(of).parameters}
     if unknown := sorted(options.keys() - known):
@@ -252,7 +252,7 @@ def _check(
         raise ValueError(
             f"num_classes counts the background, so it is at least 2, got {num_classes}"
         )
-    levels = backbone.trunk.config.num_stages + 1
+    levels = len(backbone.trunk.config.dims) + 1
     if len(anchor_sizes) != levels:
         raise ValueError(
             f"anchor_sizes needs one size for each of {levels} levels, got {tuple(anchor_sizes)}"

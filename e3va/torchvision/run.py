@@ -12,14 +12,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from e3va.backbone import build_backbone
-from e3va.config import HighwayConfig, swin_config
 from e3va.data.coco import CocoInstances
 from e3va.files import write_json
+from e3va.methods import build_backbone
 from e3va.precision import quantize_trunk
 from e3va.torchvision.checkpoint import load_checkpoint
 from e3va.torchvision.config import ModelConfig, TrainConfig, from_json
 from e3va.torchvision.model import build_detector
+from e3va.trunks import trunk_config
 from e3va.weights import load_trunk
 
 CHECKPOINT = "checkpoint.pt"
@@ -84,14 +84,8 @@ def build_model(
         ImportError: something that a setting needs is not installed.
         TypeError, ValueError: a setting is unknown or out of range, or the weights do not fit.
     """
-    options = dict(config.options)
-    taps = {"taps": options.pop("taps")} if "taps" in options else {}
-    backbone = build_backbone(
-        config.method,
-        swin_config(config.variant, config.window_size),
-        highway=HighwayConfig(**options),
-        **taps,
-    )
+    trunk = trunk_config(config.variant, **config.trunk_options)
+    backbone = build_backbone(config.method, trunk, **config.options)
     load_trunk(backbone.trunk, config.weights)
     if config.trunk_precision:
         quantize_trunk(backbone.to(device).trunk, config.trunk_precision)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import math
@@ -20,11 +21,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import MaskRCNN
 from tqdm import tqdm
 
+from e3va.backbone import Backbone
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
-from e3va.highway import HighwayStage
 from e3va.measure import trainable_parameters
-from e3va.optim import parameter_groups
+from e3va.optim import Rates, parameter_groups
+from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
 from e3va.torchvision.evaluation import evaluate
@@ -34,6 +36,9 @@ from e3va.torchvision.run import CHECKPOINT, RUN, Run, build_model
 logger = logging.getLogger(__name__)
 
 HISTORY = "history.jsonl"
+
+# What is drawn of a seed, see e3va.seeding.
+_AUGMENTATION, _MODEL, _ORDER = range(3)
 
 
 def train(
@@ -82,13 +87,13 @@ def train(
 
     model.to(device).train()
     parameters = [p for p in model.parameters() if p.requires_grad]
-    groups = parameter_groups(
-        model,
+    rates = Rates(
         config.lr,
         config.weight_decay,
-        config.highway_lr_factor,
-        config.highway_lr_ratio,
+        highway_lr_factor=config.highway_lr_factor,
+        highway_lr_ratio=config.highway_lr_ratio,
     )
+    groups = parameter_groups(model, rates)
     optimizer = torch.optim.AdamW(groups, lr=config.lr)
     highest = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp_dtype == torch.float16)
@@ -144,7 +149,7 @@ def train(
     with tqdm(batches, initial=start, total=config.iterations, unit="it") as progress:
         for iteration, batch in enumerate(progress, start=start):
             began = time.perf_counter()
-            torch.manual_seed(_seed(config.seed, iteration))
+            reseed(config.seed, _MODEL, iteration)
             factor = schedule(iteration, config.iterations, config.warmup)
             for group, rate in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = rate * factor
@@ -227,7 +232,7 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         self._seed = seed
 
     def __getitem__(self, iteration: int) -> list[tuple[Tensor, Target]]:
-        random = torch.Generator().manual_seed(_seed(self._seed, iteration))
+        random = torch.Generator().manual_seed(seed_of(self._seed, _AUGMENTATION, iteration))
         batch = []
         for position in range(iteration * self._batch_size, (iteration + 1) * self._batch_size):
             epoch, i = divmod(position, len(self._data))
@@ -238,7 +243,7 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
         return batch
 
     def _order(self, epoch: int) -> Tensor:
-        random = torch.Generator().manual_seed(_seed(self._seed, epoch))
+        random = torch.Generator().manual_seed(seed_of(self._seed, _ORDER, epoch))
         return torch.randperm(len(self._data), generator=random)
 
 
@@ -266,11 +271,6 @@ def _entry(line: str) -> dict[str, float] | None:
         return json.loads(line)
     except ValueError:
         return None
-
-
-def _seed(seed: int, number: int) -> int:
-    """One of 2³² seeds for each iteration or epoch of each run."""
-    return (seed * 1_000_003 + number) % 2**32
 
 
 def _previous(path: Path) -> Path:
@@ -304,17 +304,17 @@ def _check_data(
 
 
 def _settings(config: TrainConfig, model: nn.Module, data: CocoInstances) -> dict[str, Any]:
-    """All that a resumed run must share with the checkpoint's, as JSON can hold it.
-
-    A model that was not built from the config tells what of it shows in no weight.
-    """
+    """All that a resumed run must share with the checkpoint's, as JSON can hold it: the config's
+    and, as the model may be built otherwise, what of it shows in no weight."""
     transform: Any = model.transform
+    methods = [m.method for m in model.modules() if isinstance(m, Backbone) and m.method]
     settings = {
+        **fixed_settings(config),
         "model": type(model).__name__,
-        "taps": [m.taps for m in model.modules() if isinstance(m, HighwayStage)],
+        "method": [method.name for method in methods],
+        "options": [dataclasses.asdict(method) for method in methods],
         "min_size": transform.min_size,
         "max_size": transform.max_size,
-        **fixed_settings(config),
         "images": len(data),
         "classes": data.classes,
     }

@@ -23,12 +23,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def backbone(method="e3va", seed=0, trunk_seed=0):
+def backbone(method="e3va", seed=0, trunk_seed=0, **options):
+    """A narrow backbone, its trunk's weights drawn apart from the rest."""
     torch.manual_seed(trunk_seed)
     trunk = e3va.Swin(TINY).state_dict()
     torch.manual_seed(seed)
-    highway = e3va.HighwayConfig(1, 4) if method == "e3va" else None
-    built = e3va.build_backbone(method, TINY, highway=highway)
+    if method.startswith("e3va"):
+        options = {"branches": 1, "kernel_dim": 4, **options}
+    built = e3va.build_backbone(method, TINY, **options)
     built.trunk.load_state_dict(trunk)
     return built
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from e3va.methods import METHODS
 from tests.torchvision.conftest import SMALL_HEADS, detector
 
 pytest.importorskip("torchvision")
@@ -29,6 +30,24 @@ def test_checkpoint_leaves_out_the_frozen_trunk_and_refuses_another(kind, tmp_pa
         load_checkpoint(path, detector(kind=kind, out_channels=32))
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pt"):
         load_checkpoint(tmp_path / "nowhere.pt", model)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
+def test_every_methods_checkpoint_holds_what_it_trains_and_knows_its_trunk(method, tmp_path):
+    if method == "lora":
+        pytest.importorskip("peft")
+    model, path = detector(method), tmp_path / "checkpoint.pt"
+    save_checkpoint(path, model)
+    saved = set(torch.load(path, weights_only=True)["model"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained <= saved
+    assert {name for name in saved if ".body.trunk." in name} <= trained
+    other = detector(method, seed=5)
+    load_checkpoint(path, other)
+    for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="was trained over the frozen trunk"):
+        load_checkpoint(path, detector(method, trunk_seed=1))
 
 
 def test_full_checkpoint_holds_the_trunk(tmp_path):

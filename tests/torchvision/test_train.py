@@ -8,16 +8,14 @@ import logging
 import pytest
 import torch
 
-import e3va
 from e3va.data.coco import CocoInstances
-from e3va.optim import parameter_groups
 from tests.data.conftest import coco, coco_tree
-from tests.torchvision.conftest import SMALL_HEADS, TINY, detector
+from tests.torchvision.conftest import SMALL, SMALL_HEADS, backbone, detector
 
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from e3va.torchvision import TrainConfig
+from e3va.torchvision import TrainConfig, mask_rcnn
 from e3va.torchvision.checkpoint import load_checkpoint
 from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import Run
@@ -115,6 +113,23 @@ def test_a_resumed_run_may_become_longer(tmp_path, caplog):
     assert Run.read(tmp_path / "out").config.iterations == 8
     with pytest.raises(ValueError, match="8 iterations long, not 5: it can become longer"):
         train(detector(), data, None, tmp_path / "out", short, resume=True)
+
+
+def test_settings_that_show_in_no_weight_are_compared(tmp_path):
+    data = coco(tmp_path / "data")
+    train(detector(), data, None, tmp_path / "out", settings())
+
+    def resume(model):
+        train(model, data, None, tmp_path / "out", settings(), resume=True)
+
+    narrow = {**SMALL, **SMALL_HEADS["mask_rcnn"]}
+    with pytest.raises(ValueError, match=r"with options .*'int4'.*, not .*'full'"):
+        resume(mask_rcnn(backbone(storage="full"), 3, **narrow))
+    with pytest.raises(ValueError, match=r"with max_size 96, not 128"):
+        resume(mask_rcnn(backbone(), 3, **{**narrow, "max_size": 128}))
+    with pytest.raises(ValueError, match=r"with images 4, not 5"):
+        five = coco(tmp_path / "five", images=5)
+        train(detector(), five, None, tmp_path / "out", settings(), resume=True)
 
 
 def test_a_longer_run_repeats_itself_when_it_is_resumed(tmp_path):
@@ -232,36 +247,3 @@ def test_a_few_steps_lower_the_loss(tmp_path):
     train(detector(), data, None, tmp_path / "out", settings(iterations=40, lr=3e-3, warmup=5))
     losses = [entry["loss"] for entry in history(tmp_path / "out") if "loss" in entry]
     assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
-
-
-# Groups of the optimizer
-
-
-def test_norms_biases_and_tables_do_not_decay():
-    model = detector("full")
-    model.highway = e3va.Highway(TINY, e3va.HighwayConfig(1, 4))
-    frozen = next(model.backbone.body.norms[0].parameters()).requires_grad_(False)
-    decay, rest = parameter_groups(model, 1e-3, 0.1)
-    if rest["weight_decay"]:
-        decay, rest = rest, decay
-    assert (decay["weight_decay"], rest["weight_decay"]) == (0.1, 0.0)
-    names = {id(p): name for name, p in model.named_parameters()}
-    decaying = {names[id(p)].rpartition(".")[2] for p in decay["params"]}
-    assert decaying == {"weight", "P", "D", "g", "Q", "U", "g_up", "V"}
-    assert {names[id(p)].rpartition(".")[2] for p in rest["params"]} == {
-        "weight", "bias", "gamma", "b", "c", "relative_position_bias_table"
-    }  # fmt: skip
-    grouped = [id(p) for p in (*decay["params"], *rest["params"])]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)
-    with pytest.raises(ValueError, match="no trainable"):
-        parameter_groups(e3va.FrozenSwin(TINY), 1e-3, 0.1)
-
-
-def test_the_highway_may_learn_faster():
-    model = detector("e3va")
-    groups = parameter_groups(model, 1e-3, 0.1, highway_lr_factor=2, highway_lr_ratio=5)
-    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            factor = (10 if name.endswith((".V", ".c")) else 2) if ".highway." in name else 1
-            assert rates[id(parameter)] == pytest.approx(factor * 1e-3)
