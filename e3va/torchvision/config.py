@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from e3va.methods import METHODS
+from e3va.methods import METHODS, options_of
 from e3va.precision import PRECISIONS
 from e3va.torchvision.model import ANCHOR_SIZES, DETECTORS
 from e3va.trunks import FAMILIES
@@ -40,18 +40,18 @@ class ModelConfig:
     """What :func:`e3va.torchvision.build_model` builds; the fields' ``help`` says what each is."""
 
     # Their hash tells whether they are the same, wherever they lie.
-    weights: str = _setting("weights of the trunk: a file or timm:NAME", fixed=False)
+    weights: str = _setting("the trunk's: a file or timm:NAME", fixed=False)
     detector: str = _setting("what is trained on top", "mask_rcnn", tuple(DETECTORS))
     method: str = _setting("how the backbone is tuned", "e3va", tuple(METHODS))
-    options: Mapping[str, Any] = _setting("an option of the method", {})
-    variant: str = _setting("of the trunk", "swin_b", VARIANTS)
-    trunk_options: Mapping[str, Any] = _setting("what differs from the variant: window_size=12", {})
+    options: Mapping[str, Any] = _setting("an option of the method; repeatable", {})
+    variant: str = _setting("architecture of the trunk", "swin_b", VARIANTS)
+    trunk_options: Mapping[str, Any] = _setting("a field of it, set otherwise: window_size=12", {})
     trunk_precision: str | None = _setting("quantise the frozen trunk", None, PRECISIONS)
     out_channels: int = _setting("channels of the FPN", 256)
     anchor_sizes: tuple[int, ...] = _setting("of the smallest anchors on each level", ANCHOR_SIZES)
     min_size: tuple[int, ...] = _setting("shorter image side; several: one is drawn", (800,))
     max_size: int = _setting("limit of the longer image side", 1333)
-    detector_options: Mapping[str, Any] = _setting("an argument of the detector's function", {})
+    detector_options: Mapping[str, Any] = _setting("of torchvision's: box_score_thresh=0.2", {})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,7 @@ class TrainConfig:
     clip_norm: float = _setting("the most that the norm of all gradients may be", 1.0)
     horizontal_flip: bool = _setting("mirror half of the training images", True)
     amp: str | None = _setting("autocast to this dtype", None, ("bfloat16", "float16"))
+    # There is one at the end in any case.
     eval_period: int | None = _setting("iterations between evaluations", None, fixed=False)
     checkpoint_period: int = _setting("iterations between checkpoints", 500, fixed=False)
     seed: int = _setting("of sampling, augmentation and the model's own randomness", 0)
@@ -130,10 +131,16 @@ def from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add an option for every setting: ``--batch-size`` for ``batch_size``, …."""
+    methods = ((name, options_of(name)) for name in METHODS)
+    parser.epilog = "Options of the methods: " + "; ".join(
+        f"{name}: {', '.join(f'{option}={value!r}' for option, value in options.items())}"
+        for name, options in methods
+        if options
+    )
     for title, kind in (("model", ModelConfig), ("training", TrainConfig)):
         group = parser.add_argument_group(title)
         hints = typing.get_type_hints(kind)
-        for f in _told(kind):
+        for f in _described(kind):
             mapping = typing.get_origin(hints[f.name]) is Mapping
             name = f.name.removesuffix("s") if mapping else f.name
             group.add_argument(f"--{name.replace('_', '-')}", **_argument(f, hints[f.name]))
@@ -147,12 +154,12 @@ def from_arguments(args: argparse.Namespace) -> TrainConfig:
     """
 
     def settings(kind: type) -> dict[str, Any]:
-        return {f.name: getattr(args, f.name) for f in _told(kind)}
+        return {f.name: getattr(args, f.name) for f in _described(kind)}
 
     return from_json(TrainConfig, {**settings(TrainConfig), "model": settings(ModelConfig)})
 
 
-def _told(kind: type) -> list[dataclasses.Field[Any]]:
+def _described(kind: type) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(kind) if "help" in f.metadata]
 
 
