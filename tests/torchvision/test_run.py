@@ -131,18 +131,8 @@ def trunk(tmp_path):
     return path
 
 
-SMALL = [
-    "--min-size",
-    "64",
-    "--max-size",
-    "96",
-    "--out-channels",
-    "16",
-    "--batch-size",
-    "1",
-    "--device",
-    "cpu",
-]
+SMALL = ["--min-size", "64", "--max-size", "96", "--out-channels", "16"]
+SMALL += ["--anchor-sizes", *["8", "16", "32", "64", "96"], "--batch-size", "1", "--device", "cpu"]
 HEADS = {
     "mask_rcnn": {"representation_size": 16, "mask_channels": (8,), "box_batch_size_per_image": 16},
     "faster_rcnn": {"representation_size": 16},
@@ -171,6 +161,9 @@ def test_a_run_is_rebuilt_from_its_folder(tmp_path, trunk, capsys, kind):
     scores = json.loads(capsys.readouterr().out)
     assert scores and scores.items() <= report.items()
     model, run = load_run(tmp_path / "out")
+    assert (model.transform.min_size, model.transform.max_size) == ((64,), 96)
+    anchors = model.anchor_generator if kind == "retinanet" else model.rpn.anchor_generator
+    assert [sizes[0] for sizes in anchors.sizes] == [8, 16, 32, 64, 96]
     assert not model.training and run.classes == ["tall", "wide"]
     assert run.config.iterations == 2 and run.config.model.options == {"kernel_dim": 4}
     assert run.data["val"] == {
