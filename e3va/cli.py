@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,12 @@ import torch
 
 import e3va
 from e3va import native
+from e3va.methods import METHODS
 from e3va.ops import dispatch, trial
+from e3va.weights import resolve
+
+ENGINES = ("detectron2", "torchvision")
+TASKS = ("boxes", "masks", "semantic")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,26 +44,144 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = commands.add_parser(
         "convert", help="a trunk's weights, of any format that is known, as one of ours"
     )
-    convert.add_argument("source", type=Path, help="a file of Microsoft's, timm, …, or timm:NAME")
+    convert.add_argument("source", help="a file of Microsoft's, timm, …, or timm:NAME")
     convert.add_argument("target", type=Path, help="the .safetensors file to write")
     convert.add_argument("--dtype", choices=("float32", "float16", "bfloat16"))
     convert.set_defaults(run=_convert)
+    _add_runs(commands)
+    options, more = parser.parse_known_args(arguments)
+    options.overrides = [*getattr(options, "overrides", []), *more]
+    if options.overrides and (options.run is not _train or options.overrides[0].startswith("-")):
+        parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+    try:
+        return options.run(options) or 0
+    except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
+        if os.environ.get("E3VA_TRACEBACK"):
+            raise
+        print(f"error: {_message(error)}", file=sys.stderr)
+        return 2
+
+
+def _message(error: Exception) -> str:
+    """In one line."""
+    return " ".join(
+        str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()
+    )
+
+
+def _add_runs(commands: Any) -> None:
+    """The commands on data and runs."""
+    data = commands.add_parser("data", help="what a folder of data holds, with pictures")
+    _add_data(data)
+    data.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
+    data.add_argument("--output", type=Path, default=Path("output/data.png"), help="the pictures")
+    data.set_defaults(run=_data)
+    train = commands.add_parser(
+        "train",
+        help="train on a folder of data",
+        epilog="KEY VALUE pairs at the end override the engine's own settings.",
+    )
+    _add_data(train)
+    train.add_argument("--model", help="a trunk, or a detector and a trunk: retinanet_swin_b")
+    train.add_argument("--weights", help="the trunk's: a file, a URL or timm:NAME")
+    train.add_argument("--method", choices=METHODS, default="e3va", help="(default e3va)")
+    train.add_argument("--engine", choices=ENGINES, help="(default detectron2, where it is)")
+    train.add_argument("--iterations", type=int, help="(default: by the number of images)")
+    train.add_argument("--output", type=Path, default=Path("output/run"), metavar="RUN")
+    train.add_argument("--resume", action="store_true", help="go on where RUN has stopped")
+    train.set_defaults(run=_train)
+    evaluate = commands.add_parser("eval", help="score a trained model")
+    evaluate.add_argument("folder", type=Path, metavar="RUN", help="the training's output")
+    _add_data(evaluate, optional=True)
+    evaluate.set_defaults(run=_evaluate)
     predict = commands.add_parser("predict", help="pictures and JSON of what a model finds")
-    predict.add_argument("images", type=Path, nargs="+")
+    predict.add_argument("folder", type=Path, metavar="RUN", help="the training's output")
+    predict.add_argument(
+        "images", nargs="+", help="files, folders, globs, or - for names on standard input"
+    )
     predict.add_argument("--output", type=Path, default=Path("output/predictions"))
     predict.add_argument("--min-score", type=float, default=0.5, help="(default 0.5)")
     predict.set_defaults(run=_predict)
     export = commands.add_parser("export", help="a model and its frozen trunk as one file")
+    export.add_argument("folder", type=Path, metavar="RUN", help="the training's output")
     export.add_argument("target", type=Path, help="a .safetensors or .pth file to write")
     export.set_defaults(run=_export)
-    for command in (predict, export):
-        command.add_argument("--config", required=True, help="config.yaml of its training's output")
-        command.add_argument("--weights", required=True, help="the trained model's file")
-        command.add_argument(
-            "--set", nargs=2, action="append", default=[], metavar=("KEY", "VALUE")
-        )
-    options = parser.parse_args(arguments)
-    return options.run(options) or 0
+
+
+def _add_data(parser: Any, optional: bool = False) -> None:
+    parser.add_argument(
+        "data", nargs="?" if optional else None, metavar="DATA", help="a folder or a file"
+    )
+    parser.add_argument("--val", metavar="DATA", help="validate on this (default: its own split)")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="of COCO files (default: found)")
+    parser.add_argument("--task", choices=TASKS, help="(default: what the data are for)")
+    parser.add_argument(
+        "--classes",
+        metavar="NAMES|FILE",
+        help="those to keep, NAME,NAME,…, or a YAML file of lines 'old: new'",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+
+
+def _open(options: argparse.Namespace, **more: Any) -> Any:
+    from e3va.data.folder import open_data, read_classes
+
+    classes = read_classes(options.classes) if options.classes else None
+    given = {"val": options.val, "images": options.images, "task": options.task}
+    return open_data(options.data, **given, classes=classes, seed=options.seed, **more)
+
+
+def _data(options: argparse.Namespace) -> None:
+    from e3va.runs import commands
+
+    commands.show(_open(options), options.output, options.json)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from e3va.runs import commands
+    from e3va.runs.plan import make_plan
+
+    data = _open(options)
+    print(commands.describe(data))
+    plan = make_plan(
+        data,
+        model=options.model,
+        weights=options.weights,
+        method=options.method,
+        iterations=options.iterations,
+        seed=options.seed,
+    )
+    name = options.engine or commands.default_engine()
+    print(f"trained by {name}, into {options.output}:\n{plan.describe()}")
+    metrics = commands.train(
+        data, plan, name, options.output, resume=options.resume, overrides=options.overrides
+    )
+    _print_metrics(metrics)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from e3va.runs import commands
+
+    metrics = commands.evaluate(options.folder, _open(options) if options.data else None)
+    _print_metrics(metrics)
+
+
+def _print_metrics(metrics: dict[str, float]) -> None:
+    print("  ".join(f"{name} {value:.2f}" for name, value in metrics.items()))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    from e3va.runs import commands
+
+    found = commands.predict(options.folder, options.images, options.output, options.min_score)
+    print(f"{found} pictures and predictions.json are in {options.output}")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from e3va.runs import commands
+
+    commands.engine(commands.engine_of(options.folder)).export(options.folder, options.target)
+    print(f"{options.target}: {options.target.stat().st_size / 2**20:.1f} MiB")
 
 
 def _selftest(options: argparse.Namespace) -> int:
@@ -72,34 +197,9 @@ def _selftest(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> None:
-    trunk = e3va.open_trunk(options.source)
+    trunk = e3va.open_trunk(resolve(options.source))
     e3va.save_trunk(trunk, options.target, getattr(torch, options.dtype or "", None))
     print(f"{options.target}: {trunk.config}")
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from e3va.detectron2.inference import PREDICTIONS, predict
-
-    entries = predict(_config(options), options.images, options.output, options.min_score)
-    print(f"{len(entries)} pictures and {PREDICTIONS} are in {options.output}")
-
-
-def _export(options: argparse.Namespace) -> None:
-    from e3va.detectron2.inference import export
-
-    export(_config(options), options.target)
-    print(f"{options.target}: {options.target.stat().st_size / 2**20:.1f} MiB")
-
-
-def _config(options: argparse.Namespace) -> Any:
-    """The Detectron2 config that the options speak of. Its data need not be there."""
-    from e3va.detectron2 import load_config
-
-    overrides = [word for pair in options.set for word in pair]
-    cfg = load_config(options.config, [*overrides, "MODEL.WEIGHTS", options.weights])
-    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    return cfg
 
 
 def describe() -> str:

@@ -236,6 +236,31 @@ def open_data(
     return data
 
 
+def read_classes(text: str) -> dict[str, str | None]:
+    """Of ``--classes``: names to keep, separated by commas, or a YAML file of lines "old: new".
+
+    Raises:
+        ImportError: PyYAML is missing.
+        ValueError: the file has no such lines.
+    """
+    path = Path(text)
+    if not path.is_file():
+        return {name.strip(): name.strip() for name in text.split(",") if name.strip()}
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ImportError("a file of classes needs PyYAML: pip install 'e3va[train]'") from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error
+    if isinstance(content, list):
+        content = {name: name for name in content}
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f'{path} has no lines "old: new"')
+    return {str(old): None if new is None else str(new) for old, new in content.items()}
+
+
 def _read(path: Path, images: Path | None) -> Data:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from e3va.data.folder import Data
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
 from e3va.files import write_json
-from e3va.runs.plan import Plan
 
-ABOUT = "run.json"
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 CURVES = "curves.png"
@@ -26,45 +24,27 @@ DATA_PAGE = "data.png"
 LOG = "log.txt"
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What ``run.json`` holds: enough to evaluate, predict and export without being told more.
+def engine_of(folder: str | os.PathLike[str]) -> str:
+    """The engine, "detectron2" or "torchvision", that has trained into ``folder``.
 
-    Attributes:
-        engine: "detectron2" or "torchvision".
-        plan: what was trained.
-        classes: their names.
-        data: where the data came from, as it was given.
+    Raises:
+        FileNotFoundError: it is no folder of a run.
+        ValueError: its config is damaged.
     """
-
-    engine: str
-    plan: Plan
-    classes: list[str]
-    data: str
-
-    def write(self, folder: Path) -> None:
-        """Write ``run.json`` into ``folder``, whole or not at all."""
-        write_json(folder / ABOUT, dataclasses.asdict(self))
-
-    @classmethod
-    def read(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read it from there.
-
-        Raises:
-            FileNotFoundError: ``folder`` is none of a run.
-            ValueError: its ``run.json`` is damaged.
-        """
-        path = Path(folder) / ABOUT
-        if not path.is_file():
-            raise FileNotFoundError(f"{folder} is no run of `e3va train`: there is no {path}")
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            plan: dict[str, Any] = {
-                k: tuple(v) if isinstance(v, list) else v for k, v in content["plan"].items()
-            }
-            return cls(**{**content, "plan": Plan(**plan)})
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} is no folder of a run: there is no {path}")
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ImportError("a run's config needs PyYAML: pip install 'e3va[train]'") from error
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is no config of a run")
+    return "detectron2" if "MODEL" in content else "torchvision"
 
 
 def write_data(data: Data, folder: Path) -> None:

@@ -1,5 +1,5 @@
-"""The settings of a run, each told once: Python, command line, ``run.json`` and the check on resume
-all read the fields of :class:`TrainConfig`."""
+"""The settings of a run, each told once: Python, command line, ``config.yaml`` and the check on
+resume all read the fields of :class:`TrainConfig`."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ModelConfig:
 class TrainConfig:
     """How :func:`e3va.torchvision.train.train` trains; the fields' ``help`` says what each is.
 
-    ``model`` is what the detector was built from: without it, ``run.json`` does not tell how to
+    ``model`` is what the detector was built from: without it, ``config.yaml`` does not tell how to
     build it again.
 
     Raises:
@@ -157,6 +157,31 @@ def from_arguments(args: argparse.Namespace) -> TrainConfig:
         return {f.name: getattr(args, f.name) for f in _described(kind)}
 
     return from_json(TrainConfig, {**settings(TrainConfig), "model": settings(ModelConfig)})
+
+
+def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
+    """``config`` with some settings, its own or its model's, set otherwise: NAME, VALUE, ….
+
+    Raises:
+        ValueError: there is no such setting, or it is out of range.
+    """
+    if len(overrides) % 2:
+        raise ValueError(f"settings come as NAME VALUE, got {' '.join(overrides)}")
+    assert config.model is not None
+    model, own = config.model, config
+    for name, text in zip(overrides[::2], overrides[1::2], strict=True):
+        value: Any = text
+        with contextlib.suppress(ValueError, SyntaxError):  # a string
+            value = ast.literal_eval(text)
+        value = tuple(value) if isinstance(value, list) else value
+        if name in {f.name for f in _described(ModelConfig)}:
+            model = dataclasses.replace(model, **{name: value})
+        elif name in {f.name for f in _described(TrainConfig)}:
+            own = dataclasses.replace(own, **{name: value})
+        else:
+            known = [f.name for kind in (TrainConfig, ModelConfig) for f in _described(kind)]
+            raise ValueError(f"no setting {name!r}; known: {', '.join(known)}")
+    return dataclasses.replace(own, model=model)
 
 
 def _described(kind: type) -> list[dataclasses.Field[Any]]:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+import yaml
 from torch import nn
 
 from e3va.data.coco import CocoInstances
-from e3va.files import write_json
+from e3va.files import atomic_path
 from e3va.methods import build_backbone
 from e3va.precision import quantize_trunk
 from e3va.torchvision.checkpoint import load_checkpoint
@@ -23,12 +24,12 @@ from e3va.trunks import trunk_config
 from e3va.weights import load_trunk
 
 CHECKPOINT = "checkpoint.pt"
-RUN = "run.json"
+RUN = "config.yaml"
 
 
 @dataclass(frozen=True)
 class Run:
-    """What ``run.json`` holds.
+    """What ``config.yaml`` holds.
 
     Attributes:
         config: the settings.
@@ -50,22 +51,24 @@ class Run:
         return cls(config, train_data.classes, {"train": _source(train_data), "val": val})
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write ``run.json`` into ``folder``, whole or not at all."""
-        write_json(Path(folder) / RUN, dataclasses.asdict(self))
+        """Write ``config.yaml`` into ``folder``, whole or not at all."""
+        content = json.loads(json.dumps(dataclasses.asdict(self)))  # lists for tuples
+        with atomic_path(Path(folder) / RUN) as temporary:
+            temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:
         """Read it from there.
 
         Raises:
-            FileNotFoundError: ``folder`` has no ``run.json``.
+            FileNotFoundError: ``folder`` has no ``config.yaml``.
             ValueError: it is not what :meth:`write` writes.
         """
         path = Path(folder) / RUN
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(**{**content, "config": from_json(TrainConfig, content["config"])})
-        except (ValueError, TypeError, LookupError) as error:
+        except (ValueError, TypeError, LookupError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged, or of another version: {error}") from error
 
 

@@ -35,7 +35,12 @@ from e3va.torchvision.run import CHECKPOINT, RUN, Run, build_model
 
 logger = logging.getLogger(__name__)
 
-HISTORY = "history.jsonl"
+HISTORY = "metrics.json"
+FINAL = "model_final.pt"
+BEST = "model_best.pt"
+
+_RANKING = "box_ap"
+"""Metric by which the best model is told."""
 
 # What is drawn of a seed, see e3va.seeding.
 _AUGMENTATION, _MODEL, _ORDER = range(3)
@@ -52,11 +57,12 @@ def train(
 ) -> dict[str, float]:
     """Train with AdamW: linear warm-up, cosine decay to zero, clipped gradients.
 
-    ``run.json`` is written to ``output_dir`` at first: the settings, the classes' names and where
-    the data are. Every ``checkpoint_period`` iterations, and before and after each evaluation,
-    ``checkpoint.pt`` is; ``history.jsonl`` gets a line for each iteration (``iteration``, ``loss``,
-    ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``, …). Those of an earlier run
-    are kept as ``run.previous.json`` and ``checkpoint.previous.pt``.
+    ``config.yaml`` is written to ``output_dir`` at first: the settings, the classes' names and
+    where the data are. Every ``checkpoint_period`` iterations, and before and after each
+    evaluation, ``checkpoint.pt`` is; ``metrics.json`` gets a line for each iteration
+    (``iteration``, ``loss``, ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``,
+    …). ``model_best.pt`` is the model of the highest box AP, ``model_final.pt`` the last one. Those
+    of an earlier run are kept as ``config.previous.yaml`` and ``checkpoint.previous.pt``.
 
     Everything random in an iteration follows from the seed and its number, so that a resumed run
     repeats the uninterrupted one, to the last bit on a CPU. It may be resumed with more iterations
@@ -141,6 +147,8 @@ def train(
         if val_data is not None:
             metrics = evaluate(model, val_data, device, amp_dtype=config.amp_dtype)
             evaluated = iteration
+            if metrics[_RANKING] >= history.best(_RANKING):
+                save_checkpoint(output / BEST, model, iteration=iteration, metrics=metrics)
             history.add(iteration=iteration, **metrics)
             save(iteration)
 
@@ -190,6 +198,7 @@ def train(
             )
     if evaluated < config.iterations:
         score(config.iterations)
+    save_checkpoint(output / FINAL, model, iteration=config.iterations, metrics=metrics)
     return {
         **metrics,
         "trainable_params": trainable_parameters(model),
@@ -248,19 +257,26 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
 
 
 class _History:
-    """The lines of ``history.jsonl``, without those of an earlier run beyond ``start``."""
+    """The lines of ``metrics.json``, without those of an earlier run beyond ``start``."""
 
     def __init__(self, path: Path, start: int) -> None:
         self._path = path
         lines = path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else []
         kept = [entry for entry in map(_entry, lines) if entry and entry["iteration"] <= start]
         self.seconds = [entry["seconds"] for entry in kept if "seconds" in entry]
+        self._entries = kept
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+
+    def best(self, name: str) -> float:
+        """The highest value so far of a metric."""
+        return max((e[name] for e in self._entries if name in e), default=-math.inf)
 
     def add(self, **entry: float) -> None:
         if "seconds" in entry:
             self.seconds.append(entry["seconds"])
+        else:
+            self._entries.append(entry)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 

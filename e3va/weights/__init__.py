@@ -8,7 +8,7 @@ from e3va.weights.loading import (
     save_trunk,
     trunk_hash,
 )
-from e3va.weights.reading import State, read_weights
+from e3va.weights.reading import State, read_weights, resolve
 
 __all__ = [
     "State",
@@ -16,6 +16,7 @@ __all__ = [
     "load_trunk",
     "open_trunk",
     "read_weights",
+    "resolve",
     "save_trunk",
     "trunk_hash",
 ]

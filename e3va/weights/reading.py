@@ -14,12 +14,49 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from e3va.files import atomic_path
 from e3va.weights.pickles import read_pickle
 
 State = dict[str, Tensor]
 
 TIMM = "timm:"
 """What the name of a model of timm's begins with, where it stands for a file."""
+
+
+PACKAGED = "e3va://"
+"""What the name of weights that ship with the package begins with."""
+
+
+def resolve(source: str) -> Path | str:
+    """The file that a name of weights stands for: a path, a URL (downloaded once, into PyTorch's
+    hub folder), or e3va://NAME, which ships with the package; timm:NAME stays as it is.
+
+    Raises:
+        FileNotFoundError: no such weights ship with the package.
+        ValueError: the URL cannot be reached.
+    """
+    if source.startswith(TIMM):
+        return source
+    if source.startswith(PACKAGED):
+        name = source.removeprefix(PACKAGED)
+        folder = Path(__file__).parents[1] / "demo"
+        if not (folder / name).is_file():
+            known = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
+            raise FileNotFoundError(f"no weights {source!r} ship with e3va; known: {known}")
+        return folder / name
+    if source.startswith(("http://", "https://")):
+        target = Path(torch.hub.get_dir()) / "checkpoints" / source.rpartition("/")[2]
+        if not target.is_file():
+            try:
+                with atomic_path(target) as temporary:
+                    torch.hub.download_url_to_file(source, str(temporary))
+            except OSError as error:
+                raise ValueError(
+                    f"cannot download {source}; the path of a file that is here needs no network: "
+                    f"{error}"
+                ) from error
+        return target
+    return Path(source).expanduser()
 
 
 def read_weights(path: str | os.PathLike[str]) -> State:

@@ -1,4 +1,4 @@
-"""The settings of a run: in Python, on the command line and in run.json."""
+"""The settings of a run: in Python, on the command line and in config.yaml."""
 
 import dataclasses
 import json
@@ -210,6 +210,6 @@ def test_bad_folders_are_named(tmp_path):
         load_run(tmp_path)
     assert Run.read(tmp_path).config == TrainConfig(iterations=1, device="cpu")
     for content in ("{", "{}", '{"config": {"speed": 1}, "classes": [], "data": {}}'):
-        (tmp_path / "run.json").write_text(content)
+        (tmp_path / "config.yaml").write_text(content)
         with pytest.raises(ValueError, match=r"run\.json is damaged, or of another version"):
             load_run(tmp_path)

@@ -28,7 +28,7 @@ def settings(**changes):
 
 
 def history(folder):
-    lines = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
@@ -90,10 +90,10 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, kind, method):
     # A finished run has nothing left to do.
     again = train(parts, data, data, tmp_path / "parts", settings(), resume=True)
     assert again[ap] == result[ap]
-    run = (tmp_path / "parts" / "run.json").read_text()
+    run = (tmp_path / "parts" / "config.yaml").read_text()
     with pytest.raises(ValueError, match=r"lr 0\.001, not 0\.002"):
         train(parts, data, data, tmp_path / "parts", settings(lr=2e-3), resume=True)
-    assert (tmp_path / "parts" / "run.json").read_text() == run
+    assert (tmp_path / "parts" / "config.yaml").read_text() == run
 
 
 def test_a_resumed_run_may_become_longer(tmp_path, caplog):
@@ -185,7 +185,7 @@ def test_a_failed_evaluation_loses_nothing_trained(tmp_path):
     config = settings(eval_period=None)
     with pytest.raises(OSError, match="no such image"):
         train(detector(), data, Unreadable(data.path, data.folder), tmp_path / "run", config)
-    with (tmp_path / "run" / "history.jsonl").open("a") as file:
+    with (tmp_path / "run" / "metrics.json").open("a") as file:
         file.write('{"iteration": 5, "lo')  # a line whose writing was interrupted
     result = train(detector(seed=1), data, data, tmp_path / "run", config, resume=True)
     assert result["mask_ap"] >= 0
@@ -202,7 +202,7 @@ def test_a_new_run_does_not_go_on_from_an_old_ones_checkpoint(tmp_path):
         train(broken, data, data, tmp_path, settings(iterations=3))
     assert not (tmp_path / "checkpoint.pt").exists()
     assert Run.read(tmp_path).config.iterations == 3
-    assert json.loads((tmp_path / "run.previous.json").read_text())["config"]["iterations"] == 2
+    assert json.loads((tmp_path / "config.previous.yaml").read_text())["config"]["iterations"] == 2
     assert load_checkpoint(tmp_path / "checkpoint.previous.pt", detector())["iteration"] == 2
 
 

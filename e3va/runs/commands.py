@@ -1,0 +1,229 @@
+"""The commands on data and runs: ``e3va data``, ``train``, ``eval``, ``predict``, ``export``."""
+
+from __future__ import annotations
+
+import glob
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from e3va.data.folder import Data
+from e3va.data.images import SUFFIXES, list_images, read_image
+from e3va.files import write_json
+from e3va.runs import pictures
+from e3va.runs.folder import (
+    CONFIG,
+    CURVES,
+    DATA_PAGE,
+    METRICS,
+    PREDICTIONS,
+    Found,
+    engine_of,
+    read_metrics,
+)
+from e3va.runs.plan import Plan
+
+ENGINES = ("detectron2", "torchvision")
+
+
+def default_engine() -> str:
+    """ "detectron2" where it is installed, else "torchvision"."""
+    return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
+
+
+def engine(name: str) -> Any:
+    """The module that trains, evaluates, predicts and exports by ``name``."""
+    return importlib.import_module(f"e3va.{name}.engine")
+
+
+def describe(data: Data) -> str:
+    """The report on data, for reading."""
+    report = data.report()
+    splits = ", ".join(f"{name} {number}" for name, number in report["splits"].items())
+    lines = [
+        f"{report['format']}, for {report['task']}: {report['images']} images ({splits}), "
+        f"{report['instances']} instances of {len(report['classes'])} classes"
+    ]
+    width = max(map(len, report["classes"]), default=0)
+    lines += [f"  {name:{width}}  {number}" for name, number in report["classes"].items()]
+    if sizes := _sizes(data):
+        lines.append(sizes)
+    lines += [f"  dropped {number}: {why}" for why, number in report["dropped"].items()]
+    lines += [f"  note: {note}" for note in report["notes"]]
+    return "\n".join(lines)
+
+
+def show(data: Data, output: Path, json_file: Path | None) -> None:
+    """Print the report, write the page of pictures, and the report as JSON where it is wanted."""
+    print(describe(data))
+    if json_file:
+        write_json(json_file, data.report())
+    pictures.data_page(data, output)
+    print(f"pictures: {output}")
+
+
+def train(
+    data: Data, plan: Plan, name: str, folder: Path, *, resume: bool, overrides: Sequence[str]
+) -> dict[str, float]:
+    """Train ``plan`` on ``data`` into ``folder`` by the engine ``name``; returns the last
+    evaluation's metrics.
+
+    Raises:
+        ValueError: the folder holds a run and is not to be resumed, nothing is to be found in the
+            validation split, or a setting is wrong.
+    """
+    if not resume and (folder / CONFIG).exists():
+        raise ValueError(
+            f"{folder} holds a run already: go on with it by --resume, or name another by --output"
+        )
+    if not sum(data.splits["val"].counts().values()):
+        raise ValueError(
+            f"{data.splits['val'].source} has nothing to find: nothing could be evaluated on it "
+            "(name other data by --val)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures.data_page(data, folder / DATA_PAGE)
+    metrics = engine(name).train(data, plan, folder, resume=resume, overrides=overrides)
+    pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
+    images = _validation_images(data)
+    draw_examples(folder, images)
+    return metrics
+
+
+def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
+    """Score a run's model on the validation split of ``data`` (default: the run's own), and write
+    evaluation.json, and predictions.png of other data."""
+    metrics = engine(engine_of(folder)).evaluate(folder, data)
+    write_json(folder / "evaluation.json", metrics)
+    if data is not None:
+        draw_examples(folder, _validation_images(data))
+    return metrics
+
+
+def draw_examples(folder: Path, images: Sequence[Path]) -> None:
+    """Write predictions.png: what a run finds on some images."""
+    by = engine(engine_of(folder))
+    find, classes = by.predictor(folder), by.classes_of(folder)
+    drawn = []
+    for path in images[: pictures.EXAMPLES]:
+        pixels = read_image(path)
+        drawn.append((path.name, draw(pixels, find(pixels), classes)))
+    pictures.save(pictures.page(drawn), folder / PREDICTIONS)
+
+
+def draw(pixels: np.ndarray, found: Found, classes: Sequence[str], least: float = 0.5) -> Any:
+    """An image with what was found on it, scores below ``least`` left out."""
+    if found.labels is not None:
+        return pictures.draw_map(pixels, found.labels, classes)
+    shown = [instance for instance in found.instances if instance["score"] >= least]
+    return pictures.draw_instances(pixels, shown, classes)
+
+
+def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float) -> int:
+    """Predict on images; writes a picture of each, and predictions.json.
+
+    Args:
+        folder: the run's.
+        sources: files, folders, globs, or "-" for names on standard input, a line each.
+        output: folder to write to; images of a folder keep their places below it. Semantic maps go
+            to ``NAME_classes.png``, a position in the classes for each pixel.
+        min_score: of what is drawn and written.
+
+    Returns:
+        The number of images.
+
+    Raises:
+        FileNotFoundError: an image is missing; nothing has been predicted then.
+        ValueError: there is no image, or two pictures would have one name.
+    """
+    images = _images(sources)
+    by = engine(engine_of(folder))
+    find, names = by.predictor(folder), by.classes_of(folder)
+    entries = []
+    for path, place in tqdm(images, unit="image", disable=None):
+        pixels = read_image(path)
+        found = find(pixels)
+        target = output / place.with_suffix(".png")
+        pictures.save(draw(pixels, found, names, min_score), target)
+        height, width = pixels.shape[:2]
+        entry: dict[str, Any] = {"file_name": str(path), "height": height, "width": width}
+        if found.labels is not None:
+            classes = target.with_name(f"{target.stem}_classes.png")
+            pictures.save(Image.fromarray(found.labels), classes)
+            entry["classes_file"] = str(classes)
+        else:
+            entry["instances"] = [
+                {
+                    "category": names[i["label"]],
+                    **{k: v for k, v in i.items() if k != "label"},
+                }
+                for i in found.instances
+                if i["score"] >= min_score
+            ]
+        entries.append(entry)
+    write_json(output / "predictions.json", entries)
+    return len(entries)
+
+
+def _images(sources: Sequence[str]) -> list[tuple[Path, Path]]:
+    """Files, and where below the output their pictures go."""
+    found = [pair for source in sources for pair in _expand(source)]
+    if not found:
+        raise ValueError(f"no image at {', '.join(sources)}: of a folder are taken {SUFFIXES}")
+    places: dict[Path, Path] = {}
+    for path, place in found:
+        stem = place.with_suffix("")
+        if places.setdefault(stem, path) != path:
+            raise ValueError(
+                f"{places[stem]} and {path} have one name, and so would their pictures: name a "
+                "folder above both, which keeps their places"
+            )
+    return list(dict.fromkeys(found))
+
+
+def _expand(source: str) -> Iterator[tuple[Path, Path]]:
+    if source == "-":
+        for line in filter(None, map(str.strip, sys.stdin)):
+            yield from _expand(line)
+        return
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for image in list_images(path):
+            yield image, image.relative_to(path)
+    elif path.is_file():
+        yield path, Path(path.name)
+    elif glob.has_magic(source):
+        for name in sorted(glob.glob(os.path.expanduser(source), recursive=True)):
+            if Path(name).suffix.lower() in SUFFIXES:
+                yield Path(name), Path(Path(name).name)
+    else:
+        raise FileNotFoundError(f"no image at {source}")
+
+
+def _validation_images(data: Data) -> list[Path]:
+    split = data.splits["val"]
+    if data.task == "semantic":
+        return [image for image, _ in split.pairs]
+    return [Path(image["file_name"]) for image in split.images]
+
+
+def _sizes(data: Data) -> str:
+    if data.task == "semantic":
+        return ""
+    images = [image for split in data.splits.values() for image in split.images]
+    boxes = [min(a["bbox"][2:]) for split in data.splits.values() for a in split.annotations]
+    sides = sorted((min(i["height"], i["width"]), max(i["height"], i["width"])) for i in images)
+    text = f"  images of {sides[0][0]}×{sides[0][1]} to {sides[-1][0]}×{sides[-1][1]} pixels"
+    if boxes:
+        boxes.sort()
+        text += f", boxes' shorter sides {boxes[0]:.0f} to {boxes[-1]:.0f}, half of them below "
+        text += f"{boxes[len(boxes) // 2]:.0f}"
+    return text

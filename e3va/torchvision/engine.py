@@ -1,0 +1,160 @@
+"""torchvision as an engine of ``e3va train`` and its like, see :mod:`e3va.runs.commands`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from e3va.data.coco import CocoInstances
+from e3va.data.folder import Data
+from e3va.files import atomic_path
+from e3va.runs.folder import Found, write_data
+from e3va.runs.plan import Plan
+from e3va.torchvision.config import ModelConfig, TrainConfig, set_fields
+from e3va.torchvision.evaluation import evaluate as score
+from e3va.torchvision.run import Run, build_model, load_run
+from e3va.torchvision.train import train as train_model
+from e3va.weights import resolve
+
+SMALL_HEADS = {
+    "rpn_batch_size_per_image": 128,
+    "rpn_pre_nms_top_n_train": 500,
+    "rpn_post_nms_top_n_train": 200,
+    "rpn_pre_nms_top_n_test": 300,
+    "rpn_post_nms_top_n_test": 200,
+    "box_batch_size_per_image": 64,
+}
+"""Of two-stage detectors over a trunk so small that wider ones would outweigh it."""
+
+
+def train(
+    data: Data, plan: Plan, folder: Path, *, resume: bool, overrides: Sequence[str]
+) -> dict[str, float]:
+    """Train ``plan`` on ``data`` into ``folder``.
+
+    Args:
+        overrides: of :class:`TrainConfig` and :class:`ModelConfig`: NAME, VALUE, ….
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        ValueError: the task is semantic segmentation, or a setting is unknown or out of range.
+    """
+    if plan.task == "semantic":
+        raise ValueError(
+            "semantic segmentation is trained by Detectron2 alone: install it, and give "
+            "--engine detectron2"
+        )
+    config = set_fields(config_of(plan), overrides)
+    write_data(data, folder / "data")
+    masks = plan.task == "masks"
+    train_data, val_data = (
+        CocoInstances(folder / f"data/{split}.json", folder / "data", masks=masks)
+        for split in ("train", "val")
+    )
+    torch.manual_seed(config.seed)
+    assert config.model is not None
+    model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
+    result = train_model(model, train_data, val_data, folder, config, resume=resume)
+    return {name: value for name, value in result.items() if "_ap" in name}
+
+
+def config_of(plan: Plan) -> TrainConfig:
+    """The settings of a plan."""
+    small = plan.is_small
+    options: dict[str, Any] = {}
+    if small and plan.detector != "retinanet":
+        options = SMALL_HEADS
+    highway = small and plan.method in ("e3va", "e3va_paper")
+    model = ModelConfig(
+        weights=str(resolve(plan.weights)),
+        detector=plan.detector,
+        method=plan.method,
+        # A trunk this narrow needs relatively wider adapters than the paper's.
+        options={"kernel_dim": 16, "hidden_ratio": 1.0} if highway else {},
+        variant=plan.variant,
+        out_channels=64 if small else 256,
+        anchor_sizes=plan.anchor_sizes,
+        min_size=(plan.min_size,),
+        max_size=plan.max_size,
+        detector_options=options,
+    )
+    return TrainConfig(
+        iterations=plan.iterations,
+        batch_size=plan.batch_size,
+        lr=plan.lr,
+        warmup=plan.warmup,
+        horizontal_flip=plan.flip,
+        eval_period=plan.eval_period,
+        seed=plan.seed,
+        amp="bfloat16" if torch.cuda.is_available() else None,
+        model=model,
+    )
+
+
+def classes_of(folder: Path) -> list[str]:
+    """Names of the classes that the run has trained."""
+    return Run.read(folder).classes
+
+
+def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
+    """Score the run's model on the validation split of ``data``, or on the run's own."""
+    model, run = load_run(folder, _device())
+    source = folder / "data"
+    if data is not None:
+        source = folder / "evaluation"
+        write_data(data, source)
+    masks = bool(run.data["train"]["masks"])
+    val_data = CocoInstances(source / "val.json", source, masks=masks)
+    return score(model, val_data, _device(), amp_dtype=run.config.amp_dtype)
+
+
+def predictor(folder: Path) -> Callable[[np.ndarray], Found]:
+    """What finds objects on an image [H, W, 3], uint8, RGB."""
+    model, run = load_run(folder, _device())
+    device = _device()
+
+    @torch.no_grad()
+    def find(pixels: np.ndarray) -> Found:
+        image = torch.from_numpy(pixels).permute(2, 0, 1).to(device).float().div(255)
+        dtype = run.config.amp_dtype
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            found = {name: value.cpu() for name, value in model([image])[0].items()}
+        boxes = found["boxes"].tolist()
+        instances: list[dict[str, Any]] = [
+            {"label": label - 1, "bbox": [x1, y1, x2 - x1, y2 - y1], "score": score}
+            for label, score, (x1, y1, x2, y2) in zip(
+                found["labels"].tolist(), found["scores"].tolist(), boxes, strict=True
+            )
+        ]
+        if "masks" in found:
+            for instance, mask in zip(instances, found["masks"], strict=True):
+                instance["segmentation"] = _encode(mask[0].numpy() > 0.5)
+        return Found(instances)
+
+    return find
+
+
+def export(folder: Path, target: Path) -> None:
+    """Write the whole model, trunk included, as safetensors."""
+    model, _ = load_run(folder)
+    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
+    with atomic_path(target) as temporary:
+        safetensors.torch.save_file(state, temporary, {"format": "pt"})
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _encode(mask: np.ndarray) -> dict[str, Any]:
+    from pycocotools import mask as masks
+
+    rle = masks.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
