@@ -68,8 +68,8 @@ def feature_errors(images: list[Path], device: str) -> dict[str, list[float]]:
 def demo_ap(precision: str, iterations: int, output: Path) -> dict[str, float]:
     """Metrics of the demo's E³VA, trained over a trunk of ``precision``; "fp32": as it is."""
     data = write_digits(output / "digits", seed=0)
-    form = {"fp32": [], "bf16": ["MODEL.E3VA.TRUNK_DTYPE", "bfloat16", "SOLVER.AMP.ENABLED", True]}
-    overrides = form.get(precision, ["MODEL.E3VA.TRUNK_PRECISION", precision])
+    form = {"fp32": [], "bf16": ["MODEL.TRUNK.DTYPE", "bfloat16", "SOLVER.AMP.ENABLED", True]}
+    overrides = form.get(precision, ["MODEL.TRUNK.PRECISION", precision])
     folder = output / precision
     return train_detectron2("e3va", data / "coco", folder, iterations, 0, overrides).metrics
 

@@ -37,7 +37,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         result["mask_ap"] = []
         for seed in options.seeds:
             folder = options.output / f"{name}_{seed}"
-            overrides = ["MODEL.E3VA.TAPS", name]
+            overrides = ["MODEL.HIGHWAY.STORAGE", name]
             run = train_detectron2("e3va", coco, folder, options.iterations, seed, overrides)
             result["mask_ap"].append(run.metrics["mask_ap"])
         result["saved_bytes"] = saved_bytes(run.backbone, partial(run.backbone, run.images))

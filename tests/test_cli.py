@@ -55,7 +55,7 @@ def trained(tmp_path_factory):
     torch.manual_seed(0)
     model = build_model(cfg)
     folder = tmp_path_factory.mktemp("trained")
-    SafeCheckpointer(model, str(folder), trunk_source=cfg.MODEL.E3VA.WEIGHTS).save("model_final")
+    SafeCheckpointer(model, str(folder), trunk_source=cfg.MODEL.TRUNK.WEIGHTS).save("model_final")
     (folder / "config.yaml").write_text(cfg.dump())
     return model.eval(), folder / "model_final.pth"
 
@@ -153,7 +153,7 @@ def test_export_needs_no_other_weights(trained, tmp_path, suffix):
     model, weights = trained
     target = tmp_path / f"whole{suffix}"
     assert main(["export", str(target), *options(weights)]) == 0
-    alone = ["MODEL.E3VA.WEIGHTS", "", "MODEL.WEIGHTS", str(target)]
+    alone = ["MODEL.TRUNK.WEIGHTS", "", "MODEL.WEIGHTS", str(target)]
     loaded = load_model(load_config(str(weights.parent / "config.yaml"), alone))
     for (name, value), other in zip(
         model.state_dict().items(), loaded.state_dict().values(), strict=True

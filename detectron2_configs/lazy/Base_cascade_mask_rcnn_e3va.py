@@ -9,9 +9,9 @@ from fvcore.common.param_scheduler import MultiStepParamScheduler
 
 from e3va.detectron2 import E3VASwinBackbone, with_weights
 from e3va.detectron2.config import dtype_of
-from e3va.detectron2.data import InstanceCrop
-from e3va.highway import NO_DECAY
+from e3va.detectron2.data.mapper import InstanceCrop
 from e3va.methods import build_backbone
+from e3va.optim import Rates, parameter_groups
 from e3va.trunks import trunk_config
 
 constants = model_zoo.get_config("common/data/constants.py").constants
@@ -57,10 +57,9 @@ dataloader.train.mapper.augmentations = [
 optimizer = model_zoo.get_config("common/optim.py").AdamW
 optimizer.lr = 1e-4
 optimizer.weight_decay = 0.05
-optimizer.params.weight_decay_bias = 0.0
-optimizer.params.overrides = {
-    name: {"weight_decay": 0.0} for name in ("relative_position_bias_table", *NO_DECAY)
-}
+optimizer.params = L(parameter_groups)(
+    rates=L(Rates)(lr="${...lr}", weight_decay="${...weight_decay}"),
+)
 
 train = model_zoo.get_config("common/train.py").train
 train.amp.enabled = True

@@ -18,11 +18,14 @@ from e3va.detectron2.backbone import (
 )
 from e3va.detectron2.checkpoint import CompleteCheckpointer, SafeCheckpointer
 from e3va.detectron2.config import add_e3va_config, load_config
-from e3va.detectron2.data import register_coco_json, register_datasets
-from e3va.detectron2.semantic import SemanticInference, register_semantic_maps
+from e3va.detectron2.data import register_datasets
+from e3va.detectron2.data.coco import register_coco_json
+from e3va.detectron2.data.maps import register_semantic_maps
+from e3va.detectron2.data.voc import register_voc_tree
+from e3va.detectron2.evaluation import VOCTreeEvaluator
+from e3va.detectron2.inference import SemanticInference
 from e3va.detectron2.train import Trainer, WeightAverage
 from e3va.detectron2.upernet import UPerNetHead
-from e3va.detectron2.voc import VOCTreeEvaluator, register_voc_tree
 
 __all__ = [
     "CompleteCheckpointer",

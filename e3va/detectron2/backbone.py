@@ -15,18 +15,18 @@ from detectron2.utils.file_io import PathHandler, PathManager
 from torch import Tensor, nn
 
 from e3va.backbone import Backbone as CoreBackbone
-from e3va.detectron2.config import dtype_of
-from e3va.methods import build_backbone, options_of
+from e3va.detectron2.config import dtype_of, method_options
+from e3va.methods import METHODS, build_backbone
 from e3va.precision import quantize_trunk
-from e3va.trunks import trunk_config
+from e3va.trunks import family_of, trunk_config
 from e3va.weights import load_trunk
 
 logger = logging.getLogger(__name__)
 
 
 class E3VASwinBackbone(Backbone):
-    """A :class:`~e3va.backbone.Backbone` as a bottom-up network of Detectron2: maps "p0" to
-    "p3" of strides 4 to 32.
+    """A :class:`~e3va.backbone.Backbone` as a bottom-up network of Detectron2: maps "p0" to "p3"
+    of strides 4 to 32.
 
     Args:
         swin: the network, of any tuning method.
@@ -36,13 +36,11 @@ class E3VASwinBackbone(Backbone):
     def __init__(self, swin: CoreBackbone) -> None:
         super().__init__()
         self.swin = swin
-        self._out_features = [f"p{s}" for s in range(len(swin.trunk.config.dims))]
-        self._out_feature_channels = dict(
-            zip(self._out_features, swin.trunk.config.dims, strict=True)
-        )
-        self._out_feature_strides = dict(
-            zip(self._out_features, swin.trunk.config.strides, strict=True)
-        )
+        config = swin.trunk.config
+        names = [f"p{s}" for s in range(len(config.dims))]
+        self._out_features = names
+        self._out_feature_channels = dict(zip(names, config.dims, strict=True))
+        self._out_feature_strides = dict(zip(names, config.strides, strict=True))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -51,34 +49,25 @@ class E3VASwinBackbone(Backbone):
                 "a Swin backbone needs images of 3 channels, but MODEL.PIXEL_MEAN has "
                 f"{input_shape.channels}"
             )
-        e3va = cfg.MODEL.E3VA
-        method = cfg.MODEL.TUNING.METHOD
-        given = {
-            "branches": e3va.BRANCHES,
-            "kernel_dim": e3va.KERNEL_DIM,
-            "hidden_ratio": e3va.HIDDEN_RATIO,
-            "tap": e3va.TAP,
-            "mixing": e3va.MIXING,
-            "state": e3va.STATE,
-            "storage": e3va.TAPS,
-            "drop_path": e3va.DROP_PATH_RATE,
-        }
-        known = options_of(method)
-        if method != "lorand":  # whose branches are not the highway's
-            known = {name: given[name] for name in known if name in given}
-        dtype = dtype_of("MODEL.E3VA.TRUNK_DTYPE", e3va.TRUNK_DTYPE)
-        swin = build_backbone(
-            method,
-            trunk_config(e3va.VARIANT, window_size=e3va.WINDOW_SIZE),
-            dtype=torch.float32 if method == "full" else dtype,
-            **known,
-        )
-        with_weights(swin, e3va.WEIGHTS)
-        if e3va.TRUNK_PRECISION:
+        trunk, method = cfg.MODEL.TRUNK, cfg.MODEL.TUNING.METHOD
+        options = method_options(cfg)
+        config = trunk_config(trunk.VARIANT, window_size=trunk.WINDOW_SIZE)
+        if (family := family_of(config).name) != trunk.FAMILY:
+            raise ValueError(
+                f"MODEL.TRUNK.VARIANT {trunk.VARIANT} is a {family}, but MODEL.TRUNK.FAMILY is "
+                f"{trunk.FAMILY!r}"
+            )
+        dtype = dtype_of("MODEL.TRUNK.DTYPE", trunk.DTYPE)
+        if METHODS[method].trains_trunk and dtype != torch.float32:
+            logger.warning("MODEL.TRUNK.DTYPE is of frozen weights: %s tuning has none", method)
+            dtype = torch.float32
+        swin = build_backbone(method, config, dtype=dtype, **options)
+        with_weights(swin, trunk.WEIGHTS)
+        if trunk.PRECISION:
             if cfg.MODEL.DEVICE.startswith("cuda"):
                 swin.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
-            quantize_trunk(swin.trunk, e3va.TRUNK_PRECISION)
-        if e3va.COMPILE:
+            quantize_trunk(swin.trunk, trunk.PRECISION)
+        if trunk.COMPILE:
             swin.compile()
         return {"swin": swin}
 
@@ -94,7 +83,7 @@ def with_weights(swin: CoreBackbone, weights: str) -> CoreBackbone:
         logger.info("Loaded the trunk's weights from %s", weights)
     else:
         logger.warning(
-            "MODEL.E3VA.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
+            "MODEL.TRUNK.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
             "brings them"
         )
     return swin
@@ -102,7 +91,7 @@ def with_weights(swin: CoreBackbone, weights: str) -> CoreBackbone:
 
 @BACKBONE_REGISTRY.register()
 def build_e3va_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> E3VASwinBackbone:
-    """The bare backbone that cfg.MODEL.E3VA and cfg.MODEL.TUNING describe."""
+    """The bare backbone that cfg.MODEL.TRUNK, HIGHWAY and TUNING describe."""
     return E3VASwinBackbone(cfg, input_shape)
 
 

@@ -10,8 +10,7 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import nn
 
-from e3va.checkpoint import find_trunk as _trunk
-from e3va.checkpoint import frozen_hash, frozen_names
+from e3va.checkpoint import find_trunk, frozen_hash, own_state
 from e3va.files import atomic_path
 from e3va.weights import read_weights, trunk_hash
 
@@ -41,7 +40,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         **checkpointables: Any,
     ) -> None:
         super().__init__(model, save_dir, **checkpointables)
-        trunk = _trunk(self.model)[1]
+        trunk = find_trunk(self.model)[1]
         self._source = trunk_source
         self._loaded_hash = trunk_hash(trunk) if trunk else None
         self._frozen_hash = frozen_hash(self.model)
@@ -49,10 +48,9 @@ class SafeCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """As ``DetectionCheckpointer``'s; with the trunk if it is no longer its source's. A file of
         the same name is replaced as a whole or not at all."""
-        frozen, trunk = frozen_names(self.model), self._trunk_as_loaded()
-        if self._source and frozen and trunk:
-            state = self.model.state_dict()
-            kwargs["model"] = {k: v for k, v in state.items() if k not in frozen}
+        trunk = self._trunk_as_loaded()
+        if self._source and self._frozen_hash and trunk:
+            kwargs["model"] = own_state(self.model)
             kwargs["trunk"] = {"hash": trunk, "source": self._source}
         super().save(name + PARTIAL, **kwargs)
 
@@ -86,11 +84,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         if here != trunk["hash"]:
             raise ValueError(
                 f"the checkpoint was trained over the frozen trunk {trunk['hash']}, but the "
-                f"model's is {here or 'another'}: set MODEL.E3VA.WEIGHTS to what it was trained "
+                f"model's is {here or 'another'}: set MODEL.TRUNK.WEIGHTS to what it was trained "
                 f"with, {trunk['source']}"
             )
         incompatible = super()._load_model(checkpoint)
-        prefix = _trunk(self.model)[0]
+        prefix = find_trunk(self.model)[0]
         incompatible.missing_keys[:] = [
             name for name in incompatible.missing_keys if not name.startswith(prefix)
         ]

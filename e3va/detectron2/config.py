@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -9,88 +10,78 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, get_cfg
 
-from e3va.ops.taps import DEFAULT_TAPS
+from e3va.detectron2.data import FORMATS
+from e3va.methods import METHODS, options_of
 
-_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
+logger = logging.getLogger(__name__)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+HIGHWAYS = ("e3va", "e3va_paper")
+"""The methods whose options are those of MODEL.HIGHWAY."""
+
+_FORMER = {
+    "VARIANT": "MODEL.TRUNK.VARIANT",
+    "WINDOW_SIZE": "MODEL.TRUNK.WINDOW_SIZE",
+    "WEIGHTS": "MODEL.TRUNK.WEIGHTS",
+    "TRUNK_DTYPE": "MODEL.TRUNK.DTYPE",
+    "TRUNK_PRECISION": "MODEL.TRUNK.PRECISION",
+    "COMPILE": "MODEL.TRUNK.COMPILE",
+    "BRANCHES": "MODEL.HIGHWAY.BRANCHES",
+    "KERNEL_DIM": "MODEL.HIGHWAY.KERNEL_DIM",
+    "HIDDEN_RATIO": "MODEL.HIGHWAY.HIDDEN_RATIO",
+    "TAP": "MODEL.HIGHWAY.TAP",
+    "MIXING": "MODEL.HIGHWAY.MIXING",
+    "STATE": "MODEL.HIGHWAY.STATE",
+    "TAPS": "MODEL.HIGHWAY.STORAGE",
+    "DROP_PATH_RATE": "MODEL.TUNING.FULL.DROP_PATH",
 }
+"""What the keys of the former section MODEL.E3VA are called now."""
 
 
 def add_e3va_config(cfg: CfgNode) -> None:
     """Add E³VA's keys, with their defaults, to a Detectron2 config."""
+    cfg.MODEL.TRUNK = CfgNode()
+    # The kind of trunk, "swin", and which: "swin_t", "swin_s", "swin_b", "swin_l" or "swin_digits".
+    cfg.MODEL.TRUNK.FAMILY = "swin"
+    cfg.MODEL.TRUNK.VARIANT = "swin_b"
+    # Side of its attention windows: 7, or 12 for weights pretrained at 384 pixels.
+    cfg.MODEL.TRUNK.WINDOW_SIZE = 7
+    # The trunk's pretrained weights: a file of Microsoft's, MMDetection, timm, torchvision, Hugging
+    # Face or Detectron2, as a path, a URL, timm:NAME, which timm downloads, or
+    # e3va://swin_digits.safetensors, which ships with the package. Empty: random weights, or those
+    # that MODEL.WEIGHTS brings. Checkpoints leave out what stays as this file has it, and name it
+    # by its hash: they are loaded over the same file alone.
+    cfg.MODEL.TRUNK.WEIGHTS = ""
+    # What a trunk stores its frozen weights in, and, without SOLVER.AMP, computes in, as does the
+    # highway beside it: "float32", "bfloat16" or "float16" (to train, with SOLVER.AMP alone). Under
+    # METHOD "full" nothing is frozen, and it is "float32".
+    cfg.MODEL.TRUNK.DTYPE = "float32"
+    # "int8" or "fp8": quantise the linear layers of a frozen trunk, through torchao. Empty: do not.
+    # WEIGHTS must then bring the trunk's weights.
+    cfg.MODEL.TRUNK.PRECISION = ""
+    # Whether trunk and highway go through torch.compile, when they first run. New image sizes then
+    # take long at first.
+    cfg.MODEL.TRUNK.COMPILE = False
+
+    # Form and shape of the highway, and how it keeps the trunk's taps: see e3va.HighwayConfig.
+    cfg.MODEL.HIGHWAY = _section("e3va")
+
     # How the backbone is tuned: "full" (everything is trained), "frozen" (nothing is), "e3va"
     # (nothing but the highway beside the frozen trunk, and the output norms), "e3va_paper" (the
     # highway in its published form), or one of the peers: "bitfit", "norm", "partial1", "adapter",
     # "adaptformer", "lora", "lorand", "mona".
     cfg.MODEL.TUNING = CfgNode()
     cfg.MODEL.TUNING.METHOD = "e3va"
-
-    cfg.MODEL.E3VA = CfgNode()
-    # The trunk: "swin_t", "swin_s", "swin_b", "swin_l" or "swin_digits".
-    cfg.MODEL.E3VA.VARIANT = "swin_b"
-    # Side of its attention windows: 7, or 12 for weights pretrained at 384 pixels.
-    cfg.MODEL.E3VA.WINDOW_SIZE = 7
-    # The trunk's pretrained weights: a file of Microsoft's, MMDetection, timm, torchvision, Hugging
-    # Face or Detectron2, as a path, a URL, timm:NAME, which timm downloads, or
-    # e3va://swin_digits.safetensors, which ships with the package. Empty: random weights, or those
-    # that MODEL.WEIGHTS brings. Checkpoints leave out what stays as this file has it, and name it
-    # by its hash: they are loaded over the same file alone.
-    cfg.MODEL.E3VA.WEIGHTS = ""
-    # What a trunk stores its frozen weights in, and, without SOLVER.AMP, computes in, as does the
-    # highway beside it: "float32", "bfloat16" or "float16" (to train, with SOLVER.AMP alone).
-    cfg.MODEL.E3VA.TRUNK_DTYPE = "float32"
-    # "int8" or "fp8": quantise the linear layers of a frozen trunk, through torchao. Empty: do not.
-    # WEIGHTS must then bring the trunk's weights.
-    cfg.MODEL.E3VA.TRUNK_PRECISION = ""
-    # Shape of the highway's adapters: rank BRANCHES * KERNEL_DIM, hidden width HIDDEN_RATIO * C.
-    cfg.MODEL.E3VA.BRANCHES = 2
-    cfg.MODEL.E3VA.KERNEL_DIM = 8
-    cfg.MODEL.E3VA.HIDDEN_RATIO = 0.5
-    # Their form under METHOD "e3va": whether an adapter reads a sub-layer's "output" or the "norm"
-    # after it, the side of its convolution over the map (0, 3, 5 or 7), and whether it hears what
-    # those before it said.
-    cfg.MODEL.E3VA.TAP = "norm"
-    cfg.MODEL.E3VA.MIXING = 3
-    cfg.MODEL.E3VA.STATE = True
-    # How the highway keeps the trunk's taps for backward: "full", "fp8", "int8" or "int4".
-    cfg.MODEL.E3VA.TAPS = DEFAULT_TAPS
-    # Stochastic depth of the last block, under METHOD "full" alone: a frozen trunk has none.
-    cfg.MODEL.E3VA.DROP_PATH_RATE = 0.0
-    # Whether trunk and highway go through torch.compile, when they first run. New image sizes then
-    # take long at first.
-    cfg.MODEL.E3VA.COMPILE = False
+    # The options of all but the highway, such as FULL.DROP_PATH and LORA.RANK: see e3va.methods.
+    for method in METHODS:
+        if options_of(method) and method not in HIGHWAYS:
+            cfg.MODEL.TUNING[method.upper()] = _section(method)
 
     # Names of the classes of one's own data: written when they are registered, kept by config.yaml.
     cfg.DATASETS.CLASSES = []
-    # One's own data in COCO format. A given JSON replaces DATASETS.TRAIN or DATASETS.TEST, and the
-    # number of classes is then taken from it. IMAGES is the folder that the JSON's file names are
-    # relative to; empty: the folder of the JSON. "~" and "$VARIABLE" are expanded.
-    cfg.DATASETS.COCO_JSON = CfgNode()
-    cfg.DATASETS.COCO_JSON.TRAIN_JSON = ""
-    cfg.DATASETS.COCO_JSON.TRAIN_IMAGES = ""
-    cfg.DATASETS.COCO_JSON.TEST_JSON = ""
-    cfg.DATASETS.COCO_JSON.TEST_IMAGES = ""
-
-    # One's own boxes in a Pascal VOC tree: ROOT holds Annotations, ImageSets/Main and JPEGImages.
-    # A given ROOT replaces DATASETS.TRAIN and DATASETS.TEST by its splits, those of
-    # ImageSets/Main; an empty TEST_SPLIT: nothing is evaluated. CLASSES: empty, those that the
-    # XML files name, in alphabetical order.
-    cfg.DATASETS.VOC_TREE = CfgNode()
-    cfg.DATASETS.VOC_TREE.ROOT = ""
-    cfg.DATASETS.VOC_TREE.TRAIN_SPLIT = "train"
-    cfg.DATASETS.VOC_TREE.TEST_SPLIT = "val"
-    cfg.DATASETS.VOC_TREE.CLASSES = []
-
-    # One's own semantic maps in ADE20K's layout: ROOT holds images/SPLIT and annotations/SPLIT,
-    # whose maps of the same names say 0 where a pixel is unlabelled and k where it is of the k-th
-    # class. CLASSES: empty, those of ROOT/classes.csv (lines "value, name").
-    cfg.DATASETS.SEMANTIC_MAPS = CfgNode()
-    cfg.DATASETS.SEMANTIC_MAPS.ROOT = ""
-    cfg.DATASETS.SEMANTIC_MAPS.TRAIN_SPLIT = "training"
-    cfg.DATASETS.SEMANTIC_MAPS.TEST_SPLIT = "validation"
-    cfg.DATASETS.SEMANTIC_MAPS.CLASSES = []
+    for dataset_format in FORMATS:  # whose files say what the keys mean
+        cfg.DATASETS[dataset_format.section] = CfgNode(dict(dataset_format.defaults))
 
     # UPerNet (MODEL.SEM_SEG_HEAD.NAME UPerNetHead; CONVS_DIM, NORM, LOSS_WEIGHT are those of
     # SEM_SEG_HEAD): grids of the pyramid pooling, and the auxiliary FCN head.
@@ -147,35 +138,67 @@ def add_e3va_config(cfg: CfgNode) -> None:
 def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     """A config from a YAML file and overrides [KEY, VALUE, …]; YAML that would run code is refused.
 
+    Former names of keys are understood, with a warning.
+
     Raises:
         FileNotFoundError: there is no such file.
-        KeyError: a key is unknown.
+        KeyError: a key of the file is unknown. AssertionError: one of the overrides is.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"no config file {config_file!r}: give one with --config-file")
     cfg = get_cfg()
     add_e3va_config(cfg)
-    cfg.merge_from_file(config_file, allow_unsafe=False)
-    cfg.merge_from_list(list(overrides))
+    cfg.merge_from_other_cfg(CfgNode(_Files.load_yaml_with_base(config_file)))
+    words = list(overrides)
+    words[::2] = _translated(words[::2])
+    cfg.merge_from_list(words)
     return cfg
 
 
-def expand_path(cfg: CfgNode, section: str, key: str) -> str:
-    """The path that ``cfg.DATASETS[section][key]`` names, with "~" and "$VARIABLE" expanded.
+class _Files(CfgNode):
+    """Reads a YAML file and those that it is based on, each with the new names of its keys."""
+
+    @classmethod
+    def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
+        loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        values = loaded.get("MODEL", {}).pop("E3VA", {})
+        names = _translated([f"MODEL.E3VA.{key}" for key in values])
+        for name, value in zip(names, values.values(), strict=True):
+            *sections, key = name.split(".")
+            node = loaded
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[key] = value
+        return loaded
+
+
+def _translated(names: list[str]) -> list[str]:
+    """``names`` of keys with what is called otherwise now in its new name; a warning says so."""
+    known = {f"MODEL.E3VA.{key}": new for key, new in _FORMER.items()}
+    if former := [name for name in names if name in known]:
+        changes = ", ".join(f"{name} is {known[name]} now" for name in former)
+        logger.warning("Config keys have got new names: %s", changes)
+    return [known.get(name, name) for name in names]
+
+
+def method_options(cfg: CfgNode) -> dict[str, Any]:
+    """The options that ``cfg`` gives its tuning method.
 
     Raises:
-        ValueError: such a variable is not set.
+        ValueError: there is no such method.
     """
-    path = os.path.expanduser(os.path.expandvars(cfg.DATASETS[section][key]))
-    if "$" in path:
-        raise ValueError(
-            f"DATASETS.{section}.{key} is {path!r}, but that environment variable is not set: "
-            f"set it, or give the path as DATASETS.{section}.{key}"
-        )
-    return path
+    method = cfg.MODEL.TUNING.METHOD
+    names = options_of(method)
+    section = cfg.MODEL.HIGHWAY if method in HIGHWAYS else cfg.MODEL.TUNING.get(method.upper())
+    return {name: section[name.upper()] for name in names}
 
 
-def dtype_of(key: str, name: str, choices: Sequence[str] = tuple(_DTYPES)) -> torch.dtype:
+def _section(method: str) -> CfgNode:
+    """The options of a method, with their defaults."""
+    return CfgNode({name.upper(): default for name, default in options_of(method).items()})
+
+
+def dtype_of(key: str, name: str, choices: Sequence[str] = DTYPES) -> torch.dtype:
     """The torch dtype that the config key ``key`` calls ``name``.
 
     Raises:
@@ -183,4 +206,4 @@ def dtype_of(key: str, name: str, choices: Sequence[str] = tuple(_DTYPES)) -> to
     """
     if name not in choices:
         raise ValueError(f"{key} must be one of {', '.join(choices)}, got {name!r}")
-    return _DTYPES[name]
+    return getattr(torch, name)

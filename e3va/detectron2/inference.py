@@ -1,4 +1,4 @@
-"""Predictions on pictures, and models as one file."""
+"""Predictions on pictures, on windows and at several sizes, and models as one file."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
-from detectron2.modeling import build_model
+from detectron2.modeling import DatasetMapperTTA, build_model
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from fvcore.transforms.transform import HFlipTransform
 from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from e3va.detectron2.checkpoint import CompleteCheckpointer
-from e3va.detectron2.semantic import semantic_inference
 from e3va.files import atomic_path, write_json
 
 logger = logging.getLogger(__name__)
@@ -109,7 +110,7 @@ def predict(
 
 def export(cfg: CfgNode, target: Path) -> None:
     """Write the whole model, trunk included, as one file that needs no other weights: load it as
-    MODEL.WEIGHTS, with MODEL.E3VA.WEIGHTS empty.
+    MODEL.WEIGHTS, with MODEL.TRUNK.WEIGHTS empty.
 
     Args:
         cfg: the config, MODEL.WEIGHTS the trained model's file.
@@ -131,6 +132,86 @@ def export(cfg: CfgNode, target: Path) -> None:
     logger.info("wrote %d tensors, %.1f MiB", len(state), target.stat().st_size / 2**20)
 
 
+class SemanticInference(nn.Module):
+    """A ``SemanticSegmentor`` tested on overlapping windows, at several sizes and mirrored.
+
+    Args:
+        model: the segmentor.
+        window: side of a window in pixels of the resized image; 0: the whole image at once.
+        stride: between windows; 0: two thirds of ``window``.
+        augment: makes resized and mirrored copies of an input, whose probabilities are averaged.
+
+    Raises:
+        ValueError: ``stride`` exceeds ``window``, so that pixels would be left out.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        window: int = 0,
+        stride: int = 0,
+        augment: DatasetMapperTTA | None = None,
+    ) -> None:
+        super().__init__()
+        if min(window, stride) < 0 or stride > window:
+            raise ValueError(
+                "TEST.SLIDE needs 0 <= STRIDE <= WINDOW, or pixels are left out: "
+                f"got STRIDE {stride} and WINDOW {window}"
+            )
+        self.model = model
+        self._window = window
+        self._stride = stride or max(1, window * 2 // 3)
+        self._augment = augment
+        self.train(model.training)
+
+    def forward(self, batched_inputs: Sequence[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """As the segmentor's, with probabilities for logits."""
+        return [{"sem_seg": self._average(sample)} for sample in batched_inputs]
+
+    def _average(self, sample: dict[str, Any]) -> Tensor:
+        copies = self._augment(sample) if self._augment else [sample]
+        total: Any = 0
+        for augmented in copies:
+            transforms = getattr(augmented.pop("transforms", None), "transforms", ())
+            scores = self._logits(augmented).softmax(0)
+            if any(isinstance(transform, HFlipTransform) for transform in transforms):
+                scores = scores.flip(-1)
+            total = total + scores
+        return total / len(copies)
+
+    def _logits(self, sample: dict[str, Any]) -> Tensor:
+        """[classes, height, width] of the output."""
+        image, window = sample["image"], self._window
+        height, width = image.shape[-2:]
+        if not window or max(height, width) <= window:
+            return self.model([sample])[0]["sem_seg"]
+        total: Any = 0
+        count = image.new_zeros(height, width, dtype=torch.float32)
+        for y in _starts(height, window, self._stride):
+            for x in _starts(width, window, self._stride):
+                rows, columns = slice(y, y + window), slice(x, x + window)
+                logits = self.model([{"image": image[:, rows, columns]}])[0]["sem_seg"]
+                if isinstance(total, int):
+                    total = logits.new_zeros(len(logits), height, width)
+                total[:, rows, columns] += logits
+                count[rows, columns] += 1
+        total /= count.to(total.device)
+        size = sample.get("height", height), sample.get("width", width)
+        return sem_seg_postprocess(total, (height, width), *size)
+
+
+def semantic_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """``model`` as ``cfg`` wants it tested: itself, but for segmentors with TEST.SLIDE or
+    TEST.AUG."""
+    slide = cfg.TEST.SLIDE
+    if cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor":
+        return model
+    if not (slide.WINDOW or slide.STRIDE or cfg.TEST.AUG.ENABLED):
+        return model
+    augment = DatasetMapperTTA(cfg) if cfg.TEST.AUG.ENABLED else None
+    return SemanticInference(model, slide.WINDOW, slide.STRIDE, augment)
+
+
 def _metadata(cfg: CfgNode) -> Metadata:
     """What there is to know about the classes; nameless ones are called by their numbers."""
     if not cfg.DATASETS.CLASSES:
@@ -150,3 +231,9 @@ def _without_ids(result: dict[str, Any]) -> dict[str, Any]:
 def _save(path: Path, pixels: np.ndarray) -> None:
     with atomic_path(path) as temporary:
         Image.fromarray(pixels).save(temporary, format="PNG")
+
+
+def _starts(size: int, window: int, stride: int) -> list[int]:
+    """Where windows begin; the last one ends with the image."""
+    last = max(0, size - window)
+    return [*range(0, last, stride), last]

@@ -1,8 +1,9 @@
-"""A Detectron2 trainer: optimizer groups, mixed precision on any device, accumulated gradients,
-averaged weights, exact resume, evaluation by task."""
+"""A Detectron2 trainer: mixed precision on any device, accumulated gradients, averaged weights,
+exact resume, evaluation by task."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import logging
 import os
@@ -13,36 +14,88 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog, build_detection_test_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.engine.hooks import EvalHook, HookBase
-from detectron2.evaluation import (
-    COCOEvaluator,
-    DatasetEvaluator,
-    PascalVOCDetectionEvaluator,
+from detectron2.data import build_detection_test_loader
+from detectron2.engine import (
+    DefaultTrainer,
+    SimpleTrainer,
+    TrainerBase,
+    create_ddp_model,
+    default_setup,
 )
-from detectron2.solver import LRMultiplier, WarmupParamScheduler
-from detectron2.solver import build_lr_scheduler as build_default_lr_scheduler
-from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.engine.hooks import EvalHook, HookBase
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
+from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from e3va.checkpoint import frozen_hash, frozen_names
-from e3va.detectron2.checkpoint import SafeCheckpointer
-from e3va.detectron2.config import dtype_of
-from e3va.detectron2.data import build_mapper
-from e3va.detectron2.loader import TrainLoader, batch_share, reseed
-from e3va.detectron2.semantic import build_semantic_evaluator, semantic_inference
-from e3va.detectron2.voc import VOCTreeEvaluator
+from e3va.checkpoint import find_trunk, frozen_hash, frozen_names
+from e3va.detectron2.checkpoint import CompleteCheckpointer, SafeCheckpointer
+from e3va.detectron2.config import dtype_of, load_config
+from e3va.detectron2.data import build_evaluator, register_datasets
+from e3va.detectron2.data.loader import TrainLoader, batch_share
+from e3va.detectron2.data.mapper import build_mapper
+from e3va.detectron2.inference import semantic_inference
+from e3va.detectron2.solver import build_lr_scheduler, build_optimizer
 from e3va.measure import trainable_parameters
-from e3va.optim import Rates, parameter_groups
+from e3va.seeding import reseed
 
 logger = logging.getLogger(__name__)
 
 _NORMALIZER = "loss_normalizer"
+
+
+def main(args: argparse.Namespace) -> dict[str, Any]:
+    """Train, or evaluate alone; returns the metrics by task ("bbox", "segm", "sem_seg").
+
+    Args:
+        args: as Detectron2's ``default_argument_parser`` parses them.
+
+    Raises:
+        ValueError: nothing that was trained is given to be evaluated.
+    """
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = CompleteCheckpointer(model, cfg.OUTPUT_DIR)
+        if not (cfg.MODEL.WEIGHTS or (args.resume and checkpointer.has_checkpoint())):
+            raise ValueError(
+                "--eval-only needs MODEL.WEIGHTS, or --resume and a checkpoint in "
+                f"{cfg.OUTPUT_DIR}: the heads are random"
+            )
+        rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
+        if cfg.SOLVER.EMA.DECAY:
+            if "ema" not in rest:
+                logger.warning("The checkpoint holds no averaged weights: its own are evaluated")
+            average.load_state_dict(rest.get("ema", {}))
+        with average.applied():
+            return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def setup(args: argparse.Namespace) -> CfgNode:
+    """The frozen config of a run, with its data sets registered and logging set up.
+
+    Evaluation alone writes its log and its config.yaml to "inference", for OUTPUT_DIR/config.yaml
+    is what the model was trained with."""
+    cfg = load_config(args.config_file, args.opts)
+    written = cfg.OUTPUT_DIR
+    if args.eval_only:
+        written = os.path.join(written, "inference")
+    setup_logger(written, comm.get_rank(), name="e3va")
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+        logger.info("No CUDA device: MODEL.DEVICE is cpu")
+    register_datasets(cfg)
+    as_written = cfg.clone()
+    as_written.OUTPUT_DIR = written
+    default_setup(as_written, args)
+    cfg.freeze()
+    return cfg
 
 
 class Trainer(DefaultTrainer):
@@ -61,15 +114,16 @@ class Trainer(DefaultTrainer):
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        if cfg.MODEL.E3VA.TRUNK_DTYPE == "float16" and not cfg.SOLVER.AMP.ENABLED:
-            raise ValueError(
-                "MODEL.E3VA.TRUNK_DTYPE float16 without SOLVER.AMP.ENABLED computes the highway's "
-                "gradients in float16 and scales no loss: enable it, or store bfloat16"
-            )
         TrainerBase.__init__(self)  # DefaultTrainer's own would build Detectron2's AMP trainer
         self.cfg = cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         batch_share(cfg)
         model = self.build_model(cfg)
+        trunk = find_trunk(model)[1]
+        if trunk and trunk.storage_dtype() == torch.float16 and not cfg.SOLVER.AMP.ENABLED:
+            raise ValueError(
+                "MODEL.TRUNK.DTYPE float16 without SOLVER.AMP.ENABLED computes the highway's "
+                "gradients in float16 and scales no loss: enable it, or store bfloat16"
+            )
         logger.info(
             "%d of %d parameters are trained",
             trainable_parameters(model),
@@ -89,7 +143,7 @@ class Trainer(DefaultTrainer):
         self.checkpointer = SafeCheckpointer(
             model,
             cfg.OUTPUT_DIR,
-            trunk_source=cfg.MODEL.E3VA.WEIGHTS,
+            trunk_source=cfg.MODEL.TRUNK.WEIGHTS,
             trainer=weakref.proxy(self),
             **more,
         )
@@ -179,97 +233,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        kind = MetadataCatalog.get(dataset_name).evaluator_type
-        if kind == "voc_tree":
-            return VOCTreeEvaluator(dataset_name)
-        if kind == "pascal_voc":
-            return PascalVOCDetectionEvaluator(dataset_name)
-        if kind in ("sem_seg", "semantic_maps"):
-            return build_semantic_evaluator(cfg, dataset_name)
-        tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-        evaluator = COCOEvaluator(
-            dataset_name, tasks, output_dir=os.path.join(cfg.OUTPUT_DIR, "inference")
-        )
-        _complete(evaluator._coco_api, dataset_name, cfg.MODEL.MASK_ON)
-        return evaluator
-
-
-def _complete(truth: Any, dataset_name: str, masks: bool) -> None:
-    """Give what predictions are scored against (a ``pycocotools.coco.COCO``) all that pycocotools
-    must have; what it cannot score is left out, with a warning."""
-    annotations = [
-        annotation
-        for annotation in truth.dataset["annotations"]
-        if len(annotation["bbox"]) == 4 and (annotation.get("segmentation") or not masks)
-    ]
-    if dropped := len(truth.dataset["annotations"]) - len(annotations):
-        logger.warning("%s: %d instances are not scored: no mask, or no box", dataset_name, dropped)
-    for annotation in annotations:
-        _, _, width, height = annotation["bbox"]
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", width * height)
-    if 0 in truth.anns:
-        # To pycocotools a match with annotation 0 is no match.
-        for i, annotation in enumerate(annotations):
-            annotation["id"] = i + 1
-    truth.dataset["annotations"] = annotations
-    truth.createIndex()
-
-
-def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that cfg.SOLVER describes, over the parameters that require a gradient.
-
-    Raises:
-        ValueError: SOLVER.OPTIMIZER is unknown.
-    """
-    solver = cfg.SOLVER
-    bias_decay = solver.WEIGHT_DECAY_BIAS
-    rates = Rates(
-        solver.BASE_LR,
-        solver.WEIGHT_DECAY,
-        norm_decay=solver.WEIGHT_DECAY_NORM,
-        bias_decay=solver.WEIGHT_DECAY if bias_decay is None else bias_decay,
-        bias_lr_factor=solver.BIAS_LR_FACTOR,
-        highway_lr_factor=solver.HIGHWAY_LR_FACTOR,
-        highway_lr_ratio=solver.HIGHWAY_LR_RATIO,
-    )
-    groups = parameter_groups(model, rates)
-    options: dict[str, Any]
-    kind: type[torch.optim.Optimizer]
-    if solver.OPTIMIZER == "ADAMW":
-        kind, options = torch.optim.AdamW, {"betas": tuple(solver.BETAS)}
-    elif solver.OPTIMIZER == "SGD":
-        kind = torch.optim.SGD
-        options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
-    else:
-        raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW or SGD, got {solver.OPTIMIZER!r}")
-    clip = solver.CLIP_GRADIENTS
-    if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
-        return maybe_add_gradient_clipping(cfg, kind)(groups, **options)
-
-    optimizer = kind(groups, **options)
-
-    def clip_gradients(*_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-    optimizer.register_step_pre_hook(clip_gradients)
-    return optimizer
-
-
-def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:
-    """The schedule that cfg.SOLVER describes: one of Detectron2's, or "WarmupPolyLR"."""
-    solver = cfg.SOLVER
-    if solver.LR_SCHEDULER_NAME != "WarmupPolyLR":
-        return build_default_lr_scheduler(cfg, optimizer)
-    schedule = WarmupParamScheduler(
-        PolynomialDecayParamScheduler(1.0, solver.POLY_LR_POWER),
-        solver.WARMUP_FACTOR,
-        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
-        solver.WARMUP_METHOD,
-        solver.RESCALE_INTERVAL,
-    )
-    return LRMultiplier(optimizer, multiplier=schedule, max_iter=solver.MAX_ITER)
+        return build_evaluator(cfg, dataset_name)
 
 
 class StepTrainer(SimpleTrainer):

@@ -348,7 +348,7 @@ def test_wrong_names_and_missing_peft(monkeypatch):
 def test_one_step_in_detectron2(method, tmp_path):
     pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     from e3va.detectron2 import Trainer, load_config, register_coco_json
-    from tests import test_detectron2 as d2
+    from tests.detectron2 import factories as d2
 
     more = ("MODEL.TUNING.METHOD", method, "MODEL.FPN.OUT_CHANNELS", 16)
     train = d2.write_coco(tmp_path / "data")

@@ -1,28 +1,25 @@
-"""One's own boxes in a Pascal VOC tree: registered from config keys, scored by VOC's AP."""
+"""One's own boxes in a Pascal VOC tree."""
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
 from detectron2.evaluation import PascalVOCDetectionEvaluator
-from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from e3va.detectron2.catalog import register
-from e3va.detectron2.config import expand_path
+from e3va.detectron2.data.catalog import DatasetFormat, expand_path, register, set_classes
+from e3va.detectron2.evaluation import VOC_CORNERS, VOCTreeEvaluator
 
 logger = logging.getLogger(__name__)
 
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_SECTION = "VOC_TREE"
 
 
 def register_voc_tree(cfg: CfgNode) -> None:
@@ -36,7 +33,7 @@ def register_voc_tree(cfg: CfgNode) -> None:
         FileNotFoundError: the tree lacks a folder, a split, an annotation or an image.
         ValueError: an XML file is broken or names an unknown class, or masks are asked for.
     """
-    root = expand_path(cfg, "VOC_TREE", "ROOT")
+    root = expand_path(cfg, _SECTION, "ROOT")
     if not root:
         return
     tree = cfg.DATASETS.VOC_TREE
@@ -70,57 +67,7 @@ def register_voc_tree(cfg: CfgNode) -> None:
         logger.warning("%s: dropped %d boxes without width or height", root, dropped)
     cfg.DATASETS.TRAIN = (_name(root, tree.TRAIN_SPLIT),)
     cfg.DATASETS.TEST = (_name(root, tree.TEST_SPLIT),) if tree.TEST_SPLIT else ()
-    for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
-        head.NUM_CLASSES = len(classes)
-    cfg.DATASETS.CLASSES = classes
-    logger.info("%d classes in %s: %s", len(classes), root, ", ".join(classes))
-
-
-class VOCTreeEvaluator(PascalVOCDetectionEvaluator):
-    """Detectron2's AP of Pascal VOC (2012: the area under the curve) of one's own tree.
-
-    Scored are the boxes that the data set has loaded, so that tags that Detectron2's evaluator
-    demands may be missing; the mean is over the classes that occur.
-
-    Args:
-        dataset_name: as :func:`register_voc_tree` has registered it.
-    """
-
-    _predictions: dict[int, list[str]]
-
-    def __init__(self, dataset_name: str) -> None:
-        super().__init__(dataset_name)
-        self._records = DatasetCatalog.get(dataset_name)
-        # The files between prediction and score are separated by blanks, which a name may have.
-        self._numbers = {record["image_id"]: i for i, record in enumerate(self._records)}
-
-    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        numbered = [{"image_id": self._numbers[sample["image_id"]]} for sample in inputs]
-        super().process(numbered, outputs)
-
-    def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """ "AP", "AP50" and "AP75" under "bbox"; None in all processes but the first."""
-        present = sorted(
-            {
-                annotation["category_id"]
-                for record in self._records
-                for annotation in record["annotations"]
-                if not annotation["difficult"]
-            }
-        )
-        self._class_names = [str(label) for label in present]
-        self._predictions = {i: self._predictions[label] for i, label in enumerate(present)}
-        with tempfile.TemporaryDirectory(prefix="e3va_voc_") as folder:
-            for i, record in enumerate(self._records):
-                _write_annotations(Path(folder) / f"{i}.xml", record["annotations"])
-            names = Path(folder) / "images.txt"
-            names.write_text("".join(f"{i}\n" for i in range(len(self._records))))
-            self._anno_file_template = os.path.join(folder, "{}.xml")
-            self._image_set_path = str(names)
-            try:
-                return super().evaluate()
-            finally:
-                parse_rec.cache_clear()
+    set_classes(cfg, classes, root, cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET)
 
 
 def _splits(tree: CfgNode) -> list[str]:
@@ -176,7 +123,7 @@ def _read_xml(path: Path) -> tuple[tuple[int, int] | None, list[dict[str, Any]]]
             {
                 "name": item.findtext("name", "").strip(),
                 "difficult": item.findtext("difficult", "0").strip() == "1",
-                "corners": [float(item.findtext(f"bndbox/{corner}", "")) for corner in _CORNERS],
+                "corners": [float(item.findtext(f"bndbox/{corner}", "")) for corner in VOC_CORNERS],
             }
             for item in content.findall("object")
         ]
@@ -207,16 +154,16 @@ def _annotation(
     }
 
 
-def _write_annotations(path: Path, annotations: list[dict[str, Any]]) -> None:
-    """What Detectron2's evaluator reads, with numbers for names."""
-    root = ElementTree.Element("annotation")
-    for annotation in annotations:
-        item = ElementTree.SubElement(root, "object")
-        tags = {"name": annotation["category_id"], "difficult": int(annotation["difficult"])}
-        for tag, value in {**tags, "pose": "", "truncated": 0}.items():
-            ElementTree.SubElement(item, tag).text = str(value)
-        corners = ElementTree.SubElement(item, "bndbox")
-        x1, y1, x2, y2 = annotation["bbox"]
-        for corner, value in zip(_CORNERS, (x1 + 1, y1 + 1, x2, y2), strict=True):
-            ElementTree.SubElement(corners, corner).text = str(round(value))
-    ElementTree.ElementTree(root).write(path)
+FORMAT = DatasetFormat(
+    section=_SECTION,
+    # ROOT holds Annotations, ImageSets/Main and JPEGImages. A given ROOT replaces DATASETS.TRAIN
+    # and DATASETS.TEST by its splits, those of ImageSets/Main; an empty TEST_SPLIT: nothing is
+    # evaluated. CLASSES: empty, those that the XML files name, in alphabetical order.
+    defaults={"ROOT": "", "TRAIN_SPLIT": "train", "TEST_SPLIT": "val", "CLASSES": []},
+    given_by=("ROOT",),
+    register=register_voc_tree,
+    evaluators={
+        "voc_tree": lambda cfg, name: VOCTreeEvaluator(name),
+        "pascal_voc": lambda cfg, name: PascalVOCDetectionEvaluator(name),
+    },
+)

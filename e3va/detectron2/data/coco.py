@@ -1,4 +1,4 @@
-"""One's own data, named by config keys: in COCO format here, the rest beside."""
+"""One's own data in COCO format."""
 
 from __future__ import annotations
 
@@ -7,78 +7,18 @@ import os
 from functools import partial
 from typing import Any
 
-import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetMapper
-from detectron2.data import transforms as T
 from detectron2.data.datasets import load_coco_json
-from detectron2.data.detection_utils import build_augmentation
 from detectron2.structures import BoxMode
 
 from e3va.data.coco import MIN_SIDE, check_images, clip_box, read_coco
-from e3va.detectron2.catalog import register
-from e3va.detectron2.config import expand_path
-from e3va.detectron2.semantic import SemanticMapper, register_semantic_maps
-from e3va.detectron2.voc import register_voc_tree
+from e3va.detectron2.data.catalog import DatasetFormat, expand_path, register, set_classes
+from e3va.detectron2.evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
 
-_KEYS = "DATASETS.COCO_JSON"
-
-
-def register_datasets(cfg: CfgNode) -> None:
-    """Register the data sets that cfg.DATASETS.COCO_JSON, VOC_TREE or SEMANTIC_MAPS names, and
-    make ``cfg`` use them and their number of classes.
-
-    Raises:
-        FileNotFoundError: something that they name is not there.
-        ValueError: more than one of the three is given, or its content is not what it should be.
-    """
-    data = cfg.DATASETS
-    given = {
-        "COCO_JSON": data.COCO_JSON.TRAIN_JSON or data.COCO_JSON.TEST_JSON,
-        "VOC_TREE": data.VOC_TREE.ROOT,
-        "SEMANTIC_MAPS": data.SEMANTIC_MAPS.ROOT,
-    }
-    names = [f"DATASETS.{section}" for section, path in given.items() if path]
-    if len(names) > 1:
-        raise ValueError(f"{' and '.join(names)} are both given: give one")
-    register_coco_json(cfg)
-    register_voc_tree(cfg)
-    register_semantic_maps(cfg)
-
-
-def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper | SemanticMapper:
-    """What makes a model's input of a record of a data set."""
-    if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
-        return SemanticMapper(cfg, is_train)
-    crop = cfg.INPUT.CROP
-    if not (is_train and crop.ENABLED and crop.RESIZE):
-        return DatasetMapper(cfg, is_train)
-    resized_crop = [
-        T.ResizeShortestEdge(crop.RESIZE, sample_style="choice"),
-        InstanceCrop(crop.TYPE, crop.SIZE),
-    ]
-    augmentations = [
-        T.RandomApply(T.AugmentationList(resized_crop), prob=0.5),
-        *build_augmentation(cfg, is_train),
-    ]
-    # Polygons that reach out of the crop would have boxes that do.
-    return DatasetMapper(cfg, is_train, augmentations=augmentations, recompute_boxes=False)
-
-
-class InstanceCrop(T.RandomCrop):
-    """Detectron2's random crop, except that polygons are moved and not cut, which would take
-    shapely: boxes are cut, and beyond them masks are never looked at."""
-
-    def get_transform(self, image: np.ndarray) -> T.CropTransform:
-        crop = super().get_transform(image)
-        return _MovingCrop(crop.x0, crop.y0, crop.w, crop.h)
-
-
-class _MovingCrop(T.CropTransform):
-    def apply_polygons(self, polygons: list[np.ndarray]) -> list[np.ndarray]:
-        return [self.apply_coords(polygon.copy()) for polygon in polygons]
+_SECTION = "COCO_JSON"
+_KEYS = f"DATASETS.{_SECTION}"
 
 
 def register_coco_json(cfg: CfgNode) -> None:
@@ -96,10 +36,10 @@ def register_coco_json(cfg: CfgNode) -> None:
     """
     categories: dict[str, list[str]] = {}
     for split in ("TRAIN", "TEST"):
-        json_file = expand_path(cfg, "COCO_JSON", f"{split}_JSON")
+        json_file = expand_path(cfg, _SECTION, f"{split}_JSON")
         if not json_file:
             continue
-        images = expand_path(cfg, "COCO_JSON", f"{split}_IMAGES")
+        images = expand_path(cfg, _SECTION, f"{split}_IMAGES")
         images = images or os.path.dirname(os.path.abspath(json_file))
         if not os.path.isfile(json_file):
             raise FileNotFoundError(f"{_KEYS}.{split}_JSON: no file {json_file!r}")
@@ -131,10 +71,7 @@ def register_coco_json(cfg: CfgNode) -> None:
             raise ValueError(
                 f"{first} and {other} must have the same categories, got {names} and {other_names}"
             )
-    for head in (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET):
-        head.NUM_CLASSES = len(names)
-    cfg.DATASETS.CLASSES = names
-    logger.info("%d classes, from %s: %s", len(names), first, ", ".join(names))
+    set_classes(cfg, names, first, cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET)
 
 
 def _names(content: dict[str, Any]) -> list[str]:
@@ -194,3 +131,15 @@ def _load(name: str, json_file: str, images: str, masks: bool) -> list[dict[str,
             maskless,
         )
     return records
+
+
+FORMAT = DatasetFormat(
+    section=_SECTION,
+    # A given JSON replaces DATASETS.TRAIN or DATASETS.TEST, and the number of classes is then taken
+    # from it. IMAGES is the folder that the JSON's file names are relative to; empty: the folder of
+    # the JSON. "~" and "$VARIABLE" are expanded.
+    defaults={"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""},
+    given_by=("TRAIN_JSON", "TEST_JSON"),
+    register=register_coco_json,
+    evaluators={"coco": build_coco_evaluator},
+)
