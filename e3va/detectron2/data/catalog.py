@@ -39,14 +39,29 @@ class DatasetFormat:
         return any(cfg.DATASETS[self.section][key] for key in self.given_by)
 
 
-def register(name: str, load: Callable[[], list[dict[str, Any]]], **metadata: Any) -> None:
-    """Register a data set, and what is known of it, in place of what an earlier config of this
-    process called so."""
+def register(
+    cfg: CfgNode,
+    split: str,
+    name: str,
+    load: Callable[[], list[dict[str, Any]]],
+    /,
+    **metadata: Any,
+) -> None:
+    """Register what ``cfg`` trains on ("TRAIN") or is evaluated on ("TEST"), and what is known of
+    it, in place of what an earlier config of this process called so."""
     if name in DatasetCatalog:
         DatasetCatalog.remove(name)
         MetadataCatalog.remove(name)
     DatasetCatalog.register(name, load)
     MetadataCatalog.get(name).set(**metadata)
+    cfg.DATASETS[split] = (name,)
+
+
+def leave_out(cfg: CfgNode, split: str, key: str) -> None:
+    """Let ``cfg`` have no such split, for ``key`` is empty."""
+    use = {"TRAIN": "trained on", "TEST": "evaluated"}[split]
+    logger.warning("no %s: nothing is %s", key, use)
+    cfg.DATASETS[split] = ()
 
 
 def set_classes(cfg: CfgNode, classes: list[str], source: object, *heads: CfgNode) -> None:

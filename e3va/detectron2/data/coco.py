@@ -12,7 +12,13 @@ from detectron2.data.datasets import load_coco_json
 from detectron2.structures import BoxMode
 
 from e3va.data.coco import MIN_SIDE, check_images, clip_box, read_coco
-from e3va.detectron2.data.catalog import DatasetFormat, expand_path, register, set_classes
+from e3va.detectron2.data.catalog import (
+    DatasetFormat,
+    expand_path,
+    leave_out,
+    register,
+    set_classes,
+)
 from e3va.detectron2.evaluation import build_coco_evaluator
 
 logger = logging.getLogger(__name__)
@@ -53,18 +59,18 @@ def register_coco_json(cfg: CfgNode) -> None:
         categories[json_file] = _names(content)
         name = f"coco_json:{os.path.abspath(json_file)}"
         register(
+            cfg,
+            split,
             name,
             partial(_load, name, json_file, images, cfg.MODEL.MASK_ON),
             json_file=json_file,
             image_root=images,
             evaluator_type="coco",
         )
-        setattr(cfg.DATASETS, split, (name,))
     if not categories:
         return
     if not cfg.DATASETS.COCO_JSON.TEST_JSON:
-        logger.warning("no %s.TEST_JSON: nothing is evaluated", _KEYS)
-        cfg.DATASETS.TEST = ()
+        leave_out(cfg, "TEST", f"{_KEYS}.TEST_JSON")
     (first, names), *others = categories.items()
     for other, other_names in others:
         if other_names != names:

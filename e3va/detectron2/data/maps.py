@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import logging
 import os
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,14 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from PIL import Image
 
-from e3va.detectron2.data.catalog import DatasetFormat, expand_path, register, set_classes
+from e3va.detectron2.data.catalog import (
+    DatasetFormat,
+    expand_path,
+    leave_out,
+    register,
+    set_classes,
+)
 from e3va.detectron2.evaluation import build_semantic_evaluator
-
-logger = logging.getLogger(__name__)
 
 UNLABELLED = 255
 """Label of the pixels that neither train nor count."""
@@ -48,22 +51,20 @@ def register_semantic_maps(cfg: CfgNode) -> None:
     classes = list(maps.CLASSES) or _read_classes(Path(root) / "classes.csv")
     if len(classes) >= UNLABELLED:
         raise ValueError(f"{root} has {len(classes)} classes: at most {UNLABELLED - 1} fit a map")
-    names = []
-    for split in (maps.TRAIN_SPLIT, maps.TEST_SPLIT):
-        if not split:
-            logger.warning("no DATASETS.SEMANTIC_MAPS.TEST_SPLIT: nothing is evaluated")
+    for split in ("TRAIN", "TEST"):
+        name = maps[f"{split}_SPLIT"]
+        if not name:
+            leave_out(cfg, split, f"DATASETS.SEMANTIC_MAPS.{split}_SPLIT")
             continue
-        records = _pair(Path(root), split, len(classes))
-        name = f"semantic_maps:{os.path.abspath(root)}:{split}"
         register(
-            name,
-            partial(list, records),
+            cfg,
+            split,
+            f"semantic_maps:{os.path.abspath(root)}:{name}",
+            partial(list, _pair(Path(root), name, len(classes))),
             stuff_classes=classes,
             ignore_label=UNLABELLED,
             evaluator_type="semantic_maps",
         )
-        names.append(name)
-    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = tuple(names[:1]), tuple(names[1:])
     set_classes(cfg, classes, root, cfg.MODEL.SEM_SEG_HEAD)
 
 

@@ -14,7 +14,13 @@ from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from e3va.detectron2.data.catalog import DatasetFormat, expand_path, register, set_classes
+from e3va.detectron2.data.catalog import (
+    DatasetFormat,
+    expand_path,
+    leave_out,
+    register,
+    set_classes,
+)
 from e3va.detectron2.evaluation import VOC_CORNERS, VOCTreeEvaluator
 
 logger = logging.getLogger(__name__)
@@ -39,43 +45,38 @@ def register_voc_tree(cfg: CfgNode) -> None:
     tree = cfg.DATASETS.VOC_TREE
     if cfg.MODEL.MASK_ON:
         raise ValueError("DATASETS.VOC_TREE has boxes and no masks: set MODEL.MASK_ON to False")
-    if not tree.TEST_SPLIT:
-        logger.warning("no DATASETS.VOC_TREE.TEST_SPLIT: nothing is evaluated")
-    splits = {split: _read_split(Path(root), split) for split in _splits(tree)}
-    found = {box["name"] for records in splits.values() for r in records for box in r["boxes"]}
+    splits = {split: tree[f"{split}_SPLIT"] for split in ("TRAIN", "TEST")}
+    read = {name: _read_split(Path(root), name) for name in dict.fromkeys(splits.values()) if name}
+    found = {box["name"] for records in read.values() for r in records for box in r["boxes"]}
     classes = list(tree.CLASSES) or sorted(found)
     if not found <= set(classes):
         unknown = ", ".join(sorted(found - set(classes)))
         raise ValueError(f"{root} has boxes of {unknown}, which DATASETS.VOC_TREE.CLASSES lacks")
     dropped = 0
-    for split, records in splits.items():
+    for records in read.values():
         for record in records:
             boxes = record.pop("boxes")
             usable = [_annotation(box, classes, record) for box in boxes]
             record["annotations"] = [a for a in usable if a]
             dropped += usable.count(None)
+    if dropped:
+        logger.warning("%s: dropped %d boxes without width or height", root, dropped)
+    for split, name in splits.items():
+        if not name:
+            leave_out(cfg, split, f"DATASETS.VOC_TREE.{split}_SPLIT")
+            continue
         register(
-            _name(root, split),
-            partial(list, records),
+            cfg,
+            split,
+            f"voc_tree:{os.path.abspath(root)}:{name}",
+            partial(list, read[name]),
             thing_classes=classes,
             dirname=root,
-            split=split,
+            split=name,
             year=2012,
             evaluator_type="voc_tree",
         )
-    if dropped:
-        logger.warning("%s: dropped %d boxes without width or height", root, dropped)
-    cfg.DATASETS.TRAIN = (_name(root, tree.TRAIN_SPLIT),)
-    cfg.DATASETS.TEST = (_name(root, tree.TEST_SPLIT),) if tree.TEST_SPLIT else ()
     set_classes(cfg, classes, root, cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET)
-
-
-def _splits(tree: CfgNode) -> list[str]:
-    return [split for split in dict.fromkeys((tree.TRAIN_SPLIT, tree.TEST_SPLIT)) if split]
-
-
-def _name(root: str, split: str) -> str:
-    return f"voc_tree:{os.path.abspath(root)}:{split}"
 
 
 def _read_split(root: Path, split: str) -> list[dict[str, Any]]:

@@ -30,7 +30,8 @@ def test_a_row_is_all_that_a_format_needs(monkeypatch):
     assert row.defaults == {"ROOT": "", "NAMES": []}
     register_datasets(cfg)
     assert given == [cfg]
-    register("points", list, evaluator_type="points")
+    register(cfg, "TEST", "points", list, evaluator_type="points")
+    assert cfg.DATASETS.TEST == ("points",)
     assert data.build_evaluator(cfg, "points") == "there of points"
 
     cfg.DATASETS.VOC_TREE.ROOT = "here"
