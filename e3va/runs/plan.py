@@ -126,7 +126,7 @@ def make_plan(
         min_size=min_size,
         max_size=max_size,
         anchor_sizes=_anchors(train, min_size, max_size),
-        eval_period=max(1, math.ceil(iterations / 5)),
+        eval_period=max(500, math.ceil(iterations / 5)),
         flip=not all(name.isdigit() for name in data.classes),  # a mirrored digit is none
         seed=seed,
     )
