@@ -302,9 +302,8 @@ def tap_gradient(case: Case, device: str) -> Competitors:
     config = e3va.trunk_config(case.variant)
     assert case.stage is not None
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
-    kept, scale = zip(
-        *(compress(stage_map(case, channels, device), "int4", k) for k in range(taps)), strict=True
-    )
+    codes = (compress(stage_map(case, channels, device), "int4", k) for k in range(taps))
+    kept, scale = map(torch.stack, zip(*codes, strict=True))
     rank = e3va.HighwayConfig().rank
     dt = torch.stack([stage_map(case, rank, device) for _ in range(taps)]).flatten(1, 3)
     arguments = (kept, scale, "int4", dt, channels)

@@ -106,11 +106,11 @@ Taps taps_of(int64_t number) {
   return Taps(number);
 }
 
-// z, kept and scale are empty where they are not asked for.
-std::tuple<Tensor, Tensor> sublayer_epilogue_on_cpu(
+// z, t, kept and scale are empty where they are not asked for.
+Tensor sublayer_epilogue_on_cpu(
     Tensor x, Tensor y, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
     double eps, std::optional<Tensor> P, bool norm_tap, int64_t taps, int64_t seed, Tensor z,
-    Tensor kept, Tensor scale) {
+    Tensor t, Tensor kept, Tensor scale) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous() && y.is_contiguous() &&
                       x.numel() == y.numel() && x.scalar_type() == y.scalar_type(),
                   "sublayer_epilogue: x and y must be contiguous and alike");
@@ -121,7 +121,9 @@ std::tuple<Tensor, Tensor> sublayer_epilogue_on_cpu(
   int64_t tokens = 1;
   for (int64_t i = 0; i + 1 < x.dim(); ++i) tokens *= x.size(i);
   Tensor y_out = torch::stable::empty_like(y);
-  Tensor t = P ? torch::stable::new_empty(x, {tokens, rank}) : torch::stable::new_empty(x, {0});
+  STD_TORCH_CHECK(t.is_contiguous() && t.scalar_type() == x.scalar_type() &&
+                      t.numel() == tokens * rank && kept.is_contiguous() && scale.is_contiguous(),
+                  "sublayer_epilogue: t, kept and scale must be contiguous and fit");
   const bool norm = norm_weight.has_value();
   const SublayerEpilogueParams params{
       x.const_data_ptr(),
@@ -145,7 +147,7 @@ std::tuple<Tensor, Tensor> sublayer_epilogue_on_cpu(
   torch::stable::parallel_for(
       0, sublayer_epilogue_items(params), 1,
       [&](int64_t begin, int64_t end) { sublayer_epilogue_cpu(params, begin, end); });
-  return {y_out, t};
+  return y_out;
 }
 
 // A tensor of `like`'s dtype: rows of `tokens`, or of `planes` times as many.
@@ -303,8 +305,8 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "-> Tensor");
   m.def(
       "sublayer_epilogue(Tensor x, Tensor y, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-      "Tensor? P, bool norm_tap, int taps, int seed, Tensor(a!) z, Tensor(b!) kept, "
-      "Tensor(c!) scale) -> (Tensor, Tensor)");
+      "Tensor? P, bool norm_tap, int taps, int seed, Tensor(a!) z, Tensor(b!) t, Tensor(c!) kept, "
+      "Tensor(d!) scale) -> Tensor");
   m.def(
       "adapters(Tensor t, Tensor? carry, Tensor? D, Tensor? gamma, Tensor Q, Tensor b, Tensor U, "
       "int height, int width) -> (Tensor, Tensor)");

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from e3va import ops
 from e3va.config import HighwayConfig
 from e3va.ops.reference import project
-from e3va.ops.taps import TAPPED
+from e3va.ops.taps import TAPPED, room
 from e3va.trunks.base import Transition, TrunkConfig
 
 PARAMETERS = ("P", "D", "gamma", "g", "Q", "b", "U", "g_up", "V", "c")
@@ -158,38 +158,43 @@ class StageRide:
         # Without a backward to come nothing needs to be made smaller.
         self._storage = stage.storage if torch.is_grad_enabled() else "full"
         self._seed: Tensor | None = None
-        self._P: tuple[Tensor, ...] = ()
-        self._kept: list[Tensor] = []
-        self._scale: list[Tensor] = []
-        self._t: list[Tensor] = []
+        self._full: list[Tensor] = []  # taps that are kept as they are
+        self._room: tuple[Tensor, ...] = ()  # t, taps and scales, of all sub-layers
+        self._slices: list[Any] = []  # k, P, t, tap, scale of each that is to come
+
+    def _begin(self, x: Tensor) -> None:
+        """Make room for what sub-layers give whose outputs are like x."""
+        P = self._stage.P.to(x.dtype)  # cast once for all
+        self._room = room(x, P.shape[2], self._storage, len(P))
+        parts = (v.unbind() for v in (P, *self._room))
+        self._slices = list(zip(range(len(P)), *parts, strict=True))
+        if self._storage == "int4":
+            # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
+            self._seed = torch.randint(2**31, (), device=x.device)
 
     def __call__(self, x: Tensor, y: Tensor, norm: nn.LayerNorm | None) -> tuple[Tensor, Tensor]:
         with torch.no_grad():  # as a decorator of __call__ it would stop Dynamo 2.14
-            k = len(self._t)
+            if not self._room:
+                self._begin(x)
             weight, bias, eps = (norm.weight, norm.bias, norm.eps) if norm else (None, None, EPS)
-            if not k:
-                self._P = self._stage.P.to(x.dtype).unbind()  # cast once for all
-                if self._storage == "int4":
-                    # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
-                    self._seed = torch.randint(2**31, (), device=x.device)
-            y, z, t, kept, scale = ops.sublayer_epilogue(
-                x, y, weight, bias, eps, self._P[k], self.tap, self._storage, self._seed, k
+            k, P, *into = self._slices.pop(0)
+            y, z, *_ = ops.sublayer_epilogue(
+                x, y, weight, bias, eps, P, self.tap, self._storage, self._seed, k, into
             )
             if self._storage == "full":
-                self._kept.append(x if self.tap == "output" else z)
-            else:
-                self._kept.append(kept)
-                self._scale.append(scale)
-            self._t.append(t)
+                self._full.append(x if self.tap == "output" else z)
         return y, z
 
     @torch.no_grad()
     def follow(self, x: Tensor, z: Tensor) -> None:
         """Take the next tap alone, from the sub-layer's output and the norm after it, where another
         highway's pass completes the sub-layer."""
+        if not self._room:
+            self._begin(x)
+        _, P, t, *_ = self._slices.pop(0)
         tap = x if self.tap == "output" else z
-        self._kept.append(tap)
-        self._t.append(project(tap, self._stage.P[len(self._t)]))
+        self._full.append(tap)
+        project(tap, P, t)
 
     def arrive(
         self, h: Tensor, y_in: Tensor, y_out: Tensor, carry: Tensor | None
@@ -198,17 +203,18 @@ class StageRide:
         frozen stage's input and output, each [B, H, W, C]; see :func:`e3va.ops.highway`."""
         stage = self._stage
         Q, U = stage.fold()
+        t, kept, scale = self._room
         return ops.highway(
             h,
             y_in,
             y_out,
-            self._kept,
-            self._t,
+            self._full if self._storage == "full" else kept,
+            t,
             *(stage.P, Q, stage.b, U, stage.V, stage.c),
             D=stage.D,
             gamma=stage.gamma,
             carry=carry,
-            scale=self._scale,
+            scale=None if self._storage == "full" else scale,
             taps=self._storage,
         )
 

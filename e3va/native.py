@@ -17,7 +17,7 @@ from torch import Tensor
 
 from e3va.ops import dispatch
 from e3va.ops.sublayer_epilogue import returns_norm
-from e3va.ops.taps import TAPS, stored_channels, stored_dtype
+from e3va.ops.taps import TAPS, room
 from e3va.ops.variants import WindowAttention
 
 _FOLDER = Path(__file__).parent
@@ -130,20 +130,17 @@ def sublayer_epilogue(
     taps: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
+    into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    z, kept, scale = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    if returns_norm(norm_weight, P, tap, taps):
-        z = x.new_empty(x.shape)
-    if P is not None and taps != "full":
-        tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-        kept = torch.empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
-        scale = torch.empty(tokens, dtype=torch.float32)
+    z = x.new_empty(x.shape if returns_norm(norm_weight, P, tap, taps) else 0)
+    if not into:
+        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], taps)
     weights = _given(norm_weight), _given(norm_bias), eps, _given(P)
     storage = tap == "norm", TAPS.index(taps), index + (0 if seed is None else int(seed))
-    y_out, t = torch.ops.e3va_native.sublayer_epilogue(
-        x.contiguous(), y.contiguous(), *weights, *storage, z, kept, scale
+    y_out = torch.ops.e3va_native.sublayer_epilogue(
+        x.contiguous(), y.contiguous(), *weights, *storage, z, *into
     )
-    return y_out, z, t, kept, scale
+    return y_out, z, *into
 
 
 @dispatch.register("adapters", "native", why_not=_cpu_why_not)
@@ -186,15 +183,16 @@ def adapters_backward(
 
 @dispatch.register("tap_gradient", "native", why_not=_cpu_why_not)
 def tap_gradient(
-    tap: Sequence[Tensor],  # K × [N, C], or as kept
-    scale: Sequence[Tensor],  # K × [N], or none
+    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    scale: Tensor | None,  # [K, N]
     taps: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
     rows = [tap_k.contiguous() for tap_k in tap]
+    scales = [] if scale is None else list(scale.contiguous())
     return torch.ops.e3va_native.tap_gradient(
-        rows, list(scale), TAPS.index(taps), dt.contiguous(), channels, dt.new_empty(0).float()
+        rows, scales, TAPS.index(taps), dt.contiguous(), channels, dt.new_empty(0).float()
     )
 
 

@@ -63,7 +63,7 @@ def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 @dispatch.register("tap_gradient", "triton", why_not, cannot)
 def tap_gradient(
-    tap: Sequence[Tensor], scale: Sequence[Tensor], taps: str, dt: Tensor, channels: int
+    tap: Sequence[Tensor] | Tensor, scale: Tensor | None, taps: str, dt: Tensor, channels: int
 ) -> Tensor:
     from e3va.kernels.tap_gradient import tap_gradient
 

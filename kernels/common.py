@@ -14,7 +14,7 @@ LEAST_ROWS = 128  # of a part: fewer are not worth sums of their own
 PROGRAMS = 512  # fill a GPU: more parts than these take would cost memory alone
 
 # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
-WIDEN = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 def padded_rank(rank: int) -> int:
@@ -44,7 +44,7 @@ def part_rows(tokens: int, splits: int, rows: int) -> int:
 @triton.jit
 def dot(a, b, sum):
     """sum + a·b, in full precision for float32."""
-    if WIDEN:
+    if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, sum, input_precision="ieee")
 

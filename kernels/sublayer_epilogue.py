@@ -12,6 +12,7 @@ their scales written (NC/2 + 4N in int4).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, padded_rank
 from e3va.kernels.taps import encode, hash, magnitude, parts, scales
-from e3va.ops.taps import int32, stored_channels, stored_dtype
+from e3va.ops.taps import int32, room
 
 
 class Tiles(NamedTuple):
@@ -57,6 +58,7 @@ def sublayer_epilogue(
     taps: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
+    into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, y = x.contiguous(), y.contiguous()
     channels, tokens = x.shape[-1], x.shape[:-1].numel()
@@ -67,11 +69,9 @@ def sublayer_epilogue(
     y_out = torch.empty_like(y)
     z = torch.empty_like(y) if stored else y.new_empty(0)
     rank = 0 if P is None else P.shape[1]
-    t = x.new_empty(0 if P is None else (tokens, rank))
-    codes, scale = x.new_empty(0), x.new_empty(0)
-    if taps != "full":
-        codes = x.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
-        scale = x.new_empty(tokens, dtype=torch.float32)
+    if not into:
+        into = [x.new_empty(0)] * 3 if P is None else room(x, rank, taps)
+    t, codes, scale = into
     # What is absent is neither read nor written.
     norm = [x if v is None else v.contiguous() for v in (norm_weight, norm_bias)]
     tile = tiles(x.dtype, architecture_of(x.device), tap, taps)

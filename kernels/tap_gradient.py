@@ -1,8 +1,8 @@
 """``tap_gradient`` in Triton: dP_k = tap_kᵀ·dt_k of all taps of a stage, as they were kept.
 
-Taps kept in full are the vendor's GEMM. Codes are decoded on chip: each tap is one launch, in
-which a program sums one part of the tokens for one slice of the channels, in order; the parts of
-several taps are then added by one reduction. No atomics: the same bits on every run.
+Taps kept in full are the vendor's GEMM. Codes are decoded on chip, in one launch: a program sums
+one part of the tokens of a tap for one slice of the channels, in order; the parts are then added by
+one reduction. No atomics: the same bits on every run.
 
 Bytes moved: codes and scales read (KN(C/2 + 4) in int4), dt per slice of C.
 """
@@ -13,15 +13,16 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, padded_rank, part_rows, splits_of
-from e3va.kernels.taps import decode, limit, parts
+from e3va.kernels.taps import decode, limit, parts, place_of
 from e3va.ops import reference
 
-ROOM = 8 << 20  # bytes for the sums of parts: of as many taps as that holds
+WORD = 4  # bytes
 
 
 class Tiles(NamedTuple):
@@ -32,60 +33,61 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def tiles(dtype: torch.dtype, architecture: int) -> Tiles:
-    """The fastest tiles on an H100 that spill nowhere, see ``python -m bench.registers``."""
-    if architecture < 80:
-        return Tiles(16, 32, 4)
-    return Tiles(32, 32, 4) if dtype == torch.float32 else Tiles(64, 64, 4)
+def tiles(dtype: torch.dtype, architecture: int, channels: int, rank: int) -> Tiles:
+    """Tiles of as many channels as spill nowhere, see ``python -m bench.registers``: every slice of
+    the channels reads and scales dt anew."""
+    turing = architecture < 80
+    rows = 16 if turing else 32
+    if dtype == torch.float32:
+        return Tiles(rows, 32, 4)
+    most = (2048 if turing else 4096) // padded_rank(rank)
+    return Tiles(rows, min(most, max(16, triton.next_power_of_2(channels))), 4)
 
 
 def tap_gradient(
-    tap: Sequence[Tensor],  # K × [N, C], or as kept
-    scale: Sequence[Tensor],  # K × [N], or none
+    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    scale: Tensor | None,  # [K, N]
     taps: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
-    if taps == "full":  # nothing to decode: GEMMs
+    if scale is None:  # nothing to decode: GEMMs
         return reference.tap_gradient(tap, scale, taps, dt, channels)
-    dt = dt.contiguous()
     K, tokens, rank = dt.shape
     dP = dt.new_empty(K, channels, rank, dtype=torch.float32)
     if not tokens:
         return dP.zero_()
-    tile = tiles(dt.dtype, architecture_of(dt.device))
-    slices = triton.cdiv(tap[0].shape[1], tile.channels // parts(taps))
-    splits = splits_of(tokens, slices)
-    group = max(1, ROOM // (4 * splits * channels * rank))
-    sums = dP.new_empty(min(K, group), splits, channels, rank)
-    for first in range(0, K, group):
-        members = range(first, min(K, first + group))
-        for k in members:
-            tap_gradient_kernel[splits, slices](
-                tap[k].contiguous().view(torch.uint8),
-                scale[k].contiguous(),
-                dt[k],
-                sums[k - first],
-                tokens,
-                part_rows(tokens, splits, tile.rows),
-                CHANNELS=channels,
-                RANK=rank,
-                FORMAT=taps,
-                RANK_TILE=padded_rank(rank),
-                ROWS=tile.rows,
-                CHANNEL_TILE=tile.channels,
-                num_warps=tile.num_warps,
-            )
-        torch.sum(sums[: len(members)], 1, out=dP[first : first + len(members)])
-    return dP
+    codes = tap.contiguous().view(torch.uint8)
+    if codes.shape[-1] % WORD or codes.storage_offset() % WORD:
+        codes = F.pad(codes, (0, -codes.shape[-1] % WORD))
+    tile = tiles(dt.dtype, architecture_of(dt.device), channels, rank)
+    slices = triton.cdiv(codes.shape[-1], tile.channels // parts(taps))
+    splits = splits_of(tokens, K * slices)
+    sums = dP[:, None] if splits == 1 else dP.new_empty(K, splits, channels, rank)
+    tap_gradient_kernel[splits, slices, K](
+        codes.view(torch.uint32),
+        scale.contiguous(),
+        dt.contiguous(),
+        sums,
+        tokens,
+        part_rows(tokens, splits, tile.rows),
+        CHANNELS=channels,
+        RANK=rank,
+        FORMAT=taps,
+        RANK_TILE=padded_rank(rank),
+        ROWS=tile.rows,
+        CHANNEL_TILE=tile.channels,
+        num_warps=tile.num_warps,
+    )
+    return dP if splits == 1 else torch.sum(sums, 1, out=dP)
 
 
 @triton.jit(do_not_specialize=["tokens", "split_rows"])
 def tap_gradient_kernel(
-    codes_ptr,  # [N, bytes]
-    scale_ptr,  # [N]
-    dt_ptr,  # [N, r]
-    dP_ptr,  # [splits, C, r]
+    words_ptr,  # [K, N, ⌈bytes/4⌉]
+    scale_ptr,  # [K, N]
+    dt_ptr,  # [K, N, r]
+    dP_ptr,  # [K, splits, C, r]
     tokens,
     split_rows,
     CHANNELS: tl.constexpr,
@@ -96,27 +98,29 @@ def tap_gradient_kernel(
     CHANNEL_TILE: tl.constexpr,
 ):
     dtype: tl.constexpr = dt_ptr.dtype.element_ty
+    HALF: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
     PARTS: tl.constexpr = parts(FORMAT)
     BYTES: tl.constexpr = (CHANNELS + PARTS - 1) // PARTS
-    BYTE_TILE: tl.constexpr = CHANNEL_TILE // PARTS
+    WORDS: tl.constexpr = (BYTES + 3) // 4
+    WORD_TILE: tl.constexpr = CHANNEL_TILE // (4 * PARTS)
     # dt·scale, of fewer columns than x, would be lost in float16: all grids get int4's steps.
     GAIN: tl.constexpr = limit(FORMAT) / limit("int4")
+    k = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * split_rows
-    start = tl.program_id(1) * BYTE_TILE
-    bytes_ = start + tl.arange(0, BYTE_TILE)
+    start = tl.program_id(1) * WORD_TILE
+    words = start + tl.arange(0, WORD_TILE)
     ranks = tl.arange(0, RANK_TILE)
     rank_in = ranks < RANK
     dP = tl.zeros((CHANNEL_TILE, RANK_TILE), tl.float32)
     for step in range(0, split_rows, ROWS):
         rows = first + step + tl.arange(0, ROWS)
         row_in = rows < tokens
-        codes = tl.load(
-            codes_ptr + rows[:, None] * BYTES + bytes_[None, :],
-            mask=row_in[:, None] & (bytes_ < BYTES)[None, :],
+        rows += k * tokens
+        word = tl.load(
+            words_ptr + rows[:, None] * WORDS + words[None, :],
+            mask=row_in[:, None] & (words < WORDS)[None, :],
             other=0,
         )
-        if PARTS == 2:
-            codes = tl.interleave(codes & 15, codes >> 4)
         scale = tl.load(scale_ptr + rows, mask=row_in, other=0.0)
         # Rows past the end have dt = 0: they add nothing.
         dt = tl.load(
@@ -125,12 +129,12 @@ def tap_gradient_kernel(
             other=0.0,
         )
         dt = (dt.to(tl.float32) * (scale * GAIN)[:, None]).to(dtype)
-        dP = dot(tl.trans(decode(codes, FORMAT).to(dtype)), dt, dP)
-    # The channels of a byte lie side by side in the tile, and BYTES apart in x.
-    column = tl.arange(0, CHANNEL_TILE)
-    byte = start + column // PARTS
-    channels = column % PARTS * BYTES + byte
+        dP = dot(tl.trans(decode(word, FORMAT, HALF).to(dtype)), dt, dP)
+    # The channels of a byte lie BYTES apart in x.
+    byte, part = place_of(tl.arange(0, CHANNEL_TILE), FORMAT)
+    byte += 4 * start
+    channels = part * BYTES + byte
     inside = ((byte < BYTES) & (channels < CHANNELS))[:, None] & rank_in[None, :]
-    part = tl.program_id(0).to(tl.int64)
-    at = (part * CHANNELS + channels[:, None]) * RANK + ranks[None, :]
+    part_of_tap = k * tl.num_programs(0) + tl.program_id(0)
+    at = (part_of_tap * CHANNELS + channels[:, None]) * RANK + ranks[None, :]
     tl.store(dP_ptr + at, dP / GAIN, mask=inside)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from e3va.kernels.common import INTERPRETED
 from e3va.ops import taps
 
 TINY = tl.constexpr(taps.TINY)
@@ -72,15 +73,70 @@ def _nearest(x):
     return (fixed + 0x7FFFFF + ((fixed >> 24) & 1)) >> 24
 
 
+@triton.constexpr_function
+def mantissa(dtype):
+    """Bits of a 16-bit float's mantissa."""
+    return 10 if dtype == tl.float16 else 7
+
+
+@triton.constexpr_function
+def bias(dtype):
+    """Of its exponent."""
+    return 15 if dtype == tl.float16 else 127
+
+
+@triton.constexpr_function
+def powers(exponent, dtype):
+    """The word whose halves are 2 to the power of ``exponent``."""
+    return (exponent + bias(dtype) << mantissa(dtype)) * 0x10001
+
+
 @triton.jit
-def decode(code, FORMAT: tl.constexpr):
-    """What a code of one byte, or four bits, stands for, in float32."""
+def _halves(word, dtype: tl.constexpr):
+    """The halves of words as numbers, the lower one first."""
+    low = word.to(tl.int16).to(dtype, bitcast=True)
+    return tl.interleave(low, (word >> 16).to(tl.int16).to(dtype, bitcast=True))
+
+
+@triton.jit
+def _fma(a, b, c, dtype: tl.constexpr):
+    """a·b + c of the halves of words, in one instruction for both: no compiler finds it."""
+    if INTERPRETED:
+        b, c = a & 0 | b, a & 0 | c
+        product = _halves(a, dtype).to(tl.float32) * _halves(b, dtype).to(tl.float32)
+        return (product + _halves(c, dtype).to(tl.float32)).to(dtype)
+    NAME: tl.constexpr = "fma.rn.f16x2" if dtype == tl.float16 else "fma.rn.bf16x2"
+    word = tl.inline_asm_elementwise(
+        NAME + " $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], tl.uint32, is_pure=True, pack=1
+    )
+    return _halves(word, dtype)
+
+
+@triton.jit
+def decode(word, FORMAT: tl.constexpr, dtype: tl.constexpr):
+    """What the codes in words of 32 bits stand for, exactly, in a 16-bit ``dtype``; they come in
+    the order that :func:`place_of` tells."""
+    MANTISSA: tl.constexpr = mantissa(dtype)
+    ONE: tl.constexpr = powers(0, dtype)
+    BASE: tl.constexpr = powers(MANTISSA, dtype)  # what is put into its last bits, is added to it
     if FORMAT == "int4":
-        x = code.to(tl.float32) - 8.0
-    elif FORMAT == "int8":
-        x = code.to(tl.int8, bitcast=True).to(tl.float32)
-    else:  # laid out as float16, whose bias is larger by 8
-        code = code.to(tl.int16)
-        half = ((code & 0x7F) << 7 | (code & 0x80) << 8).to(tl.float16, bitcast=True)
-        x = half.to(tl.float32) * 256.0
+        word = tl.interleave(tl.interleave(word, word >> 8), tl.interleave(word >> 4, word >> 12))
+        x = _fma(word & 0x000F000F | BASE, ONE, BASE | 0x80088008, dtype)
+    else:
+        word = tl.interleave(word, word >> 8)
+        size, sign = word & 0x007F007F, word & 0x00800080
+        if FORMAT == "int8":  # the sign weighs -128
+            x = _fma(sign | BASE, ONE | 0x80008000, size | BASE, dtype)
+        else:  # the bits of a float of a larger bias
+            bits = size << (MANTISSA - 3) | sign << 8
+            x = _fma(bits, powers(bias(dtype) - 7, dtype), 0, dtype)
     return x
+
+
+@triton.jit
+def place_of(column, FORMAT: tl.constexpr):
+    """(byte, part) of the code that :func:`decode` puts into a column: what lies half a word apart
+    comes side by side."""
+    CODES: tl.constexpr = 4 * parts(FORMAT)  # of a word
+    code = column % CODES // 2 + column % 2 * (CODES // 2)
+    return column // CODES * 4 + code // parts(FORMAT), code % parts(FORMAT)

@@ -24,8 +24,8 @@ def highway(
     h_in: Tensor,
     y_in: Tensor,
     y_out: Tensor,
-    tap: Sequence[Tensor],
-    t: Sequence[Tensor],
+    tap: Sequence[Tensor] | Tensor,
+    t: Tensor,
     P: Tensor,
     Q: Tensor,
     b: Tensor,
@@ -35,7 +35,7 @@ def highway(
     D: Tensor | None = None,
     gamma: Tensor | None = None,
     carry: Tensor | None = None,
-    scale: Sequence[Tensor] = (),
+    scale: Tensor | None = None,
     taps: str = "full",
 ) -> tuple[Tensor, Tensor | None]:
     """h_out = y_out + (h_in − y_in) + Σ_k s_k·V_k + c (arXiv 2306.09729, eq. 5), where
@@ -54,15 +54,15 @@ def highway(
     Args:
         h_in: the highway before the stage, [B, H, W, C].
         y_in, y_out: the frozen stage's input and output, [B, H, W, C].
-        tap: K taps, each [B, H, W, C], or as :func:`e3va.ops.sublayer_epilogue` returns them to be
-            kept.
-        t: K, [N, α] each, N = B·H·W.
+        tap: K taps, each [B, H, W, C], or as :func:`e3va.ops.sublayer_epilogue` keeps them, in one
+            tensor [K, N, bytes].
+        t: [K, N, α], N = B·H·W.
         P: [K, C, α]. Q: [K, α, m]. b: [K, m]. U: [K, m, α]. V: [K, α, C]. c: [C]. Of one dtype,
             which their gradients have too; cast to that of ``y_out`` to compute.
         D: depth-wise kernels, [K, α, side, side], side odd; None (the default): no mixing.
         gamma: how much of the state an adapter hears, [K, α]; None (the default): no state.
         carry: the state before the stage, [B, H, W, α]; None (the default): zero.
-        scale: K scales, [N] each, of taps that are not "full".
+        scale: of taps that are not "full", [K, N].
         taps: how ``tap`` is kept, one of :data:`e3va.ops.taps.TAPS`.
 
     Returns:
@@ -73,7 +73,8 @@ def highway(
         TypeError: dtypes are not floating, or differ within the two groups above.
         ValueError: a shape or the number of taps does not fit, or there is a carry without gamma.
     """
-    arguments = h_in, y_in, y_out, carry, taps, list(tap), list(scale), list(t)
+    kept = [tap] if isinstance(tap, Tensor) else list(tap)
+    arguments = h_in, y_in, y_out, carry, taps, kept, scale, t
     parameters = P, D, gamma, Q, b, U, V, c
     check_once(_check, *arguments, *parameters)
     h, carry, *_ = torch.ops.e3va.highway(*arguments, *parameters)
@@ -87,8 +88,8 @@ def _check(
     carry: Tensor | None,
     taps: str,
     tap: list[Tensor],
-    scale: list[Tensor],
-    t: list[Tensor],
+    scale: Tensor | None,
+    t: Tensor,
     P: Tensor,
     D: Tensor | None,
     gamma: Tensor | None,
@@ -103,25 +104,25 @@ def _check(
     full = {f"tap[{k}]": v for k, v in enumerate(tap)} if taps == "full" else {}
     maps = {"h_in": h_in, "y_in": y_in, **full}
     check_same_dtype(y_out=y_out, **maps, **_given(carry=carry))
-    check_floating(**{f"t[{k}]": v for k, v in enumerate(t)})
+    check_floating(t=t)
     check_same_dtype(P=P, Q=Q, b=b, U=U, V=V, c=c, **_given(D=D, gamma=gamma))
     check_shape("P", P, -1, -1, -1)
     check_shape("Q", Q, len(P), -1, -1)
     adapters, channels, rank = P.shape
     hidden = Q.shape[-1]
-    if not len(tap) == len(t) == adapters:
-        raise ValueError(f"P holds {adapters} adapters, got {len(tap)} taps and {len(t)} t")
     check_shape("y_out", y_out, -1, -1, -1, channels)
     for name, tensor in maps.items():
         check_shape(name, tensor, *y_out.shape)
     tokens = y_out.shape[:-1].numel()
-    if len(scale) != (0 if taps == "full" else adapters):
-        raise ValueError(f"{adapters} taps {taps!r} do not go with {len(scale)} scales")
-    for k, scale_k in enumerate(scale):
-        check_shape(f"tap[{k}]", tap[k], tokens, stored_channels(channels, taps))
-        check_shape(f"scale[{k}]", scale_k, tokens)
-    for k in range(adapters):
-        check_shape(f"t[{k}]", t[k], tokens, rank)
+    check_shape("t", t, adapters, tokens, rank)
+    if (scale is None) != (taps == "full"):
+        raise ValueError(f"taps {taps!r} come {'without a' if scale is None else 'with a'} scale")
+    if scale is None:
+        if len(tap) != adapters:
+            raise ValueError(f"P holds {adapters} adapters, got {len(tap)} taps")
+    else:
+        check_shape("tap", tap[0], adapters, tokens, stored_channels(channels, taps))
+        check_shape("scale", scale, adapters, tokens)
     check_shape("Q", Q, adapters, rank, hidden)
     check_shape("b", b, adapters, hidden)
     check_shape("U", U, adapters, hidden, rank)
@@ -151,8 +152,8 @@ def _highway(
     carry: Tensor | None,
     taps: str,
     tap: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    t: Sequence[Tensor],
+    scale: Tensor | None,
+    t: Tensor,
     P: Tensor,
     D: Tensor | None,
     gamma: Tensor | None,
@@ -164,13 +165,13 @@ def _highway(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h_out; the state after the stage [B, H, W, α], if any; u [K, N, α] as it is kept, and in int8
     its scales [K·N]."""
-    rows = torch.stack(list(t)).to(y_out)
+    rows = t.to(y_out)
     before = None if carry is None else carry.flatten(0, -2)
     S, u = dispatch.run("adapters", y_out, rows, before, D, gamma, Q, b, U, y_out.shape[1:3])
     with torch.autocast(y_out.device.type, enabled=False):
         h = reference.highway(h_in, y_in, y_out, S, V, c)
     if gamma is None:
-        u, after = rows, h.new_empty(0)
+        u, after = rows.clone() if rows is t and taps != "int4" else rows, h.new_empty(0)
     else:
         after = u[-1].view(*y_out.shape[:-1], P.shape[2]).clone()
         u = u[:-1]
@@ -183,7 +184,7 @@ def _highway(
 @_highway.register_fake
 def _(h_in, y_in, y_out, carry, taps, tap, scale, t, P, D, gamma, Q, b, U, V, c):
     rows, state = y_out.shape[:-1], gamma is not None
-    shape = len(t), rows.numel(), P.shape[2]
+    shape = t.shape
     h = y_out.new_empty(y_out.shape)
     after = y_out.new_empty((*rows, P.shape[2]) if state else 0)
     if taps != "int4":
@@ -197,14 +198,12 @@ def _setup_context(ctx, inputs, output):
     _, _, kept, kept_scale = output
     ctx.mark_non_differentiable(kept, kept_scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(carry, kept, kept_scale, *parameters, *tap, *scale)
+    ctx.save_for_backward(carry, kept, kept_scale, *parameters, scale, *tap)
 
 
 def _backward(ctx, G, dcarry, *_):
-    carry, kept, kept_scale, P, D, gamma, Q, b, U, V, *saved = ctx.saved_tensors
-    K = len(P)
-    tap, scale = saved[:K], saved[K:]
-    nothing = ([None] * len(values) for values in (tap, scale, tap))
+    carry, kept, kept_scale, P, D, gamma, Q, b, U, V, scale, *tap = ctx.saved_tensors
+    nothing = [None] * len(tap), None, None
     if gamma is None:
         dcarry = None  # of nothing
     if G is None and dcarry is None:
@@ -238,7 +237,7 @@ def _highway_backward(
     dcarry: Tensor | None,
     taps: str,
     tap: Sequence[Tensor],
-    scale: Sequence[Tensor],
+    scale: Tensor | None,
     kept: Tensor,
     kept_scale: Tensor,
     P: Tensor,
@@ -265,7 +264,7 @@ def _highway_backward(
         dgamma = G.new_empty(0) if gamma is None else _gamma_gradient(carry, S, dt)
         dV = reference.over_tokens(S, rows).view(V.shape).to(V)
         del S, dS
-        flat = [tap_k.flatten(0, -2) for tap_k in tap]
+        flat = tap[0] if taps != "full" else [tap_k.flatten(0, -2) for tap_k in tap]
         dP = dispatch.run("tap_gradient", G, flat, scale, taps, dt, G.shape[-1])
         if gamma is not None:
             dbefore = dbefore.view(*G.shape[:-1], P.shape[2])

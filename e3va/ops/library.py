@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,13 +23,13 @@ def operator(function: Callable[..., Any]) -> Any:
     return torch.library.custom_op(f"e3va::{name}", mutates_args=())(function)
 
 
-def frozen_operator(function: Callable[..., Any]) -> Any:
+def frozen_operator(function: Callable[..., Any], writes: Sequence[str] = ()) -> Any:
     """The same for what has no backward, called in a third of the time: without ``custom_op``'s
     autograd and checks of results, which take longer than a small kernel. A fake is registered by
-    ``torch.library.register_fake``."""
+    ``torch.library.register_fake``. ``writes``: the arguments that it writes to."""
     name = function.__name__.strip("_")
     FUNCTIONS[name] = function
-    schema = torch.library.infer_schema(function, mutates_args=())
+    schema = torch.library.infer_schema(function, mutates_args=writes)
     _LIBRARY.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
 
     @functools.cache

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e3va.ops.taps import compress, expand
+from e3va.ops.taps import compress, expand, room
 
 
 def sublayer_epilogue(
@@ -26,24 +26,27 @@ def sublayer_epilogue(
     taps: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
+    into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
     x, y = x.contiguous(), y.contiguous()
-    y_out = y + x
-    z, t, kept, scale = (x.new_empty(0) for _ in range(4))
+    y_out, z = y + x, x.new_empty(0)
+    if not into:
+        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], taps)
+    t, kept, scale = into
     if norm_weight is not None or (P is not None and tap == "norm"):
         z = F.layer_norm(y_out, y.shape[-1:], _to(norm_weight, y), _to(norm_bias, y), eps)
     if P is not None:
         tapped = x if tap == "output" else z
-        t = project(tapped, P)
+        project(tapped, P, t)
         if taps != "full":
-            kept, scale = compress(tapped, taps, index if seed is None else seed + index)
+            compress(tapped, taps, index if seed is None else seed + index, (kept, scale))
             z = z if norm_weight is not None else x.new_empty(0)
     return y_out, z, t, kept, scale
 
 
-def project(tapped: Tensor, P: Tensor) -> Tensor:
-    """t, what an adapter reads of a tap [..., C]: [N, r]."""
-    return tapped.flatten(0, -2) @ P.to(tapped)
+def project(tapped: Tensor, P: Tensor, t: Tensor) -> None:
+    """Write t [N, r], what an adapter reads of a tap [..., C]."""
+    torch.mm(tapped.flatten(0, -2), P.to(tapped), out=t)
 
 
 def adapters(
@@ -130,15 +133,15 @@ def adapters_backward_outputs(
 
 
 def tap_gradient(
-    tap: Sequence[Tensor],  # K × [N, C], or as kept
-    scale: Sequence[Tensor],  # K × [N], or none
+    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    scale: Tensor | None,  # [K, N]
     taps: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
     dP = dt.new_empty(len(dt), channels, dt.shape[2], dtype=wide(dt[:0]).dtype)
     for k, (tap_k, dt_k) in enumerate(zip(tap, dt, strict=True)):
-        if taps != "full":
+        if scale is not None:
             tap_k = expand(tap_k, scale[k], taps, channels, dt.dtype)
         dP[k] = over_tokens(tap_k, dt_k)
     return dP

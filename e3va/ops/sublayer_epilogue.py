@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,7 +17,7 @@ from e3va.ops.checks import (
     check_shape,
 )
 from e3va.ops.library import frozen_operator
-from e3va.ops.taps import TAPPED, TAPS, stored_channels, stored_dtype
+from e3va.ops.taps import TAPPED, TAPS, room
 
 dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
 
@@ -30,6 +33,7 @@ def sublayer_epilogue(
     taps: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
+    into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Residual add, the next LayerNorm, and the projection of one adapter's tap, or of none.
 
@@ -50,6 +54,8 @@ def sublayer_epilogue(
         seed: of the stochastic rounding of "int4", an int64 []; on the device of ``x`` nothing is
             copied, and a CUDA graph that draws it rounds anew at each replay. Default: 0.
         index: added to it (default 0).
+        into: where the adapter's three results go, the last ones below: contiguous, such as slices
+            of tensors of a whole stage. Default: new tensors.
 
     Returns:
         ``y + x`` [..., C]; its LayerNorm [..., C], or an empty tensor without a norm, unless it is
@@ -65,7 +71,12 @@ def sublayer_epilogue(
     """
     check_frozen("sublayer_epilogue", x=x, y=y, norm_weight=norm_weight, norm_bias=norm_bias, P=P)
     check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps)
-    return _sublayer_epilogue(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index)
+    if P is not None and not into:
+        into = room(x, P.shape[1], taps)
+    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, list(into)
+    y_out, z = _sublayer_epilogue(*arguments)
+    t, kept, scale = into or [x.new_empty(0)] * 3
+    return y_out, z, t, kept, scale
 
 
 def _check(
@@ -96,7 +107,7 @@ def _check(
         check_shape("P", P, channels, -1)
 
 
-@frozen_operator
+@functools.partial(frozen_operator, writes=("into",))
 def _sublayer_epilogue(
     x: Tensor,
     y: Tensor,
@@ -108,25 +119,17 @@ def _sublayer_epilogue(
     taps: str,
     seed: Tensor | None,
     index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index
-    return dispatch.run("sublayer_epilogue", x, *arguments)
+    into: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, into
+    y_out, z, *_ = dispatch.run("sublayer_epilogue", x, *arguments)
+    return y_out, z
 
 
 @torch.library.register_fake("e3va::sublayer_epilogue")
-def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index):
-    tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-    kept, scale = x.new_empty(0), x.new_empty(0)
-    if P is not None and taps != "full":
-        kept = x.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
-        scale = x.new_empty(tokens, dtype=torch.float32)
-    return (
-        y.new_empty(y.shape),
-        y.new_empty(y.shape if returns_norm(norm_weight, P, tap, taps) else 0),
-        x.new_empty(0 if P is None else (tokens, P.shape[1])),
-        kept,
-        scale,
-    )
+def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, into):
+    z = y.new_empty(y.shape if returns_norm(norm_weight, P, tap, taps) else 0)
+    return y.new_empty(y.shape), z
 
 
 def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, taps: str) -> bool:

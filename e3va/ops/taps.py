@@ -41,13 +41,29 @@ def stored_dtype(taps: str) -> torch.dtype:
     return {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[taps]
 
 
-def compress(x: Tensor, taps: str, seed: int | Tensor) -> tuple[Tensor, Tensor]:
+def room(x: Tensor, rank: int, taps: str, *adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Where the taps of ``adapters`` sub-layers go whose outputs are like x [..., C], or that of
+    one: t [*adapters, N, α], and what :func:`compress` returns, [*adapters, N, bytes] and
+    [*adapters, N]; empty where taps are kept in full."""
+    tokens, channels = x.shape[:-1].numel(), x.shape[-1]
+    t = x.new_empty(*adapters, tokens, rank)
+    if taps == "full":
+        return t, x.new_empty(*adapters, 0), x.new_empty(*adapters, 0)
+    shape = *adapters, tokens, stored_channels(channels, taps)
+    codes = x.new_empty(shape, dtype=stored_dtype(taps))
+    return t, codes, x.new_empty(*adapters, tokens, dtype=torch.float32)
+
+
+def compress(
+    x: Tensor, taps: str, seed: int | Tensor, into: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """A tap [..., C] in fewer bits.
 
     Args:
         x: the tap, N tokens.
         taps: "fp8", "int8" or "int4".
         seed: of int4's stochastic rounding, a number or an integer [].
+        into: what is written and returned; default: new tensors.
 
     Returns:
         codes [N, C], or [N, ⌈C/2⌉] of int4: channel j in the low four bits of byte j, channel
@@ -55,8 +71,7 @@ def compress(x: Tensor, taps: str, seed: int | Tensor) -> tuple[Tensor, Tensor]:
     """
     rows = x.flatten(0, -2)
     tokens, channels = rows.shape
-    codes = rows.new_empty(tokens, stored_channels(channels, taps), dtype=stored_dtype(taps))
-    scale = rows.new_empty(tokens, dtype=torch.float32)
+    codes, scale = into or room(x, 0, taps)[1:]
     for part in _parts(rows, channels):
         place = part.start * codes.shape[1]
         codes[part], scale[part] = _compress(rows[part].float(), taps, seed, place)

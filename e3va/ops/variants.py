@@ -5,7 +5,7 @@ A variant holds all of an op's arguments that shape a kernel, and not how many t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -135,18 +135,17 @@ class TapGradient(NamedTuple):
 
     @classmethod
     def of(
-        cls, tap: Sequence[Tensor], scale: Sequence[Tensor], taps: str, dt: Tensor, channels: int
+        cls, tap: Any, scale: Tensor | None, taps: str, dt: Tensor, channels: int
     ) -> Self:
         return cls(len(dt), channels, dt.shape[-1], taps)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         tokens = B * H * W
-        tap = [draw(tokens, self.channels) for _ in range(self.adapters)]
-        scale: list[Tensor] = []
+        tap: Any = [draw(tokens, self.channels) for _ in range(self.adapters)]
+        scale = None
         if self.taps != "full":
-            tap, scale = map(
-                list, zip(*(compress(value, self.taps, SEED) for value in tap), strict=True)
-            )
+            kept = (compress(value, self.taps, SEED) for value in tap)
+            tap, scale = map(torch.stack, zip(*kept, strict=True))
         return tap, scale, self.taps, draw(self.adapters, tokens, self.rank), self.channels
 
 

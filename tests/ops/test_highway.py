@@ -55,7 +55,7 @@ def fused(h_in, y_in, x, parameters, carry=None):
         for k, x_k in enumerate(x):
             y, _, t_k, *_ = ops.sublayer_epilogue(x_k, y, None, None, 0.0, P[k])
             t.append(t_k)
-    h, state = ops.highway(h_in, y_in, y, x, t, P, **parameters, carry=carry)
+    h, state = ops.highway(h_in, y_in, y, x, torch.stack(t), P, **parameters, carry=carry)
     return h, h.new_zeros(*h.shape[:-1], P.shape[-1]) if state is None else state
 
 
@@ -140,6 +140,7 @@ def test_deep_stages_with_taps_in_four_bits(dtype):
                 x_k, y, None, None, 0.0, P[k], "output", "int4", torch.tensor(k)
             )
             t, codes, scales = [*t, t_k], [*codes, code], [*scales, scale]
+    t, codes, scales = (torch.stack(v) for v in (t, codes, scales))
     out, _ = ops.highway(h, h, y, codes, t, P, *others, None, scales, "int4")
     found = torch.autograd.grad(out, list(parameters.values()), G)
     for name, ours, theirs in zip(parameters, found, expected, strict=True):
@@ -248,7 +249,7 @@ def test_saves_only_taps_u_and_parameters(side, state):
 def opcheck_arguments():
     parameters = make_parameters(2, 8, 4, 6, torch.float32)
     h_in, y_in, y_out, *x = (torch.randn(2, 3, 2, 8) for _ in range(5))
-    t = [torch.randn(12, 4) for _ in x]
+    t = torch.randn(2, 12, 4)
     carry = torch.randn(2, 3, 2, 4, requires_grad=True)
     return h_in.requires_grad_(), y_in, y_out, carry, x, t, parameters
 
@@ -265,7 +266,7 @@ def test_opcheck(published):
         parameters |= {"D": None, "gamma": None}
         carry, dcarry = None, None
     values = [parameters[name] for name in ORDER]
-    args = (h_in, y_in, y_out, carry, "full", x, [], t, *values)
+    args = (h_in, y_in, y_out, carry, "full", x, None, t, *values)
     torch.library.opcheck(torch.ops.e3va.highway.default, args)
     values = [None if p is None else p.detach() for p in values]
     carry = None if carry is None else carry.detach()
@@ -275,7 +276,7 @@ def test_opcheck(published):
         dcarry,
         "full",
         x,
-        [],
+        None,
         kept,
         torch.empty(0),
         *values[:-1],
@@ -289,15 +290,17 @@ def test_opcheck_of_channels_first():
     maps = [torch.randn(1, 8, 3, 4).permute(0, 2, 3, 1) for _ in range(3)]
     x = [x_k.view(1, 3, 4, 8) for x_k in x]
     values = [parameters[name] for name in ORDER]
-    args = (*maps, None, "full", x, [], t, *values)
+    args = (*maps, None, "full", x, None, t, *values)
     torch.library.opcheck(torch.ops.e3va.highway.default, args)
 
 
 def test_opcheck_of_int4():
     h_in, y_in, y_out, carry, x, t, parameters = opcheck_arguments()
-    codes, scale = zip(*(compress(x_k, "int4", seed=1) for x_k in x), strict=True)
+    codes, scale = map(
+        torch.stack, zip(*(compress(x_k, "int4", seed=1) for x_k in x), strict=True)
+    )
     values = [parameters[name] for name in ORDER]
-    args = (h_in, y_in, y_out, carry, "int4", codes, scale, t, *values)
+    args = (h_in, y_in, y_out, carry, "int4", [codes], scale, t, *values)
     torch.library.opcheck(torch.ops.e3va.highway.default, args)
 
 
@@ -310,7 +313,7 @@ def test_opcheck_of_int4():
         (dict(c=lambda v: v[:-1]), ValueError, "c must have shape"),
         (dict(Q=lambda v: v.half()), TypeError, "Q must have the dtype of P"),
         (dict(P=lambda v: v[0]), ValueError, r"P must have shape \[any, any, any\]"),
-        (dict(t=lambda v: [v[0], v[1][:-1]]), ValueError, r"t\[1\] must have shape"),
+        (dict(t=lambda v: v[:, :-1]), ValueError, r"t must have shape \[2, 12, 4\]"),
         (dict(V=lambda v: v.long()), TypeError, "V must be of a floating dtype"),
         (dict(D=lambda v: v[:, :, 1:]), ValueError, r"D must have shape \[2, 4, 3, 3\]"),
         (dict(D=lambda v: v[:, :, 1:, 1:]), ValueError, "D must have an odd side, got 2"),
@@ -319,14 +322,14 @@ def test_opcheck_of_int4():
         (dict(carry=lambda v: v[:, 1:]), ValueError, "carry must have shape"),
         (dict(carry=lambda v: v.half()), TypeError, "carry must have the dtype of y_out"),
         (dict(taps=lambda _: "int2"), ValueError, "taps must be one of full, fp8, int8, int4"),
-        (dict(taps=lambda _: "int8"), ValueError, "2 taps 'int8' do not go with 0 scales"),
-        (dict(scale=lambda _: [torch.ones(12)]), ValueError, "2 taps 'full' do not go with 1"),
+        (dict(taps=lambda _: "int8"), ValueError, "taps 'int8' come without a scale"),
+        (dict(scale=lambda _: torch.ones(2, 12)), ValueError, "taps 'full' come with a scale"),
     ],
 )
 def test_bad_input(change, error, message):
     h_in, y_in, y_out, carry, x, t, parameters = opcheck_arguments()
     arguments = dict(h_in=h_in, y_in=y_in, y_out=y_out, tap=x, t=t, carry=carry, **parameters)
-    arguments |= dict(taps="full", scale=[])
+    arguments |= dict(taps="full", scale=None)
     for name, spoil in change.items():
         arguments[name] = spoil(arguments[name])
     with pytest.raises(error, match=message):

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 import e3va
 from e3va import ops
-from e3va.ops.taps import TAPPED, compress
+from e3va.ops.taps import TAPPED, compress, room
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
@@ -79,9 +79,11 @@ def test_without_an_adapter(dtype, tap):
 @pytest.mark.parametrize("taps", ["full", "int4"])
 def test_opcheck(tap, taps):
     for norm in (True, False):
-        arguments = (*make_arguments((2, 3, 5), 8, 4, torch.float32, norm), tap, taps, None, 0)
+        x, y, *rest = make_arguments((2, 3, 5), 8, 4, torch.float32, norm)
+        rest += [tap, taps, None, 0, list(room(x, 4, taps))]
+        arguments = x, y, *rest
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
-        no_adapter = (*arguments[:5], None, tap, taps, None, 0)
+        no_adapter = (*arguments[:5], None, tap, taps, None, 0, [])
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
         strided = (*(v.mT.contiguous().mT for v in arguments[:2]), *arguments[2:])
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, strided)

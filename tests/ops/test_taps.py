@@ -183,18 +183,19 @@ def test_a_norm_that_is_tapped_is_stored_like_any_map(taps, norm, device):
 
 def gradients(tap, taps, x, G, parameters):
     P, *others = parameters.values()
-    kept, scales, t = [], [], []
+    kept, room = [], tap_storage.room(x[0], P.shape[2], taps, len(x))
     with torch.no_grad():
         y = torch.zeros_like(G)
         for k, x_k in enumerate(x):
-            y, z, t_k, kept_k, scale = ops.sublayer_epilogue(
-                x_k, y, None, None, 1e-5, P[k], tap, taps, torch.tensor(k)
+            into = [v[k] for v in room]
+            y, z, *_ = ops.sublayer_epilogue(
+                x_k, y, None, None, 1e-5, P[k], tap, taps, torch.tensor(k), 0, into
             )
-            kept.append((x_k if tap == "output" else z) if taps == "full" else kept_k)
-            scales += [] if taps == "full" else [scale]
-            t.append(t_k)
+            kept.append(x_k if tap == "output" else z)
     h = torch.zeros_like(G)
-    out, _ = ops.highway(h, h, y, kept, t, P, *others, None, scales, taps)
+    t, codes, scale = room
+    kept, scale = (kept, None) if taps == "full" else (codes, scale)
+    out, _ = ops.highway(h, h, y, kept, t, P, *others, None, scale, taps)
     return dict(zip(NAMES, torch.autograd.grad(out, list(parameters.values()), G), strict=True))
 
 

@@ -13,9 +13,9 @@ CEILINGS = {
     "rows": 226,
     "weights": 258,
     "mixing": 142,
-    "tap_gradient fp8": 325,
-    "tap_gradient int8": 256,
-    "tap_gradient int4": 199,
+    "tap_gradient fp8": 108,
+    "tap_gradient int8": 108,
+    "tap_gradient int4": 85,
 }
 """Warp instructions without moves, per token and adapter: bfloat16 on sm_80, C = 512, rank 16,
 m = 256."""

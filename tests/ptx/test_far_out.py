@@ -219,17 +219,20 @@ def test_weights_and_mixing(device, monkeypatch):
 def test_tap_gradient(device, monkeypatch):
     """Of so many channels that the last rows lie far out."""
     monkeypatch.setattr(common, "SPLITS", 1)
-    C, N, r, tile = 1 << 21, (1 << 10) + 30, 16, 64
+    C, N, r, tile = 1 << 21, (1 << 10) + 30, 16, 256
     codes, scale = compress(torch.randn(N, tile), "int8", 5)
     with device(80) as gpu:
-        tap_gradient.tap_gradient([codes], [scale], "int8", normal(1, N, r), tile)
+        tap_gradient.tap_gradient(codes[None], scale[None], "int8", normal(1, N, r), tile)
     near = launch_of(gpu, "tap_gradient_kernel")
-    codes, scale = vast(N, C, dtype=torch.int8), vast(N, dtype=torch.float32)
+    codes, scale = vast(1, N, C, dtype=torch.int8), vast(1, N, dtype=torch.float32)
     with device(80, execute=False) as gpu:
-        tap_gradient.tap_gradient([codes], [scale], "int8", vast(1, N, r), C)
+        tap_gradient.tap_gradient(codes, scale, "int8", vast(1, N, r), C)
     far = launch_of(gpu, "tap_gradient_kernel")
     assert far.arguments["CHANNEL_TILE"] == tile
     places = everything(near, "scale_ptr", "dt_ptr")
-    places["codes_ptr"] = [(row * C + C - tile, row * tile, tile) for row in range(N)]
+    words, tile_words = C // 4, tile // 4
+    places["words_ptr"] = [
+        ((row + 1) * words - tile_words, row * tile_words, tile_words) for row in range(N)
+    ]
     places["dP_ptr"] = [((C - tile) * r, 0, tile * r)]
     compare(gpu, far, near, (0, C // tile - 1, 0), places, {"dP_ptr"})

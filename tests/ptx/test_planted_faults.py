@@ -145,10 +145,10 @@ def test_an_output_that_is_read(device):
     from e3va.kernels import tap_gradient
     from tests.ptx.memory import Uninitialised
 
-    codes, dt = torch.zeros(5, 24, dtype=torch.int8), torch.randn(1, 5, 4)
+    codes, dt = torch.zeros(1, 5, 24, dtype=torch.int8), torch.randn(1, 5, 4)
     with device(80), pytest.raises(Uninitialised, match="scale"):
-        tap_gradient.tap_gradient([codes], [torch.empty(5)], "int8", dt, 24)
+        tap_gradient.tap_gradient(codes, torch.empty(1, 5), "int8", dt, 24)
     with device(80):
-        scale = torch.empty(5)
+        scale = torch.empty(1, 5)
         scale.fill_(1.0)
-        tap_gradient.tap_gradient([codes], [scale], "int8", dt, 24)
+        tap_gradient.tap_gradient(codes, scale, "int8", dt, 24)
