@@ -169,7 +169,11 @@ def compile_kernel(
     # are the sums of their gradients and of the state.
     wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
     wide |= {"dP", "dD", "dgamma", "dQ", "db", "dU"}
-    types = {f"{name}_ptr": "fp32" for name in wide} | {"codes_ptr": "u8", "words_ptr": "u32", "seed_ptr": "i64"}
+    types = {f"{name}_ptr": "fp32" for name in wide} | {
+        "codes_ptr": "u8",
+        "words_ptr": "u32",
+        "seed_ptr": "i64",
+    }
     integers = dict.fromkeys(("tokens", "height", "width", "first", "split_rows", "index"), "i32")
     signature = {}
     for name in kernel.arg_names:

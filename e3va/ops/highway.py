@@ -277,13 +277,10 @@ def _gamma_gradient(carry: Tensor | None, S: Tensor, dt: Tensor) -> Tensor:
     from the first on. Taken from the state after the stage, as rounded, by subtraction, it would be
     lost in that rounding where a stage has many adapters."""
     K, tokens, rank = dt.shape
-    heard = reference.wide(dt.new_zeros(tokens, rank) if carry is None else carry.flatten(0, -2))
-    heard = heard.clone()
-    dgamma = heard.new_empty(K, rank)
-    for k in range(K):
-        dgamma[k] = (dt[k] * heard).sum(0)
-        heard += S[:, k * rank : (k + 1) * rank]
-    return dgamma
+    first = dt.new_zeros(tokens, rank) if carry is None else carry.flatten(0, -2)
+    heard = torch.cat([first, S[:, :-rank]], 1).view(tokens, K, rank)
+    heard = heard.cumsum(1, dtype=torch.promote_types(S.dtype, torch.float32))
+    return heard.mul_(dt.transpose(0, 1)).sum(0)
 
 
 @_highway_backward.register_fake

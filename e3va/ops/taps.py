@@ -70,7 +70,7 @@ def compress(
         j + ⌈C/2⌉ in the high ones, both offset by 8; scale [N] float32: x ≈ codes·scale.
     """
     rows = x.flatten(0, -2)
-    tokens, channels = rows.shape
+    channels = rows.shape[1]
     codes, scale = into or room(x, 0, taps)[1:]
     for part in _parts(rows, channels):
         place = part.start * codes.shape[1]
@@ -85,9 +85,9 @@ def _compress(rows: Tensor, taps: str, seed: int | Tensor, place: int) -> tuple[
     # What is smaller than TINY is zero: its inverse would overflow.
     inverse = torch.where(largest > TINY, limit / largest, 0.0)[:, None]
     if taps == "fp8":
-        return (rows * inverse).clamp(-448, 448).to(torch.float8_e4m3fn), largest / limit
+        return (rows * inverse).clamp(-448, 448), largest / limit
     if taps == "int8":
-        return (rows * inverse).round().to(torch.int8), largest / limit
+        return (rows * inverse).round(), largest / limit
     # In fixed point of 16 bits after the point; no sum leaves [1, 16).
     bytes_ = stored_channels(channels, taps)
     fixed = torch.full((tokens, 2 * bytes_), 8 << 16, dtype=torch.int32, device=rows.device)

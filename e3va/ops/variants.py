@@ -134,9 +134,7 @@ class TapGradient(NamedTuple):
     taps: str
 
     @classmethod
-    def of(
-        cls, tap: Any, scale: Tensor | None, taps: str, dt: Tensor, channels: int
-    ) -> Self:
+    def of(cls, tap: Any, scale: Tensor | None, taps: str, dt: Tensor, channels: int) -> Self:
         return cls(len(dt), channels, dt.shape[-1], taps)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:

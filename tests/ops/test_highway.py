@@ -296,9 +296,7 @@ def test_opcheck_of_channels_first():
 
 def test_opcheck_of_int4():
     h_in, y_in, y_out, carry, x, t, parameters = opcheck_arguments()
-    codes, scale = map(
-        torch.stack, zip(*(compress(x_k, "int4", seed=1) for x_k in x), strict=True)
-    )
+    codes, scale = map(torch.stack, zip(*(compress(x_k, "int4", seed=1) for x_k in x), strict=True))
     values = [parameters[name] for name in ORDER]
     args = (h_in, y_in, y_out, carry, "int4", [codes], scale, t, *values)
     torch.library.opcheck(torch.ops.e3va.highway.default, args)

@@ -77,7 +77,9 @@ def measure(
     yield from counted("", N * K, backward, dS, None, t, D, gamma, *weights, size)
     for taps in LARGEST:
         codes, scale = compress(x, taps, 5)
-        yield from counted(f" {taps}", N, tap_gradient, codes[None], scale[None], taps, t[:1], channels)
+        yield from counted(
+            f" {taps}", N, tap_gradient, codes[None], scale[None], taps, t[:1], channels
+        )
 
 
 def main(arguments: list[str] | None = None) -> None:
