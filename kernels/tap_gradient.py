@@ -51,7 +51,7 @@ def tap_gradient(
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
-    if scale is None:  # nothing to decode: GEMMs
+    if scale is None or not isinstance(tap, Tensor):  # nothing to decode: GEMMs
         return reference.tap_gradient(tap, scale, taps, dt, channels)
     K, tokens, rank = dt.shape
     dP = dt.new_empty(K, channels, rank, dtype=torch.float32)
