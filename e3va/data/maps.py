@@ -207,15 +207,21 @@ def _look(pairs: Sequence[tuple[Path, Path]]) -> Counter[int]:
     """Maps in which each value occurs; checks their sizes."""
     seen: Counter[int] = Counter()
     for image, path in pairs:
-        values = read_values(path)
-        size = image_size(image)
-        if values.shape != size:
-            raise ValueError(
-                f"{path} is {values.shape[1]}×{values.shape[0]} pixels, but {image} is "
-                f"{size[1]}×{size[0]}"
-            )
-        seen.update(np.unique(values).tolist())
+        check_size(image, path)
+        seen.update(np.unique(read_values(path)).tolist())
     return seen
+
+
+def check_size(image: Path, path: Path) -> None:
+    """That an image and its map are of one size; only the files' heads are read.
+
+    Raises:
+        FileNotFoundError: one is missing.
+        ValueError: they are not, or one is no image.
+    """
+    size, own = image_size(image), image_size(path)
+    if own != size:
+        raise ValueError(f"{path} is {own[1]}×{own[0]} pixels, but {image} is {size[1]}×{size[0]}")
 
 
 def _classes(

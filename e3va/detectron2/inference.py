@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +11,19 @@ import numpy as np
 import safetensors.torch
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import Metadata, MetadataCatalog
+from detectron2.data import MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.modeling import DatasetMapperTTA, build_model
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from fvcore.transforms.transform import HFlipTransform
-from PIL import Image
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from e3va.detectron2.checkpoint import CompleteCheckpointer
-from e3va.files import atomic_path, write_json
+from e3va.files import atomic_path
+from e3va.runs.folder import Found
 
 logger = logging.getLogger(__name__)
-
-PREDICTIONS = "predictions.json"
 
 
 def load_model(cfg: CfgNode) -> nn.Module:
@@ -43,69 +39,32 @@ def load_model(cfg: CfgNode) -> nn.Module:
     return model
 
 
-def predict(
-    cfg: CfgNode, images: Sequence[Path], output: Path, min_score: float = 0.5
-) -> list[dict[str, Any]]:
-    """Predict on images as evaluation does, and write a picture of each with what was found, and
-    predictions.json.
-
-    Args:
-        cfg: the config; DATASETS.CLASSES names the classes, or a data set that Detectron2 knows.
-        images: files of any format that Pillow reads.
-        output: folder to write ``NAME.png`` and ``predictions.json`` to. Semantic maps go to
-            ``NAME_classes.png``, an index of 8 bits for each pixel.
-        min_score: of what is drawn and written.
-
-    Returns:
-        An entry for each image, as in the JSON: ``file_name``, ``height``, ``width`` and
-        ``instances`` (``category``, ``bbox`` [x, y, width, height], ``score``, ``segmentation``
-        as run-length encoding).
+def predictor(cfg: CfgNode) -> Callable[[np.ndarray], Found]:
+    """What finds things on an image [H, W, 3], uint8, RGB, as evaluation does.
 
     Raises:
-        ImportError: OpenCV is missing, which Detectron2 draws with.
-        FileNotFoundError: an image is missing; nothing has been predicted then.
-        ValueError: MODEL.WEIGHTS is empty, or two images have one name.
+        ValueError: MODEL.WEIGHTS is empty, or of another model.
     """
-    try:
-        from detectron2.utils.visualizer import ColorMode, Visualizer
-    except ModuleNotFoundError as error:
-        raise ImportError("Detectron2 draws with OpenCV: pip install 'e3va[predict]'") from error
-    for path in images:
-        if not path.is_file():
-            raise FileNotFoundError(f"no image at {path}")
-    if len({path.stem for path in images}) < len(images):
-        raise ValueError("two images have the same name: their pictures would overwrite each other")
     model = semantic_inference(cfg, load_model(cfg))
-    metadata = _metadata(cfg)
     resize = T.ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
-    output.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for path in tqdm(images, unit="image"):
-        pixels = read_image(path, format=cfg.INPUT.FORMAT)
+
+    @torch.no_grad()
+    def find(pixels: np.ndarray) -> Found:
         height, width = pixels.shape[:2]
-        resized = resize.get_transform(pixels).apply_image(pixels)
+        shown = pixels[..., ::-1] if cfg.INPUT.FORMAT == "BGR" else pixels
+        resized = resize.get_transform(shown).apply_image(shown)
         image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
-        with torch.no_grad():
-            (found,) = model([{"image": image, "height": height, "width": width}])
-        rgb = convert_image_to_rgb(pixels, cfg.INPUT.FORMAT)
-        drawing = Visualizer(rgb, metadata, instance_mode=ColorMode.IMAGE)
-        entry: dict[str, Any] = {"file_name": str(path), "height": height, "width": width}
-        if "instances" in found:
-            instances = found["instances"].to("cpu")
-            instances = instances[instances.scores >= min_score]
-            drawing.draw_instance_predictions(instances)
-            entry["instances"] = [
-                {"category": metadata.thing_classes[r["category_id"]], **_without_ids(r)}
-                for r in instances_to_coco_json(instances, 0)
-            ]
+        (found,) = model([{"image": image, "height": height, "width": width}])
         if "sem_seg" in found:
-            labels = found["sem_seg"].argmax(0).to("cpu", torch.uint8)
-            drawing.draw_sem_seg(labels)
-            _save(output / f"{path.stem}_classes.png", labels.numpy())
-        _save(output / f"{path.stem}.png", drawing.output.get_image())
-        entries.append(entry)
-    write_json(output / PREDICTIONS, entries)
-    return entries
+            return Found(labels=found["sem_seg"].argmax(0).to("cpu", torch.uint8).numpy())
+        return Found(
+            [
+                {"label": r["category_id"], **_without_ids(r)}
+                for r in instances_to_coco_json(found["instances"].to("cpu"), 0)
+            ]
+        )
+
+    return find
 
 
 def export(cfg: CfgNode, target: Path) -> None:
@@ -212,25 +171,20 @@ def semantic_inference(cfg: CfgNode, model: nn.Module) -> nn.Module:
     return SemanticInference(model, slide.WINDOW, slide.STRIDE, augment)
 
 
-def _metadata(cfg: CfgNode) -> Metadata:
-    """What there is to know about the classes; nameless ones are called by their numbers."""
+def class_names(cfg: CfgNode) -> list[str]:
+    """Names of the classes; nameless ones are called by their numbers."""
     if not cfg.DATASETS.CLASSES:
         for name in (*cfg.DATASETS.TEST, *cfg.DATASETS.TRAIN):
             if name in MetadataCatalog:
-                return MetadataCatalog.get(name)
+                metadata = MetadataCatalog.get(name)
+                return list(metadata.get("thing_classes") or metadata.get("stuff_classes"))
     heads = (cfg.MODEL.ROI_HEADS, cfg.MODEL.RETINANET, cfg.MODEL.SEM_SEG_HEAD)
     numbers = [str(i) for i in range(max(head.NUM_CLASSES for head in heads))]
-    classes = list(cfg.DATASETS.CLASSES) or numbers
-    return Metadata(thing_classes=classes, stuff_classes=classes)
+    return list(cfg.DATASETS.CLASSES) or numbers
 
 
 def _without_ids(result: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in result.items() if k not in ("image_id", "category_id")}
-
-
-def _save(path: Path, pixels: np.ndarray) -> None:
-    with atomic_path(path) as temporary:
-        Image.fromarray(pixels).save(temporary, format="PNG")
 
 
 def _starts(size: int, window: int, stride: int) -> list[int]:

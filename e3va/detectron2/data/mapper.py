@@ -12,7 +12,9 @@ from detectron2.data import DatasetMapper
 from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 
-from e3va.detectron2.data.maps import UNLABELLED, read_map
+from e3va.data.images import read_image
+from e3va.data.maps import UNLABELLED
+from e3va.detectron2.data.maps import read_labels
 
 
 def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper | SemanticMapper:
@@ -21,7 +23,7 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper | SemanticMapper
         return SemanticMapper(cfg, is_train)
     crop = cfg.INPUT.CROP
     if not (is_train and crop.ENABLED and crop.RESIZE):
-        return DatasetMapper(cfg, is_train)
+        return InstanceMapper(cfg, is_train)
     resized_crop = [
         T.ResizeShortestEdge(crop.RESIZE, sample_style="choice"),
         InstanceCrop(crop.TYPE, crop.SIZE),
@@ -31,7 +33,35 @@ def build_mapper(cfg: CfgNode, is_train: bool) -> DatasetMapper | SemanticMapper
         *utils.build_augmentation(cfg, is_train),
     ]
     # Polygons that reach out of the crop would have boxes that do.
-    return DatasetMapper(cfg, is_train, augmentations=augmentations, recompute_boxes=False)
+    return InstanceMapper(cfg, is_train, augmentations=augmentations, recompute_boxes=False)
+
+
+def read_pixels(path: str, image_format: str) -> np.ndarray:
+    """An image [H, W, 3], uint8, as a config's INPUT.FORMAT has it, see
+    :func:`e3va.data.images.read_image`."""
+    if image_format not in ("RGB", "BGR"):
+        return utils.read_image(path, image_format)
+    pixels = read_image(path)
+    return np.ascontiguousarray(pixels[..., ::-1]) if image_format == "BGR" else pixels
+
+
+class InstanceMapper(DatasetMapper):
+    """Detectron2's mapper, but that images of any kind are read as they are meant."""
+
+    def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
+        record = copy.deepcopy(record)
+        image = read_pixels(record["file_name"], self.image_format)
+        utils.check_image_size(record, image)
+        augmented = T.AugInput(image)
+        transforms = self.augmentations(augmented)
+        shape = augmented.image.shape[:2]
+        channels_first = np.ascontiguousarray(augmented.image.transpose(2, 0, 1))
+        record["image"] = torch.from_numpy(channels_first)
+        if not self.is_train:
+            record.pop("annotations", None)
+        elif "annotations" in record:
+            self._transform_annotations(record, transforms, shape)
+        return record
 
 
 class SemanticMapper:
@@ -68,11 +98,11 @@ class SemanticMapper:
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
         record = copy.deepcopy(record)
-        image = utils.read_image(record["file_name"], self._format)
+        image = read_pixels(record["file_name"], self._format)
         utils.check_image_size(record, image)
         path, labels = record.pop("sem_seg_file_name"), None
         if self._is_train:
-            labels = read_map(path, record.get("num_classes"))
+            labels = read_labels(path, record.get("values"))
             if labels.shape != image.shape[:2]:
                 raise ValueError(
                     f"{path} is {labels.shape[1]}×{labels.shape[0]} pixels, but "

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,8 @@ import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
-from PIL import Image
 
+from e3va.data.maps import UNLABELLED, check_size, pair, read_map, read_values
 from e3va.detectron2.data.catalog import (
     DatasetFormat,
     expand_path,
@@ -23,72 +25,79 @@ from e3va.detectron2.data.catalog import (
 )
 from e3va.detectron2.evaluation import build_semantic_evaluator
 
-UNLABELLED = 255
-"""Label of the pixels that neither train nor count."""
-
 _SECTION = "SEMANTIC_MAPS"
-_IMAGES = (".jpg", ".jpeg", ".png")
 
 
 def register_semantic_maps(cfg: CfgNode) -> None:
     """Register the maps that cfg.DATASETS.SEMANTIC_MAPS names, and make ``cfg`` use them.
 
-    Sets DATASETS.TRAIN, DATASETS.TEST and the number of classes; does nothing without a ROOT.
+    Sets DATASETS.TRAIN, DATASETS.TEST and the number of classes.
 
     Raises:
         FileNotFoundError: a folder, a map or the names of the classes are not there.
-        ValueError: the values of the classes are not 1, 2, …, or are too many.
+        ValueError: the values of the classes are not 1, 2, …, or are too many, or too few.
     """
-    root = expand_path(cfg, _SECTION, "ROOT")
-    if not root:
-        return
-    maps = cfg.DATASETS.SEMANTIC_MAPS
     if cfg.MODEL.META_ARCHITECTURE != "SemanticSegmentor":
         raise ValueError(
             "DATASETS.SEMANTIC_MAPS needs MODEL.META_ARCHITECTURE SemanticSegmentor, "
             f"got {cfg.MODEL.META_ARCHITECTURE}"
         )
-    classes = list(maps.CLASSES) or _read_classes(Path(root) / "classes.csv")
-    if len(classes) >= UNLABELLED:
-        raise ValueError(f"{root} has {len(classes)} classes: at most {UNLABELLED - 1} fit a map")
-    for split in ("TRAIN", "TEST"):
-        name = maps[f"{split}_SPLIT"]
+    maps = cfg.DATASETS.SEMANTIC_MAPS
+    index = expand_path(cfg, _SECTION, "INDEX")
+    if index:
+        source, classes, values, splits = index, *_read_index(Path(index))
+        names = {"TRAIN": "train", "TEST": "val"}
+    else:
+        source = expand_path(cfg, _SECTION, "ROOT")
+        classes = list(maps.CLASSES) or _read_classes(Path(source) / "classes.csv")
+        values = {value: value - 1 for value in range(1, len(classes) + 1)}
+        names = {split: maps[f"{split}_SPLIT"] for split in ("TRAIN", "TEST")}
+        splits = {name: _pair(Path(source), name) for name in names.values() if name}
+    if not 2 <= len(classes) < UNLABELLED:
+        raise ValueError(
+            f"{source} has {len(classes)} classes: maps can be of 2 to {UNLABELLED - 1}; with one, "
+            "every pixel would be of it"
+        )
+    for split, name in names.items():
         if not name:
             leave_out(cfg, split, f"DATASETS.SEMANTIC_MAPS.{split}_SPLIT")
             continue
         register(
             cfg,
             split,
-            f"semantic_maps:{os.path.abspath(root)}:{name}",
-            partial(list, _pair(Path(root), name, len(classes))),
+            f"semantic_maps:{os.path.abspath(source)}:{name}",
+            partial(list, _records(splits[name], values)),
             stuff_classes=classes,
             ignore_label=UNLABELLED,
+            values=values,
             evaluator_type="semantic_maps",
         )
-    set_classes(cfg, classes, root, cfg.MODEL.SEM_SEG_HEAD)
+    set_classes(cfg, classes, source, cfg.MODEL.SEM_SEG_HEAD)
 
 
-def read_map(path: str | os.PathLike[str], num_classes: int | None = None) -> np.ndarray:
-    """A semantic map [H, W], uint8, with 255 where a pixel is unlabelled.
+def read_labels(path: str, values: Mapping[int, int] | None) -> np.ndarray:
+    """The classes of a map [H, W], uint8, with 255 where a pixel is unlabelled.
 
     Args:
-        path: an image of one number per pixel, of a palette or grey.
-        num_classes: how many classes a map has whose 0 is unlabelled and whose k is class k - 1.
-            None: the map has class k for k already.
+        path: the file.
+        values: the class of each value; None: it has class k for k already, as Detectron2's own.
 
     Raises:
-        ValueError: it has more than one number per pixel, or one that is no class.
+        ValueError: it has more than one number per pixel, or a value between those that are classes
+            or above them, 255 excepted; names the file.
     """
-    with Image.open(path) as file:
-        labels = np.array(file)
-    if labels.ndim != 2:
-        raise ValueError(f"{path} is {file.mode}: a semantic map has one class number per pixel")
-    if num_classes is None:
-        return labels.astype(np.uint8)
-    labelled = (labels != 0) & (labels != UNLABELLED)
-    if (labels[labelled] > num_classes).any():
-        raise ValueError(f"{path} has the value {labels[labelled].max()} of {num_classes} classes")
-    return np.where(labelled, labels.astype(np.int64) - 1, UNLABELLED).astype(np.uint8)
+    if values is None:
+        return read_values(path).astype(np.uint8)
+    return read_map(path, values)
+
+
+def _read_index(path: Path) -> tuple[list[str], dict[int, int], dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        values = {int(value): int(index) for value, index in content["values"].items()}
+        return list(content["classes"]), values, content["splits"]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no index of maps: {error}") from error
 
 
 def _read_classes(path: Path) -> list[str]:
@@ -105,47 +114,54 @@ def _read_classes(path: Path) -> list[str]:
     return [names[value] for value in sorted(names)]
 
 
-def _pair(root: Path, split: str, num_classes: int) -> list[dict[str, Any]]:
-    """Detectron2's records of the images of a split and their maps."""
+def _pair(root: Path, split: str) -> list[tuple[Path, Path]]:
     images, maps = root / "images" / split, root / "annotations" / split
     for folder in (images, maps):
         if not folder.is_dir():
             raise FileNotFoundError(f"DATASETS.SEMANTIC_MAPS.ROOT: no folder {str(folder)!r}")
+    return pair(images, maps)
+
+
+def _records(pairs: Iterable[tuple[Any, Any]], values: dict[int, int]) -> list[dict[str, Any]]:
+    """Detectron2's records of images and their maps."""
     records = []
-    for image in sorted(images.iterdir()):
-        if image.suffix.lower() not in _IMAGES:
-            continue
-        path = maps / f"{image.stem}.png"
-        if not path.is_file():
-            raise FileNotFoundError(f"no map at {path} for the image {image}")
+    for image, labels in pairs:
+        check_size(Path(image), Path(labels))
         records.append(
             {
                 "file_name": str(image),
-                "sem_seg_file_name": str(path),
-                "image_id": image.stem,
-                "num_classes": num_classes,
+                "sem_seg_file_name": str(labels),
+                "image_id": Path(image).stem,
+                "values": values,
             }
         )
-    if not records:
-        raise FileNotFoundError(f"no images in {images}")
     return records
 
 
 def _evaluator(cfg: CfgNode, dataset_name: str) -> SemSegEvaluator:
-    num_classes = len(MetadataCatalog.get(dataset_name).stuff_classes)
-    return build_semantic_evaluator(cfg, dataset_name, partial(read_map, num_classes=num_classes))
+    values = MetadataCatalog.get(dataset_name).values
+    return build_semantic_evaluator(cfg, dataset_name, partial(read_labels, values=values))
 
 
 FORMAT = DatasetFormat(
     section=_SECTION,
     # ROOT holds images/SPLIT and annotations/SPLIT, whose maps of the same names say 0 where a
     # pixel is unlabelled and k where it is of the k-th class. CLASSES: empty, those of
-    # ROOT/classes.csv (lines "value, name").
-    defaults={"ROOT": "", "TRAIN_SPLIT": "training", "TEST_SPLIT": "validation", "CLASSES": []},
-    given_by=("ROOT",),
+    # ROOT/classes.csv (lines "value, name"). Or INDEX, a JSON file of the classes, of the class of
+    # each value and of the pairs of files, as `e3va train` writes it.
+    defaults={
+        "INDEX": "",
+        "ROOT": "",
+        "TRAIN_SPLIT": "training",
+        "TEST_SPLIT": "validation",
+        "CLASSES": [],
+    },
+    given_by=("ROOT", "INDEX"),
     register=register_semantic_maps,
     evaluators={
         "semantic_maps": _evaluator,
-        "sem_seg": lambda cfg, name: build_semantic_evaluator(cfg, name, read_map),
+        "sem_seg": lambda cfg, name: build_semantic_evaluator(
+            cfg, name, partial(read_labels, values=None)
+        ),
     },
 )

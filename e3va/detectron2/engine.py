@@ -1,0 +1,319 @@
+"""Detectron2 as an engine of ``e3va train`` and its like, see :mod:`e3va.runs.commands`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine.hooks import EvalHook, HookBase
+from detectron2.utils.env import seed_all_rng
+from detectron2.utils.events import CommonMetricPrinter, EventWriter
+from detectron2.utils.logger import setup_logger
+from tqdm import tqdm
+
+import e3va
+from e3va.data.folder import Data
+from e3va.detectron2.config import load_config
+from e3va.detectron2.data import register_datasets
+from e3va.detectron2.inference import class_names, load_model
+from e3va.detectron2.inference import export as export_model
+from e3va.detectron2.inference import predictor as predictor_of
+from e3va.detectron2.train import Trainer
+from e3va.files import atomic_path
+from e3va.methods import METHODS
+from e3va.runs.folder import CONFIG, METRICS, Found, read_metrics, write_data
+from e3va.runs.plan import Plan
+
+BASES = {
+    "mask_rcnn": "MaskRCNN-E3VA-Swin-FPN",
+    "faster_rcnn": "MaskRCNN-E3VA-Swin-FPN",
+    "retinanet": "RetinaNet-E3VA-Swin-FPN",
+    "upernet": "UPerNet-E3VA-Swin",
+}
+SMALL_BASES = {
+    "mask_rcnn": "Small",
+    "faster_rcnn": "Small",
+    "retinanet": "Small-RetinaNet",
+    "upernet": "Small-UPerNet",
+}
+"""The configs that the detectors begin with, over trunks and over small ones."""
+
+_SCORES = {
+    ("bbox", "AP"): "box_ap",
+    ("bbox", "AP50"): "box_ap50",
+    ("segm", "AP"): "mask_ap",
+    ("segm", "AP50"): "mask_ap50",
+    ("sem_seg", "mIoU"): "miou",
+    ("sem_seg", "pACC"): "pixel_accuracy",
+}
+"""Detectron2's names of metrics, and ours."""
+
+
+def train(
+    data: Data, plan: Plan, folder: Path, *, resume: bool, overrides: Sequence[str]
+) -> dict[str, float]:
+    """Train ``plan`` on ``data`` into ``folder``.
+
+    Args:
+        overrides: of the config: KEY, VALUE, ….
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        KeyError, ValueError: a key or a value of the config is wrong.
+    """
+    write_data(data, folder / "data")
+    cfg = config_of(data, plan, folder, overrides)
+    with _log(folder):
+        register_datasets(cfg)
+        seed_all_rng(cfg.SEED)
+        with atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(cfg.dump())
+        cfg.freeze()
+        trainer = RunTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        trainer.begin_metrics()
+        trainer.train()
+    return trainer.metrics
+
+
+def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) -> CfgNode:
+    """The config of a plan on data that lie in ``folder``."""
+    bases = SMALL_BASES if plan.is_small else BASES
+    settings: dict[str, Any] = {
+        "MODEL.TUNING.METHOD": plan.method,
+        "MODEL.TRUNK.VARIANT": plan.variant,
+        "MODEL.TRUNK.WEIGHTS": plan.weights,
+        "MODEL.DEVICE": "cuda" if torch.cuda.is_available() else "cpu",
+        "SOLVER.IMS_PER_BATCH": plan.batch_size,
+        "SOLVER.BASE_LR": plan.lr,
+        "SOLVER.MAX_ITER": plan.iterations,
+        "SOLVER.STEPS": (),
+        "SOLVER.WARMUP_ITERS": plan.warmup,
+        "SOLVER.CHECKPOINT_PERIOD": min(500, plan.eval_period),
+        "SOLVER.AMP.ENABLED": torch.cuda.is_available(),
+        "TEST.EVAL_PERIOD": plan.eval_period,
+        "INPUT.MIN_SIZE_TRAIN": (plan.min_size,),
+        "INPUT.MAX_SIZE_TRAIN": plan.max_size,
+        "INPUT.MIN_SIZE_TEST": plan.min_size,
+        "INPUT.MAX_SIZE_TEST": plan.max_size,
+        "INPUT.RANDOM_FLIP": "horizontal" if plan.flip else "none",
+        "SEED": plan.seed,
+        "OUTPUT_DIR": str(folder),
+        **_data_keys(data, folder / "data"),
+    }
+    if plan.task == "semantic":
+        settings["MODEL.SEM_SEG_HEAD.NORM"] = "BN" if plan.batch_size > 1 else "GN"
+    else:
+        settings["SOLVER.LR_SCHEDULER_NAME"] = "WarmupCosineLR"
+        sizes: Any = [[size] for size in plan.anchor_sizes]
+        if plan.detector == "retinanet":
+            sizes = [[size * 2 ** (i / 3) for i in range(3)] for size in plan.anchor_sizes]
+        settings["MODEL.ANCHOR_GENERATOR.SIZES"] = sizes
+        settings["MODEL.MASK_ON"] = plan.task == "masks"
+        settings["INPUT.MASK_FORMAT"] = "bitmask" if _has_encodings(data) else "polygon"
+    if plan.method in METHODS and not torch.cuda.is_available():
+        settings["DATALOADER.NUM_WORKERS"] = 0
+    pairs = [word for pair in settings.items() for word in pair]
+    base = configs() / f"Base-{bases[plan.detector]}.yaml"
+    return load_config(str(base), [*pairs, *overrides])
+
+
+def configs() -> Path:
+    """The folder of the configs that ship with the package."""
+    package = Path(e3va.__file__).parent
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "detectron2_configs"
+
+
+def classes_of(folder: Path) -> list[str]:
+    """Names of the classes that the run has trained."""
+    return class_names(load_config(str(folder / CONFIG)))
+
+
+def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
+    """Score the run's model on the validation split of ``data``, or on the run's own.
+
+    Raises:
+        ValueError: the run has nothing to be evaluated on, or other classes than ``data``.
+    """
+    cfg = _trained(folder)
+    if data is not None:
+        if data.classes != list(cfg.DATASETS.CLASSES):
+            raise ValueError(
+                f"the data have the classes {', '.join(data.classes)}, but {folder} has trained "
+                f"{', '.join(cfg.DATASETS.CLASSES)} (see --classes)"
+            )
+        write_data(data, folder / "evaluation")
+        keys = _data_keys(data, folder / "evaluation")
+        cfg.merge_from_list([word for pair in keys.items() for word in pair])
+    with _log(folder):
+        register_datasets(cfg)
+        if not cfg.DATASETS.TEST:
+            raise ValueError(f"{folder} was trained without validation data: name some")
+        return scores(Trainer.test(cfg, load_model(cfg)))
+
+
+def predictor(folder: Path) -> Callable[[np.ndarray], Found]:
+    """What finds things on an image [H, W, 3], uint8, RGB."""
+    with _log(folder):
+        return predictor_of(_trained(folder))
+
+
+def export(folder: Path, target: Path) -> None:
+    """Write the whole model, trunk included, as .safetensors or .pth."""
+    with _log(folder):
+        export_model(_trained(folder), target)
+
+
+def scores(results: dict[str, Any]) -> dict[str, float]:
+    """Our names of what Detectron2's evaluation gives; what is undefined is left out."""
+    return {
+        name: float(results[task][metric])
+        for (task, metric), name in _SCORES.items()
+        if metric in results.get(task, {}) and math.isfinite(results[task][metric])
+    }
+
+
+class RunTrainer(Trainer):
+    """A trainer that tells of itself by one bar, and keeps metrics.json and the best model.
+
+    Attributes:
+        metrics: of the last evaluation.
+    """
+
+    metrics: dict[str, float]
+
+    def begin_metrics(self) -> None:
+        """Keep the lines of metrics.json up to where the training goes on."""
+        path = Path(self.cfg.OUTPUT_DIR) / METRICS
+        kept = [e for e in read_metrics(path) if e.get("iteration", math.inf) <= self.start_iter]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
+        rated = [rank(entry) for entry in kept if "loss" not in entry]
+        self._best, self.metrics = max(rated, default=-math.inf), {}
+
+    def build_hooks(self) -> list[HookBase]:
+        hooks = super().build_hooks()
+        for hook in hooks:
+            if isinstance(hook, EvalHook):
+                hook._func = self._scored(hook._func)
+        return [*hooks, _Bar()]
+
+    def build_writers(self) -> list[EventWriter]:
+        return [CommonMetricPrinter(self.max_iter)]  # to the log
+
+    def write(self, **entry: float) -> None:
+        """Add a line to metrics.json."""
+        with (Path(self.cfg.OUTPUT_DIR) / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def _scored(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
+        def evaluate_and_keep() -> Any:
+            results = evaluate()
+            self.metrics = scores(results)
+            self.write(iteration=self.iter + 1, **self.metrics)
+            if rank(self.metrics) > self._best:
+                self._best = rank(self.metrics)
+                self.checkpointer.save("model_best", iteration=self.iter)
+            return results
+
+        return evaluate_and_keep
+
+
+def rank(metrics: dict[str, float]) -> float:
+    """The metric by which the best model is told: of masks, maps or boxes."""
+    for name in ("mask_ap", "miou", "box_ap"):
+        if name in metrics:
+            return metrics[name]
+    return -math.inf
+
+
+class _Bar(HookBase):
+    """One bar: loss, learning rate, memory, time left; a line of metrics.json an iteration."""
+
+    trainer: Any
+
+    def before_train(self) -> None:
+        start, end = self.trainer.start_iter, self.trainer.max_iter
+        self._bar = tqdm(total=end, initial=start, unit="it", disable=None)
+
+    def before_step(self) -> None:
+        self._began = time.perf_counter()
+
+    def after_step(self) -> None:
+        loss = self.trainer.storage.history("total_loss").latest()
+        lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+        seconds = time.perf_counter() - self._began
+        self.trainer.write(iteration=self.trainer.iter + 1, loss=loss, lr=lr, seconds=seconds)
+        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}"}
+        shown |= {name: f"{value:.1f}" for name, value in self.trainer.metrics.items()}
+        if torch.cuda.is_available():
+            shown["memory"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
+        self._bar.set_postfix(shown, refresh=False)
+        self._bar.update()
+
+    def after_train(self) -> None:
+        self._bar.close()
+
+
+def _data_keys(data: Data, folder: Path) -> dict[str, str]:
+    """The config keys of data that :func:`write_data` has written into ``folder``."""
+    if data.task == "semantic":
+        return {"DATASETS.SEMANTIC_MAPS.INDEX": str((folder / "maps.json").absolute())}
+    keys = {}
+    for split, name in (("TRAIN", "train"), ("TEST", "val")):
+        keys[f"DATASETS.COCO_JSON.{split}_JSON"] = str((folder / f"{name}.json").absolute())
+        keys[f"DATASETS.COCO_JSON.{split}_IMAGES"] = str(folder.absolute())
+    return keys
+
+
+def _has_encodings(data: Data) -> bool:
+    return any(
+        isinstance(annotation.get("segmentation"), dict)
+        for split in data.splits.values()
+        for annotation in split.annotations
+    )
+
+
+def _trained(folder: Path) -> CfgNode:
+    """The run's config, naming its weights: the final ones, else the last checkpoint's."""
+    weights = folder / "model_final.pth"
+    last = folder / "last_checkpoint"
+    if not weights.is_file() and last.is_file():
+        weights = folder / last.read_text().strip()
+    if not weights.is_file():
+        raise FileNotFoundError(f"{folder} has no trained weights: there is no {weights}")
+    cfg = load_config(str(folder / CONFIG), ["MODEL.WEIGHTS", str(weights)])
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.OUTPUT_DIR = str(folder)
+    return cfg
+
+
+@contextlib.contextmanager
+def _log(folder: Path) -> Iterator[None]:
+    """Within the block, log lines go to log.txt in ``folder`` alone."""
+    names = ("detectron2", "fvcore", "e3va")
+    loggers = [logging.getLogger(name) for name in names]
+    before = [(one.handlers[:], one.propagate, one.level) for one in loggers]
+    for name, one in zip(names, loggers, strict=True):
+        one.handlers = []
+        setup_logger.cache_clear()
+        setup_logger(os.fspath(folder), name=name, configure_stdout=False)
+    try:
+        yield
+    finally:
+        for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
+            one.handlers, one.propagate = handlers, propagate
+            one.setLevel(level)
