@@ -231,8 +231,8 @@ def build_requirements() -> list[str]:
 
 
 setup(
-    packages=[*find_packages(include=["e3va", "e3va.*"]), "e3va.kernels"],
-    package_dir={"e3va.kernels": "kernels"},
+    packages=[*find_packages(include=["e3va", "e3va.*"]), "e3va.kernels", "e3va.configs"],
+    package_dir={"e3va.kernels": "kernels", "e3va.configs": "detectron2_configs"},
     ext_modules=[Extension(EXTENSION, sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildNative},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},

@@ -35,7 +35,7 @@ import e3va
 from bench.environment import environment
 from e3va import ops
 from e3va.files import atomic_path, write_json
-from e3va.highway import HighwayStage
+from e3va.highway import HighwayStage, StageRide
 from e3va.ops import dispatch, reference
 from e3va.ops.taps import compress
 from e3va.weights import convert_weights
@@ -179,7 +179,7 @@ def highway(case: Case, device: str) -> Competitors:
     gradients = [G, stage_map(case, rank, device)]
 
     def ours() -> Tensor:
-        ride = stage.ride()
+        ride = StageRide(stage)
         y_k = y
         for x_k in x:
             y_k, _ = ride(x_k, y_k, norm)

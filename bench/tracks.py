@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-import e3va
 from bench.environment import environment
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import coco_overrides, detectron2_loss
@@ -34,7 +33,7 @@ from e3va.files import write_json
 from e3va.measure import step_costs, step_seconds
 from e3va.methods import METHODS
 
-CONFIGS = Path(e3va.__file__).parents[1] / "detectron2_configs"
+CONFIGS = Path(__file__).parents[1] / "detectron2_configs"
 RATES = (0.5, 1.0, 2.0)
 TIMED_STEPS = 10
 

@@ -153,11 +153,11 @@ def test_every_tap_is_rounded_by_noise_of_its_own():
 
 
 def test_noise_is_repeated_by_pytorch_s_seed():
-    stage = Highway(swin_config("swin_digits"), HighwayConfig(hidden_ratio=1.0)).stages[0]
+    stage = Highway(trunk_config("swin_digits"), HighwayConfig(hidden_ratio=1.0)).stages[0]
     x, kept = torch.randn(1, 5, 7, 32), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        ride = stage.ride()
+        ride = StageRide(stage)
         ride(x, x, None)
         kept.append(ride._room[1][0])
     assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])

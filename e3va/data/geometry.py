@@ -199,3 +199,21 @@ def _runs(counts: str | bytes) -> np.ndarray:
     for parity in (1, 2):
         runs[parity::2] = np.cumsum(runs[parity::2])
     return runs
+
+
+def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
+    """Polygons or a run-length encoding, checked before, as a mask [H, W], bool.
+
+    Raises:
+        ImportError: pycocotools is missing.
+    """
+    try:
+        from pycocotools import mask as masks
+    except ImportError as error:
+        raise ImportError("masks need pycocotools: pip install 'e3va[train]'") from error
+    rle = segmentation
+    if isinstance(rle, list):
+        rle = masks.merge(masks.frPyObjects(rle, height, width))
+    elif isinstance(rle["counts"], list):
+        rle = masks.frPyObjects(rle, height, width)
+    return masks.decode(rle).astype(bool)

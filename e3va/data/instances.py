@@ -6,6 +6,7 @@ reason, what cannot be meant ends the reading and is named.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -126,6 +127,19 @@ class Instances:
     def drop(self, reason: str, count: int = 1) -> None:
         """Count instances that are left out."""
         self.dropped[reason] += count
+
+    def warn(self, logger: logging.Logger) -> None:
+        """Tell what was dropped, and why, in one warning."""
+        if self.dropped:
+            reasons = "; ".join(f"{number}: {reason}" for reason, number in self.dropped.items())
+            total = len(self.annotations) + self.dropped.total()
+            logger.warning(
+                "%s: dropped %d of %d instances (%s)",
+                self.source,
+                self.dropped.total(),
+                total,
+                reasons,
+            )
 
     def content(self) -> dict[str, Any]:
         """As a COCO JSON file has it."""

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import e3va
 from e3va.methods import options_of
 
 WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
@@ -74,8 +73,9 @@ def train_detectron2(
     from detectron2.utils.env import seed_all_rng
 
     from e3va.detectron2 import Trainer, load_config, register_coco_json
+    from e3va.detectron2.config import CONFIGS
 
-    config = Path(e3va.__file__).parents[1] / "detectron2_configs/digits/mask_rcnn_e3va.yaml"
+    config = CONFIGS / "digits/mask_rcnn_e3va.yaml"
     overrides = [*overrides, "MODEL.TUNING.METHOD", method, "OUTPUT_DIR", str(output)]
     overrides += ["SOLVER.MAX_ITER", iterations, "SOLVER.IMS_PER_BATCH", BATCH_SIZE]
     overrides += ["SOLVER.BASE_LR", LEARNING_RATE, "SEED", seed]

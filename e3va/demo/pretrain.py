@@ -114,7 +114,7 @@ def accuracy_of(model: Reader, image: Tensor, label: Tensor) -> float:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    default = Path(__file__).parent / "swin_digits.safetensors"
+    default = Path("output/swin_digits.safetensors")
     parser = argparse.ArgumentParser(
         prog="python -m e3va.demo.pretrain", description=__doc__.split("\n")[0]
     )

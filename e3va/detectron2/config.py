@@ -5,15 +5,25 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 
+import e3va
 from e3va.detectron2.data import FORMATS
 from e3va.methods import METHODS, options_of
 
 logger = logging.getLogger(__name__)
+
+_PACKAGE = Path(e3va.__file__).parent
+CONFIGS = (
+    _PACKAGE / "configs"
+    if (_PACKAGE / "configs").is_dir()
+    else _PACKAGE.parent / "detectron2_configs"
+)
+"""The folder of the configs that ship with the package; in a checkout: of the checkout's."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -21,9 +21,8 @@ from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
-import e3va
 from e3va.data.folder import Data
-from e3va.detectron2.config import load_config
+from e3va.detectron2.config import CONFIGS, load_config
 from e3va.detectron2.data import register_datasets
 from e3va.detectron2.inference import class_names, load_model
 from e3va.detectron2.inference import export as export_model
@@ -31,7 +30,7 @@ from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
 from e3va.methods import METHODS
-from e3va.runs.folder import CONFIG, METRICS, Found, read_metrics, write_data
+from e3va.runs.folder import CONFIG, LOG, METRICS, Found, read_metrics, write_data
 from e3va.runs.plan import Plan
 
 BASES = {
@@ -126,15 +125,8 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     if plan.method in METHODS and not torch.cuda.is_available():
         settings["DATALOADER.NUM_WORKERS"] = 0
     pairs = [word for pair in settings.items() for word in pair]
-    base = configs() / f"Base-{bases[plan.detector]}.yaml"
+    base = CONFIGS / f"Base-{bases[plan.detector]}.yaml"
     return load_config(str(base), [*pairs, *overrides])
-
-
-def configs() -> Path:
-    """The folder of the configs that ship with the package."""
-    package = Path(e3va.__file__).parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "detectron2_configs"
 
 
 def classes_of(folder: Path) -> list[str]:
@@ -303,7 +295,7 @@ def _trained(folder: Path) -> CfgNode:
 
 @contextlib.contextmanager
 def _log(folder: Path) -> Iterator[None]:
-    """Within the block, log lines go to log.txt in ``folder`` alone."""
+    """Within the block, log lines, and what libraries print, go to log.txt in ``folder`` alone."""
     names = ("detectron2", "fvcore", "e3va")
     loggers = [logging.getLogger(name) for name in names]
     before = [(one.handlers[:], one.propagate, one.level) for one in loggers]
@@ -312,7 +304,8 @@ def _log(folder: Path) -> Iterator[None]:
         setup_logger.cache_clear()
         setup_logger(os.fspath(folder), name=name, configure_stdout=False)
     try:
-        yield
+        with (folder / LOG).open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            yield
     finally:
         for one, (handlers, propagate, level) in zip(loggers, before, strict=True):
             one.handlers, one.propagate = handlers, propagate

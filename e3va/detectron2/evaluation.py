@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 from collections.abc import Callable
@@ -12,11 +11,11 @@ from xml.etree import ElementTree
 
 import numpy as np
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
-logger = logging.getLogger(__name__)
+from e3va.files import write_json
 
 VOC_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 """A box's tags in an XML file."""
@@ -25,9 +24,19 @@ VOC_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def build_coco_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
     """COCO's average precision of boxes and, with MODEL.MASK_ON, of masks."""
     tasks = ("bbox", "segm") if cfg.MODEL.MASK_ON else ("bbox",)
-    evaluator = COCOEvaluator(dataset_name, tasks, output_dir=_folder(cfg))
-    _complete(evaluator._coco_api, dataset_name, cfg.MODEL.MASK_ON)
-    return evaluator
+    metadata = MetadataCatalog.get(dataset_name)
+    if hasattr(metadata, "instances") and not hasattr(metadata, "json_file"):
+        # pycocotools is shown what was read, completed and checked, and not the file itself.
+        path = Path(_folder(cfg)) / "ground_truth.json"
+        write_json(path, _numbered(metadata.instances.content()))
+        metadata.json_file = str(path)
+    return COCOEvaluator(dataset_name, tasks, output_dir=_folder(cfg))
+
+
+def _numbered(content: dict[str, Any]) -> dict[str, Any]:
+    """With annotations counted from 1: to pycocotools a match with annotation 0 is no match."""
+    numbered = [{**a, "id": i} for i, a in enumerate(content["annotations"], start=1)]
+    return {**content, "annotations": numbered}
 
 
 def build_semantic_evaluator(
@@ -86,28 +95,6 @@ class VOCTreeEvaluator(PascalVOCDetectionEvaluator):
                 return super().evaluate()
             finally:
                 parse_rec.cache_clear()
-
-
-def _complete(truth: Any, dataset_name: str, masks: bool) -> None:
-    """Give what predictions are scored against (a ``pycocotools.coco.COCO``) all that pycocotools
-    must have; what it cannot score is left out, with a warning."""
-    annotations = [
-        annotation
-        for annotation in truth.dataset["annotations"]
-        if len(annotation["bbox"]) == 4 and (annotation.get("segmentation") or not masks)
-    ]
-    if dropped := len(truth.dataset["annotations"]) - len(annotations):
-        logger.warning("%s: %d instances are not scored: no mask, or no box", dataset_name, dropped)
-    for annotation in annotations:
-        _, _, width, height = annotation["bbox"]
-        annotation.setdefault("iscrowd", 0)
-        annotation.setdefault("area", width * height)
-    if 0 in truth.anns:
-        # To pycocotools a match with annotation 0 is no match.
-        for i, annotation in enumerate(annotations):
-            annotation["id"] = i + 1
-    truth.dataset["annotations"] = annotations
-    truth.createIndex()
 
 
 def _folder(cfg: CfgNode) -> str:

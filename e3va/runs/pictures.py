@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from e3va.data.folder import Data
+from e3va.data.geometry import decode_mask
 from e3va.data.images import read_image
 from e3va.data.maps import UNLABELLED, Maps, read_map
 from e3va.files import atomic_path
@@ -76,24 +77,6 @@ def draw_map(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> 
     for index in np.unique(labels[labelled]):
         y = _label(pen, (2, y), classes[index], colour(int(index)), font, below=True)
     return image
-
-
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Polygons or a run-length encoding, checked before, as a mask [H, W], bool.
-
-    Raises:
-        ImportError: pycocotools is missing.
-    """
-    try:
-        from pycocotools import mask as masks
-    except ImportError as error:
-        raise ImportError("masks need pycocotools: pip install 'e3va[train]'") from error
-    rle = segmentation
-    if isinstance(rle, list):
-        rle = masks.merge(masks.frPyObjects(rle, height, width))
-    elif isinstance(rle["counts"], list):
-        rle = masks.frPyObjects(rle, height, width)
-    return masks.decode(rle).astype(bool)
 
 
 def data_page(data: Data, path: Path, seed: int = 0) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from e3va.data.coco import CocoInstances, average_precision, flip, scorable
+from e3va.data.coco import CocoInstances, average_precision, flip
 from tests.data.conftest import annotation, coco, coco_tree, rectangle
 
 pytest.importorskip("pycocotools")
@@ -81,7 +81,6 @@ def test_bad_files_are_named(tmp_path):
     ("change", "message"),
     [
         (lambda c: c.pop("categories"), "no list 'categories'"),
-        (lambda c: c["annotations"][0].pop("segmentation"), "annotation 0 .* no 'segmentation'"),
         (lambda c: c["annotations"][1].update(image_id=77), "annotation 1 .* unknown image 77"),
         (lambda c: c["annotations"][1].update(category_id=5), "unknown category 5"),
         (
@@ -89,7 +88,7 @@ def test_bad_files_are_named(tmp_path):
             "annotation 0 .* run-length encoding",
         ),
         (
-            lambda c: c["annotations"][0].update(segmentation=[1, 1, 9, 1, 9, 9]),
+            lambda c: c["annotations"][0].update(segmentation=[1, 1, "9", 1, 9, 9]),
             "annotation 0 .* no list of polygons",
         ),
         (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "no list of numbers"),
@@ -152,8 +151,9 @@ def test_boxes_need_no_mask(tmp_path, caplog):
     for bare in content["annotations"]:
         del bare["segmentation"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"annotation 0 .* no 'segmentation'"):
+    with pytest.raises(ValueError, match=r"instances\.json has no mask: read it with masks=False"):
         CocoInstances(path, tmp_path)
+    caplog.clear()
     boxes = CocoInstances(path, tmp_path, masks=False)
     assert not caplog.messages
     for (image, expected), (same, target) in zip(with_masks, boxes, strict=True):
@@ -180,66 +180,31 @@ def test_masks_that_are_read_must_be_predicted(tmp_path):
         data.results(3, target["boxes"], target["labels"], torch.ones(3))
 
 
-# What pycocotools can score
+# What pycocotools scores against
 
 
-def test_what_cannot_be_scored_is_dropped_and_counted():
+def test_ground_truth_is_complete_and_leaves_out_what_cannot_be_scored(tmp_path, caplog):
     square = rectangle(5, 5, 9, 9)
-    bare = {"image_id": 1, "category_id": 1, "bbox": [5, 5, 9, 9], "id": 0}
+    bare = {"image_id": 3, "category_id": 7, "bbox": [5, 5, 9, 9]}
     given = [
-        {**bare, "segmentation": square},
-        {**bare, "segmentation": []},
-        bare,
-        {**bare, "segmentation": [[1, 2, 3, 4]], "area": None, "iscrowd": None},
+        {**bare, "segmentation": square, "area": None, "iscrowd": None},
         {**bare, "segmentation": [*square, [1, 2]], "iscrowd": 1, "area": 7.5},
+        {**bare, "segmentation": []},
+        {**bare, "segmentation": [[1, 2, 3, 4]]},
         {**bare, "bbox": [5, 5, 9], "segmentation": square},
-        {**bare, "bbox": None, "segmentation": square},
         {**bare, "bbox": [5, 5, 0, 9], "segmentation": square},
         {**bare, "bbox": [5, float("nan"), 9, 9], "segmentation": square},
     ]
-    before = json.dumps(given)
-    kept, dropped = scorable(given, masks=True)
-    assert json.dumps(given) == before
-    assert dropped == 7 and [a["id"] for a in kept] == [1, 2]
-    assert [(a["area"], a["iscrowd"]) for a in kept] == [(81, 0), (7.5, 1)]
-    assert [a["segmentation"] for a in kept] == [square, square]
-    kept, dropped = scorable(given, masks=False)
-    assert dropped == 4 and [a["id"] for a in kept] == [1, 2, 3, 4, 5]
-    assert [a["area"] for a in kept] == [81, 81, 81, 81, 7.5]
-    with pytest.raises(ValueError, match="annotation 0 has a run-length encoding"):
-        scorable([{**bare, "segmentation": {"counts": "PP1"}}], masks=True)
-
-
-@pytest.mark.parametrize("kind", ["bbox", "segm"])
-def test_pycocotools_scores_what_is_kept(kind):
-    """Without area and iscrowd it fails, and to it a match with annotation 0 is none."""
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-
-    given = [
-        {"id": i, "image_id": 1, "category_id": 1, "bbox": [x, 5, 9, 9]}
-        | {"segmentation": rectangle(x, 5, 9, 9)}
-        for i, x in enumerate((5, 30))
-    ]
-    truth = COCO()
-    truth.dataset = {
-        "info": {},
-        "images": [{"id": 1, "height": 60, "width": 80}],
-        "categories": [{"id": 1, "name": "square"}],
-        "annotations": scorable(given, masks=True)[0],
-    }
-    truth.createIndex()
-    found = [
-        {"image_id": 1, "category_id": 1, "score": 1.0}
-        | ({"bbox": [x, 5, 9, 9]} if kind == "bbox" else {})
-        | ({"segmentation": rectangle(x, 5, 9, 9, "rle")} if kind == "segm" else {})
-        for x in (5, 30)
-    ]
-    scorer = COCOeval(truth, truth.loadRes(found), kind)
-    scorer.evaluate()
-    scorer.accumulate()
-    scorer.summarize()
-    assert scorer.stats[0] == pytest.approx(1)
+    given = [{**a, "id": 50 + i} for i, a in enumerate(given)]
+    path = coco_tree(tmp_path, extra=given)
+    truth = CocoInstances(path, tmp_path).ground_truth()["annotations"]
+    assert "dropped 5 of 13 instances" in caplog.text
+    assert [a["id"] for a in truth] == list(range(1, len(truth) + 1))
+    last = truth[-2:]
+    assert [(a["area"], a["iscrowd"]) for a in last] == [(81, 0), (7.5, 1)]
+    assert [a["segmentation"] for a in last] == [square, square]
+    boxes = CocoInstances(path, tmp_path, masks=False).ground_truth()["annotations"]
+    assert len(boxes) == len(truth) + 2 and not any("segmentation" in a for a in boxes)
 
 
 # Real images

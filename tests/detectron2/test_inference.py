@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
@@ -14,6 +15,7 @@ from torch import nn
 
 from e3va import cli
 from e3va.detectron2 import SemanticInference, Trainer, load_config
+from e3va.detectron2.engine import classes_of
 from e3va.detectron2.inference import semantic_inference
 from tests.detectron2.factories import SEMANTIC, infer
 
@@ -75,11 +77,8 @@ def test_windows_and_sizes_of_a_trained_segmentor(semantic):
     assert trainer.model.training
 
 
-def test_predicts_as_it_is_evaluated(semantic, tmp_path, monkeypatch):
+def test_predicts_as_it_is_evaluated(semantic, tmp_path):
     """On windows and at several sizes, with the classes that config.yaml knows alone."""
-    pytest.importorskip("cv2", reason="OpenCV is missing: predict is left untested")
-    from detectron2.utils.visualizer import Visualizer
-
     options = {"TEST.SLIDE.WINDOW": 32, "TEST.AUG.ENABLED": True, "TEST.AUG.MIN_SIZES": (32, 48)}
     trainer = Trainer(semantic(**options))
     cfg, head = trainer.cfg, trainer.model.sem_seg_head
@@ -94,23 +93,19 @@ def test_predicts_as_it_is_evaluated(semantic, tmp_path, monkeypatch):
     shutil.move(sample["file_name"], image)
     shutil.rmtree(tmp_path / "maps")
 
-    names, draw = [], Visualizer.draw_sem_seg
-
-    def keep_names(self, *args):
-        names.extend(self.metadata.stuff_classes)
-        return draw(self, *args)
-
-    monkeypatch.setattr(Visualizer, "draw_sem_seg", keep_names)
-
-    def predict(*more):
-        config, weights = (str(tmp_path / "out" / n) for n in ("config.yaml", "model_final.pth"))
-        given = [str(image), "--output", str(tmp_path), "--config", config, "--weights", weights]
-        cli.main(["predict", *given, *more])
+    def predict(**more):
+        config = yaml.safe_load(cfg.dump())
+        for key, value in more.items():
+            config["TEST"][key] |= value
+        (tmp_path / "out/config.yaml").write_text(yaml.safe_dump(config))
+        assert (
+            cli.main(["predict", str(tmp_path / "out"), str(image), "--output", str(tmp_path)]) == 0
+        )
         with Image.open(tmp_path / "street_classes.png") as file:
             return np.array(file)
 
+    assert classes_of(tmp_path / "out") == ["class 1", "class 2", "class 3"]
     found = predict()
-    assert names == ["class 1", "class 2", "class 3"]
     assert (found == expected["sem_seg"].argmax(0).numpy()).all()
-    for key, off in (("TEST.SLIDE.WINDOW", "0"), ("TEST.AUG.ENABLED", "False")):
-        assert (predict("--set", key, off) != found).any()
+    assert (predict(SLIDE={"WINDOW": 0, "STRIDE": 0}) != found).any()
+    assert (predict(AUG={"ENABLED": False}) != found).any()

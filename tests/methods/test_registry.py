@@ -31,9 +31,7 @@ def test_options_that_a_method_does_not_have_are_refused(method):
 
 
 def test_a_trunk_that_is_trained_is_stored_in_float32():
-    with pytest.raises(
-        ValueError, match="'full' trains the trunk, which is stored in float32"
-    ):
+    with pytest.raises(ValueError, match="'full' trains the trunk, which is stored in float32"):
         build_backbone("full", TINY, dtype=torch.bfloat16)
 
 

@@ -1,0 +1,231 @@
+"""One command from a folder of data to pictures, by either engine."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+pytest.importorskip("torchvision")
+pytest.importorskip("pycocotools")
+
+from e3va.cli import main
+from tests.runs.factories import write_coco, write_maps, write_yolo
+
+WRITERS = {"masks": write_coco, "boxes": write_yolo, "semantic": write_maps}
+METRICS = {"masks": "mask_ap", "boxes": "box_ap", "semantic": "miou"}
+KINDS = [
+    ("detectron2", "masks", "swin_digits"),
+    ("detectron2", "boxes", "retinanet_swin_digits"),
+    ("detectron2", "semantic", "swin_digits"),
+    ("torchvision", "masks", "swin_digits"),
+    ("torchvision", "boxes", "swin_digits"),
+]
+
+
+def train(data, output, engine, model, *more):
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    return main(
+        [
+            *("train", str(data), "--output", str(output), "--engine", engine),
+            *("--model", model, "--iterations", "2", *more),
+        ]
+    )
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: "-".join(kind[:2]))
+def run(request, tmp_path_factory):
+    """(engine, task, data, the folder of a run of two iterations)."""
+    engine, task, model = request.param
+    folder = tmp_path_factory.mktemp("run")
+    data = WRITERS[task](folder / "data")
+    assert train(data, folder / "out", engine, model) == 0
+    return engine, task, data, folder / "out"
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def test_a_run_holds_what_is_promised(run):
+    _, task, _, folder = run
+    assert isinstance(yaml.safe_load((folder / "config.yaml").read_text()), dict)
+    assert list(folder.glob("model_final.*")) and list(folder.glob("model_best.*"))
+    for picture in ("curves.png", "predictions.png", "data.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 100
+    steps = [line for line in lines(folder) if "loss" in line]
+    assert [line["iteration"] for line in steps] == [1, 2]
+    assert all(line["loss"] > 0 and line["lr"] >= 0 for line in steps)
+    (score,) = [line for line in lines(folder) if "loss" not in line]
+    assert score["iteration"] == 2 and 0 <= score[METRICS[task]] <= 100
+
+
+def test_eval_of_the_run_and_of_other_data(run, tmp_path, capsys):
+    _, task, _, folder = run
+    assert main(["eval", str(folder)]) == 0
+    own = json.loads((folder / "evaluation.json").read_text())
+    (trained,) = [line for line in lines(folder) if "loss" not in line]
+    assert own[METRICS[task]] == pytest.approx(trained[METRICS[task]])
+    other = WRITERS[task](tmp_path / "other")
+    assert main(["eval", str(folder), str(other)]) == 0
+    assert METRICS[task] in capsys.readouterr().out
+
+
+def test_predict_takes_files_folders_globs_and_names(run, tmp_path, monkeypatch):
+    _, task, data, folder = run
+    images = tmp_path / "in"
+    (images / "deep").mkdir(parents=True)
+    source = next(path for path in sorted(data.rglob("*")) if path.suffix in (".jpg", ".png"))
+    with Image.open(source) as file:
+        pixels = np.asarray(file.convert("RGB"))
+    for name in ("a.png", "deep/a.tif", "deep/b.webp"):
+        Image.fromarray(pixels).save(images / name)
+
+    def predict(*sources):
+        out = tmp_path / "out"
+        assert main(["predict", str(folder), *sources, "--output", str(out)]) == 0
+        return json.loads((out / "predictions.json").read_text())
+
+    entries = predict(str(images), "--min-score", "0.0")
+    assert {Path(e["file_name"]).name for e in entries} == {"a.png", "a.tif", "b.webp"}
+    for name in ("a.png", "deep/a.png", "deep/b.png"):
+        with Image.open(tmp_path / "out" / name) as picture:
+            assert picture.size == pixels.shape[1::-1]
+    for entry in entries:
+        if task == "semantic":
+            with Image.open(entry["classes_file"]) as labels:
+                assert np.asarray(labels).shape == pixels.shape[:2]
+            continue
+        assert all(instance["category"] in ("red", "green") for instance in entry["instances"])
+        assert all(("segmentation" in i) == (task == "masks") for i in entry["instances"])
+    assert len(predict(str(images / "deep/*"))) == 2
+    assert len(predict(str(images / "a.png"))) == 1
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{images / 'a.png'}\n\n{images}/deep/b.webp\n"))
+    assert len(predict("-")) == 2
+
+
+def test_export_holds_the_whole_model(run, tmp_path):
+    from safetensors.torch import load_file
+
+    folder = run[-1]
+    target = tmp_path / "whole.safetensors"
+    assert main(["export", str(folder), str(target)]) == 0
+    names = load_file(target).keys()
+    assert any("trunk.layers.3.blocks.1.mlp.fc2.weight" in name for name in names)
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_resume_goes_on_and_nothing_is_overwritten(engine, tmp_path, capsys):
+    data = write_coco(tmp_path / "data", encoded=("valid",))
+    assert train(data, tmp_path / "out", engine, "swin_digits") == 0
+    assert train(data, tmp_path / "out", engine, "swin_digits") == 2
+    assert "holds a run already" in capsys.readouterr().err
+    assert train(data, tmp_path / "out", engine, "swin_digits", "--resume") == 0
+    longer = ["--resume", "--iterations", "4"]
+    assert train(data, tmp_path / "out", engine, "swin_digits", *longer) == 0
+    steps = [line["iteration"] for line in lines(tmp_path / "out") if "loss" in line]
+    assert steps == [1, 2, 3, 4]
+
+
+def test_overrides_reach_the_engine(tmp_path, capsys):
+    data = write_yolo(tmp_path / "data")
+    more = ["method", "frozen", "lr", "0.5"]
+    assert train(data, tmp_path / "out", "torchvision", "swin_digits", *more) == 0
+    config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["config"]
+    assert (config["model"]["method"], config["lr"]) == ("frozen", 0.5)
+    assert train(data, tmp_path / "x", "torchvision", "swin_digits", "no_such", "1") == 2
+    assert "no setting 'no_such'; known: iterations" in capsys.readouterr().err
+
+
+def test_data_alone(tmp_path, capsys):
+    data = write_coco(tmp_path / "data")
+    report = tmp_path / "report.json"
+    page = tmp_path / "page.png"
+    assert main(["data", str(data), "--json", str(report), "--output", str(page)]) == 0
+    found = json.loads(report.read_text())
+    assert (found["format"], found["task"], found["images"]) == ("coco", "masks", 8)
+    assert found["classes"] == {"red": 8, "green": 8} and found["dropped"] == {}
+    out = capsys.readouterr().out
+    assert "coco, for masks: 8 images (train 4, val 4), 16 instances of 2 classes" in out
+    with Image.open(page) as image:
+        pixels = np.asarray(image)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "nowhere"], "there is no nowhere"),
+        (["data", "nowhere"], "there is no nowhere"),
+        (["train", "{data}", "--model", "swin_xl"], "unknown model 'swin_xl': a trunk (swin_t,"),
+        (["train", "{data}", "--model", "upernet_swin_t"], "'upernet_swin_t' is not for masks"),
+        (["train", "{data}", "--task", "semantic"], "is for masks, it cannot be used for semantic"),
+        (["train", "{data}", "--classes", "blue"], "has no class blue; it has red, green"),
+        (["train", "{data}", "--weights", "gone.pth", "--model", "swin_t"], "gone.pth"),
+        (["eval", "{data}"], "is no folder of a run"),
+        (["predict", "{data}", "nowhere.jpg"], "no image at nowhere.jpg"),
+        (["convert", "{data}/gone.pth", "x.safetensors"], "no weights at"),
+    ],
+)
+def test_mistakes_end_in_one_line(arguments, message, tmp_path, capsys):
+    data = write_coco(tmp_path / "data")
+    arguments = [word.format(data=data) for word in arguments]
+    if arguments[0] == "train":
+        arguments += ["--engine", "torchvision", "--output", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("error: ") and message in error
+    assert not (tmp_path / "out/checkpoint.pt").exists()
+
+
+def test_classes_are_chosen_merged_and_renamed(tmp_path):
+    data = write_coco(tmp_path / "data")
+    mapping = tmp_path / "classes.yaml"
+    mapping.write_text("red: box\ngreen: box\n")
+    report = tmp_path / "report.json"
+    for classes, expected in (("green", {"green": 8}), (str(mapping), {"box": 16})):
+        arguments = [
+            "--classes",
+            classes,
+            "--json",
+            str(report),
+            "--output",
+            str(tmp_path / "p.png"),
+        ]
+        assert main(["data", str(data), *arguments]) == 0
+        assert json.loads(report.read_text())["classes"] == expected
+
+
+def test_images_of_sixteen_bits_are_seen_as_they_are_meant(tmp_path):
+    """Both engines' loaders, on an image that 8 bits would clip to white."""
+    from e3va.data.coco import CocoInstances
+    from e3va.data.images import read_image
+
+    grey = np.linspace(1000, 60000, 72 * 96).reshape(72, 96).astype(np.uint16)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    content = {
+        "images": [{"id": 1, "file_name": "a.png", "height": 72, "width": 96}],
+        "categories": [{"id": 1, "name": "x"}],
+        "annotations": [
+            {"id": 1, "image_id": 1, "category_id": 1, "bbox": [5, 5, 20, 20], "iscrowd": 0}
+        ],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    expected = read_image(tmp_path / "a.png")
+    assert expected.min() == 0 and expected.max() == 255 and 100 < expected.mean() < 150
+    image, _ = CocoInstances(tmp_path / "a.json", tmp_path, masks=False)[0]
+    assert torch.equal(
+        (image * 255).round().to(torch.uint8), torch.tensor(expected).permute(2, 0, 1)
+    )
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from e3va.detectron2.data.mapper import read_pixels
+
+    assert np.array_equal(read_pixels(str(tmp_path / "a.png"), "RGB"), expected)
+    assert np.array_equal(read_pixels(str(tmp_path / "a.png"), "BGR"), expected[..., ::-1])
