@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from e3va import cli
-from e3va.torchvision import score as torchvision_score
 from e3va.torchvision import train as torchvision_train
 
 ROOT = Path(__file__).parents[1]
@@ -49,16 +48,10 @@ def test_torchvision(words):
     assert torchvision_train._arguments(words).iterations > 0
 
 
-@of("python", "-m", "e3va.torchvision.score")
-def test_torchvision_score(words):
-    with pytest.raises(FileNotFoundError, match=r"run\.json"):  # understood, and nothing is there
-        torchvision_score.main(words)
-
-
 @of("e3va")
 def test_e3va(words, monkeypatch):
     """Understood, and then not run."""
-    for name in ("_convert", "_predict", "_export", "describe"):
+    for name in ("_convert", "_data", "_train", "_evaluate", "_predict", "_export", "describe"):
         monkeypatch.setattr(cli, name, lambda *options: "")
     assert cli.main(words) == 0
 

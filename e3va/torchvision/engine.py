@@ -104,14 +104,25 @@ def classes_of(folder: Path) -> list[str]:
 
 
 def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
-    """Score the run's model on the validation split of ``data``, or on the run's own."""
+    """Score the run's model on the validation split of ``data``, or on the run's own.
+
+    Raises:
+        ValueError: the run has nothing to be evaluated on, or other classes than ``data``.
+    """
     model, run = load_run(folder, _device())
-    source = folder / "data"
+    own = run.data["val"]
     if data is not None:
-        source = folder / "evaluation"
-        write_data(data, source)
+        if data.classes != run.classes:
+            raise ValueError(
+                f"the data have the classes {', '.join(data.classes)}, but {folder} has trained "
+                f"{', '.join(run.classes)} (see --classes)"
+            )
+        own = {"annotations": folder / "evaluation/val.json", "images": folder / "evaluation"}
+        write_data(data, folder / "evaluation")
+    if own is None:
+        raise ValueError(f"{folder} was trained without validation data: name some")
     masks = bool(run.data["train"]["masks"])
-    val_data = CocoInstances(source / "val.json", source, masks=masks)
+    val_data = CocoInstances(own["annotations"], own["images"], masks=masks)
     return score(model, val_data, _device(), amp_dtype=run.config.amp_dtype)
 
 

@@ -14,7 +14,8 @@ from tests.torchvision.conftest import detector
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from e3va.torchvision import ModelConfig, TrainConfig, detect, load_run, score
+from e3va import cli
+from e3va.torchvision import ModelConfig, TrainConfig, detect, load_run
 from e3va.torchvision.config import fixed_settings, from_arguments, from_json
 from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import Run
@@ -157,8 +158,8 @@ def test_a_run_is_rebuilt_from_its_folder(tmp_path, trunk, capsys, kind):
 
     main([*words, "--iterations", "2", "--resume"])
     report = json.loads(capsys.readouterr().out)
-    score.main([str(tmp_path / "out")])
-    scores = json.loads(capsys.readouterr().out)
+    assert cli.main(["eval", str(tmp_path / "out")]) == 0
+    scores = json.loads((tmp_path / "out/evaluation.json").read_text())
     assert scores and scores.items() <= report.items()
     model, run = load_run(tmp_path / "out")
     assert (model.transform.min_size, model.transform.max_size) == ((64,), 96)
@@ -188,21 +189,16 @@ def test_scores_need_data_of_the_same_classes(tmp_path, trunk, capsys):
     words = [*SMALL, "--detector", "retinanet", "--output", str(tmp_path / "out")]
     words += ["--variant", "swin_digits", "--weights", str(trunk), "--iterations", "1"]
     main([*words, "--train-json", str(path), "--train-images", str(path.parent)])
-    for more, message in [
-        ([], "no validation data"),
-        (["--json", str(path)], "--json and --images go together"),
-    ]:
-        with pytest.raises(SystemExit):
-            score.main([str(tmp_path / "out"), *more])
-        assert message in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "out")]) == 2
+    assert "was trained without validation data: name some" in capsys.readouterr().err
     path.write_text(path.read_text().replace("wide", "broad"))
-    with pytest.raises(SystemExit):
-        score.main([str(tmp_path / "out"), "--json", str(path), "--images", str(path.parent)])
-    assert "classes ['tall', 'broad'], not ['tall', 'wide']" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path / "out"), str(path)]) == 2
+    error = capsys.readouterr().err
+    assert "have the classes tall, broad, but" in error and "has trained tall, wide" in error
 
 
 def test_bad_folders_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"run\.json"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml"):
         load_run(tmp_path)
     data = coco(tmp_path / "data")
     train(detector(), data, None, tmp_path, TrainConfig(iterations=1, device="cpu"))
