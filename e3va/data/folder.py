@@ -5,16 +5,16 @@ A format is a row of :data:`FORMATS`: how it is told, and how it is read.
 
 from __future__ import annotations
 
-import json
 import os
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from e3va.data import coco_json, maps, voc, yolo
-from e3va.data.images import list_images
+from e3va.data.images import list_files, list_images
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
 
@@ -76,12 +76,13 @@ class Format(NamedTuple):
         name: as :class:`Data` calls it.
         find: what of a path is to be read, such as the JSON files of the splits; nothing if the
             path is of another format.
-        read: the splits of what was found, with the folder of images where one is named.
+        read: the splits of what was found, with the folder of images where one is named, and
+            whether masks are wanted (None: if most instances have one).
     """
 
     name: str
     find: Callable[[Path], Any]
-    read: Callable[[Any, Path | None], dict[str, Any]]
+    read: Callable[[Any, Path | None, bool | None], dict[str, Any]]
 
 
 def _find_coco(path: Path) -> dict[str, Path]:
@@ -93,7 +94,7 @@ def _find_coco(path: Path) -> dict[str, Path]:
     places += [path / name for name in ("train", "val", "valid", "validation", "test")]
     for place in places:
         for file in sorted(place.glob("*.json")) if place.is_dir() else ():
-            if not _is_coco(file):
+            if not coco_json.is_coco(file):
                 continue
             split = _split_of(file, path)
             if split in found:
@@ -108,32 +109,23 @@ def _find_coco(path: Path) -> dict[str, Path]:
     return found
 
 
-def _is_coco(path: Path) -> bool:
-    """Whether a JSON file says so; detections, captions and settings lie about in such folders."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError):
-        return False
-    return isinstance(content, dict) and {"images", "annotations", "categories"} <= content.keys()
-
-
 def _split_of(file: Path, root: Path) -> str:
-    words = f"{file.relative_to(root).parent}/{file.stem}".lower()
-    for split, names in {"test": ("test",), "val": ("val", "valid"), "train": ("",)}.items():
-        if any(name in words for name in names):
-            return split
-    return "train"
+    """By the words of its path, so that "latest.json" is no test split."""
+    words = set(re.findall("[a-z]+", f"{file.relative_to(root).parent}/{file.stem}".lower()))
+    if words & {"test", "testing"}:
+        return "test"
+    return "val" if words & {"val", "valid", "validation"} else "train"
 
 
-def _read_coco(found: dict[str, Path], images: Path | None) -> dict[str, Any]:
+def _read_coco(found: dict[str, Path], images: Path | None, masks: bool | None) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     for split in sorted(found, key=("train", "val", "test").index):
-        path = found[split]
-        folder = images or coco_json.find_images(path)
-        if images and (images / split).is_dir() and split != "train":
+        folder = images
+        if images and split != "train" and (images / split).is_dir():
             folder = images / split
-        masks = splits["train"].has_masks if splits else None
-        splits[split] = coco_json.read_json(path, folder, masks=masks)
+        splits[split] = coco_json.read_json(found[split], folder, masks=masks)
+        if masks is None:  # as in those to train on
+            masks = splits[split].has_masks
     return splits
 
 
@@ -142,12 +134,13 @@ def _find_voc(path: Path) -> Any:
         return None
     if (path / "ImageSets/Main").is_dir():
         return "tree", path
-    if any(path.rglob("*.xml")):
+    # Editors and builds leave other XML files about.
+    if any(b"<annotation" in file.read_bytes() for file in list_files(path, (".xml",))):
         return "folder", path
     return None
 
 
-def _read_voc(found: tuple[str, Path], images: Path | None) -> dict[str, Any]:
+def _read_voc(found: tuple[str, Path], images: Path | None, masks: bool | None) -> dict[str, Any]:
     kind, path = found
     return voc.read_tree(path) if kind == "tree" else voc.read_folder(path)
 
@@ -155,17 +148,29 @@ def _read_voc(found: tuple[str, Path], images: Path | None) -> dict[str, Any]:
 def _find_yolo(path: Path) -> Any:
     if path.is_file():
         return path if path.suffix.lower() in (".yaml", ".yml") else None
-    files = [f for f in sorted(path.glob("*.y*ml")) if "names" in f.read_text(errors="replace")]
+    named = re.compile(rb"""^\s*["']?names["']?\s*:""", re.MULTILINE)
+    files = [f for f in sorted(path.iterdir()) if f.suffix.lower() in (".yaml", ".yml")]
+    files = [f for f in files if named.search(f.read_bytes())]
     if len(files) > 1:
         raise ValueError(f"{path} holds {files[0].name} and {files[1].name}: name the one meant")
     if files:
         return files[0]
-    images = list_images(path)[:200]
-    return path if any(yolo.label_file(image).is_file() for image in images) else None
+    return path if any(_is_labels(yolo.label_file(image)) for image in list_images(path)) else None
 
 
-def _read_yolo(found: Path, images: Path | None) -> dict[str, Any]:
-    return yolo.read_yaml(found) if found.is_file() else {"train": yolo.read_folder(found)}
+def _is_labels(path: Path) -> bool:
+    """Whether a text file's first line is one of numbers; captions lie beside images, too."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        words = file.readline(4096).split()
+    return bool(words) and all(re.fullmatch(rb"[-+.\deE]+|nan|inf", word) for word in words[:5])
+
+
+def _read_yolo(found: Path, images: Path | None, masks: bool | None) -> dict[str, Any]:
+    if found.is_file():
+        return dict(yolo.read_yaml(found, masks=masks))
+    return {"train": yolo.read_folder(found, masks=masks)}
 
 
 def _find_maps(path: Path) -> Any:
@@ -175,8 +180,8 @@ def _find_maps(path: Path) -> Any:
     return None
 
 
-def _read_maps(found: Path, images: Path | None) -> dict[str, Any]:
-    return maps.read_folder(found)
+def _read_maps(found: Path, images: Path | None, masks: bool | None) -> dict[str, Any]:
+    return dict(maps.read_folder(found))
 
 
 FORMATS = (
@@ -211,28 +216,35 @@ def open_data(
         FileNotFoundError: the path, or something that it names, is missing.
         ValueError: it is of no format that is known, or of several, or broken; names the file.
     """
+    if task not in (None, *TASKS):
+        raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
     path = Path(path).expanduser()
-    data = _read(path, Path(images) if images else None)
+    folder = Path(images).expanduser() if images else None
+    data = _read(path, folder, task)
     if val is not None:
-        other = _read(Path(val).expanduser(), Path(images) if images else None)
+        other = _read(Path(val).expanduser(), folder, data.task)
         if other.format != data.format:
             raise ValueError(f"{path} is of the format {data.format}, but {val} of {other.format}")
         data.splits["val"] = other.splits.get("val", other.splits["train"])
-        _check_same_classes(data, path, val)
-    if task is not None and task != data.task:
-        _change_task(data, task, path)
+        _use_same_classes(data, path, val)
     if classes is not None:
         for name, split in data.splits.items():
             data.splits[name] = _renamed(split, classes, path)
-    for name, split in data.splits.items():
-        if name == "train" and not sum(split.counts().values()):
-            raise ValueError(f"{path} has no instance to train on")
+    for name in ("train", "val"):
+        if name in data.splits and not sum(data.splits[name].counts().values()):
+            raise ValueError(
+                f"{data.splits[name].source} has no instance to "
+                f"{'train on' if name == 'train' else 'validate on (name other data by --val)'}"
+                f"{_why(data.splits[name])}"
+            )
     if "val" not in data.splits:
         data.splits["train"], data.splits["val"] = _split(data.splits["train"], seed)
         data.notes.append(
             f"no validation split: {len(_items(data.splits['val']))} images, drawn with the seed "
             f"{seed}, are kept to validate on"
         )
+    elif shared := len(_files(data.splits["train"]) & _files(data.splits["val"])):
+        data.notes.append(f"{shared} images are both in train and in val: scores will flatter")
     return data
 
 
@@ -261,14 +273,12 @@ def read_classes(text: str) -> dict[str, str | None]:
     return {str(old): None if new is None else str(new) for old, new in content.items()}
 
 
-def _read(path: Path, images: Path | None) -> Data:
+def _read(path: Path, images: Path | None, task: str | None) -> Data:
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     found = [(f, what) for f in FORMATS if (what := f.find(path))]
-    if len(found) > 1 and found[0][0].name == "coco":
-        found = [f for f in found if f[0].name != "maps"]  # its images and annotations
-    if len(found) > 1 and {f.name for f, _ in found} == {"yolo", "maps"}:
-        found = found[:1]  # its images and labels
+    if len(found) > 1 and task is not None:
+        found = [(f, what) for f, what in found if (f.name == "maps") == (task == "semantic")]
     if not found:
         raise ValueError(
             f"{path} is of no format that is known: COCO's JSON, Pascal VOC's XML files, "
@@ -276,56 +286,78 @@ def _read(path: Path, images: Path | None) -> Data:
         )
     if len(found) > 1:
         names = " and ".join(f.name for f, _ in found)
-        raise ValueError(f"{path} could be {names}: name the file or the folder that is meant")
+        raise ValueError(
+            f"{path} could be {names}: name the file or the folder that is meant, or the task"
+        )
     chosen, what = found[0]
-    splits = chosen.read(what, images)
+    splits = chosen.read(what, images, None if task is None else task == "masks")
     first = splits["train"] if "train" in splits else next(iter(splits.values()))
     splits = {"train": first, **splits}
-    task = "semantic" if chosen.name == "maps" else "masks" if first.has_masks else "boxes"
-    data = Data(chosen.name, task, splits)
-    if chosen.name == "maps" and first.note:
-        data.notes.append(first.note)
-    if chosen.name != "maps":
-        _check_same_classes(data, path, path)
+    if chosen.name == "maps":
+        has, notes = "semantic", [first.note] if first.note else []
+    else:
+        has = "masks" if first.has_masks else "boxes"
+        notes = [note for split in splits.values() for note in split.notes]
+    if task not in (None, has):
+        raise ValueError(f"{path} is for {has}, it cannot be used for {task}{_why(first)}")
+    data = Data(chosen.name, has, splits, list(dict.fromkeys(notes)))
+    _use_same_classes(data, path, path)
     return data
 
 
-def _check_same_classes(data: Data, path: Path, other: Any) -> None:
-    for split in data.splits.values():
-        if split.classes != data.classes:
+def _why(split: Any) -> str:
+    """What was left out of a split of which nothing is left."""
+    dropped = getattr(split, "dropped", {})
+    reasons = ", ".join(f"{number} × {reason}" for reason, number in dropped.items())
+    return f": left out were {reasons}" if reasons else ""
+
+
+def _use_same_classes(data: Data, path: Path, other: Any) -> None:
+    """Give each split the classes to train on, of which it may lack some, in another order."""
+    classes = data.classes
+    for name, split in data.splits.items():
+        if not set(split.classes) <= set(classes):
             raise ValueError(
-                f"{path} and {other} have different classes: {', '.join(data.classes)} in "
+                f"{path} and {other} have different classes: {', '.join(classes)} in "
                 f"{data.splits['train'].source}, {', '.join(split.classes)} in {split.source}"
             )
-
-
-def _change_task(data: Data, task: str, path: Path) -> None:
-    if task not in TASKS:
-        raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
-    if (data.task, task) != ("masks", "boxes"):
-        raise ValueError(f"{path} is for {data.task}, it cannot be used for {task}")
-    for split in data.splits.values():
-        for annotation in split.annotations:
-            annotation.pop("segmentation", None)
-    data.task = task
+        if split.classes != classes:
+            data.splits[name] = split.renamed(dict(zip(classes, classes, strict=True)), classes)
 
 
 def _items(split: Any) -> list[Any]:
     return split.pairs if isinstance(split, Maps) else split.images
 
 
+def _files(split: Any) -> set[str]:
+    if isinstance(split, Maps):
+        return {os.path.realpath(image) for image, _ in split.pairs}
+    return {os.path.realpath(image["file_name"]) for image in split.images}
+
+
 def _split(split: Any, seed: int) -> tuple[Any, Any]:
-    """A split without and with a seeded share of its images."""
+    """A split without and with a seeded share of its images, both with some that have an
+    instance."""
     items = list(_items(split))
-    if len(items) < 2:
-        raise ValueError(f"{split.source} has one image: none is left to validate on (give --val)")
-    count = min(max(1, round(VALIDATION * len(items))), len(items) - 1)
-    chosen = set(random.Random(seed).sample(range(len(items)), count))
-    kept = [item for i, item in enumerate(items) if i not in chosen]
-    drawn = [item for i, item in enumerate(items) if i in chosen]
-    train, val = split.subset(kept), split.subset(drawn)
-    if isinstance(split, Instances):
-        train.dropped = split.dropped
+    if isinstance(split, Maps):
+        full = [i for i, found in enumerate(split.seen) if found & split.values.keys()]
+    else:
+        ids = {a["image_id"] for a in split.annotations if not a["iscrowd"]}
+        full = [i for i, image in enumerate(items) if image["id"] in ids]
+    if len(full) < 2:
+        raise ValueError(
+            f"{split.source} has one image with an instance: none is left to validate on (give "
+            "--val)"
+        )
+    empty = sorted(set(range(len(items))) - set(full))
+    draw = random.Random(seed)
+    count = min(max(1, round(VALIDATION * len(full))), len(full) - 1)
+    chosen = set(draw.sample(full, count)) | set(draw.sample(empty, round(VALIDATION * len(empty))))
+    parts = [[i for i in range(len(items)) if (i in chosen) == wanted] for wanted in (False, True)]
+    if isinstance(split, Maps):
+        return split.subset(parts[0]), split.subset(parts[1])
+    train, val = (split.subset(items[i] for i in part) for part in parts)
+    train.dropped = split.dropped
     return train, val
 
 
@@ -338,4 +370,8 @@ def _renamed(split: Any, names: dict[str, str | None], path: Path) -> Any:
     kept = list(dict.fromkeys(n for c in split.classes if (n := names.get(c)) is not None))
     if not kept:
         raise ValueError(f"of the classes of {path} none is left")
+    if isinstance(split, Maps) and len(kept) < 2:
+        raise ValueError(
+            f"of the classes of {path} {kept[0]} alone is left: every pixel would be of it"
+        )
     return split.renamed(names, kept)

@@ -2,80 +2,123 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"),
+    *(".jp2", ".pbm", ".pgm", ".pnm", ".ppm"),
+)
 """Of the files in a folder that are taken for images, in small letters."""
+
+MISSING = 1e30
+"""Pixels at least this far from 0 mark missing data."""
 
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
+_PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 
 
-def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """The pixels of an image: [H, W, 3], uint8, RGB, turned as its EXIF data say.
-
-    Grey images of 16 or 32 bits, as microscopes and depth cameras make them, are scaled from the
-    range of their own values to 0..255, and float images from [0, 1] if they lie in it, else from
-    their own range; what is transparent is seen on black.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no image, damaged, or larger than Pillow trusts; names the file.
-    """
-    try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-                grey = _scaled(np.asarray(image.convert("F") if image.mode != "I" else image))
-                return np.repeat(grey[..., None], 3, axis=2)
-            if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
-                image = image.convert("RGBA")
-                canvas = Image.new("RGBA", image.size, (0, 0, 0, 255))
-                image = Image.alpha_composite(canvas, image)
-            return np.array(image.convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image at {path}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image of a kind that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged, cannot be read as an image: {error}") from error
-
-
-def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of an image as :func:`read_image` gives it; only the file's head is read.
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """An image file as Pillow opens it; whatever goes wrong within is told with its name.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_image`.
     """
     try:
         with Image.open(path) as file:
-            width, height = file.size
-            turned = file.getexif().get(_ORIENTATION) in _TURNED
+            yield file
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except UnidentifiedImageError:
         raise ValueError(f"{path} is no image of a kind that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{path} is too large to be trusted, cut it into tiles: {error}") from None
+    except Exception as error:  # of a damaged file Pillow's readers raise whatever they stumble on
         raise ValueError(f"{path} is damaged, cannot be read as an image: {error}") from error
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """The pixels of an image: [H, W, 3], uint8, RGB, turned as its EXIF data say.
+
+    Grey images of 16 or 32 bits, as microscopes and depth cameras make them, are scaled to 0..255:
+    from [0, 1] or [0, 255] where their values lie in it, else from the range of their own finite
+    values. What is transparent is seen on black. Of several pages or frames the first is read.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no image, damaged, or larger than Pillow trusts; names the file.
+    """
+    with open_image(path) as file:
+        file.load()
+        image = ImageOps.exif_transpose(file)
+        if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+            grey = _scaled(np.asarray(image))
+            return np.repeat(grey[..., None], 3, axis=2)
+        if "transparency" in image.info or image.mode in ("LA", "PA", "RGBA"):
+            image = image.convert("RGBA")
+            canvas = Image.new("RGBA", image.size, (0, 0, 0, 255))
+            image = Image.alpha_composite(canvas, image)
+        return np.array(image.convert("RGB"))
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of an image as :func:`read_image` gives it; its pixels are not decoded.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_image`.
+    """
+    with open_image(path) as file:
+        width, height = file.size
+        # A PNG may say after its pixels how it is turned, and Pillow decodes them to get there.
+        late = file.format == "PNG" and "exif" not in file.info
+        if late and not _mentions(path, _PNG_MARKS):
+            return height, width
+        turned = file.getexif().get(_ORIENTATION) in _TURNED
     return (width, height) if turned else (height, width)
 
 
+def check_size(path: Path, size: tuple[int, int], said_by: object) -> None:
+    """That ``said_by`` gives the true (height, width) of an image.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_image`, or it is another size.
+    """
+    true_size = image_size(path)
+    if size != true_size:
+        turned = ", as its EXIF data turn it" if size == true_size[::-1] else ""
+        raise ValueError(
+            f"{said_by} says {size[1]}×{size[0]} pixels, but {path} is "
+            f"{true_size[1]}×{true_size[0]}{turned}: the annotations are of another image"
+        )
+
+
 def list_images(folder: str | os.PathLike[str]) -> list[Path]:
-    """The image files in a folder and those below it, in order; hidden ones are left out."""
-    folder = Path(folder)
-    return sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in SUFFIXES
-        and path.is_file()
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    """The image files in a folder and those below it, in order; as :func:`list_files`."""
+    return list_files(folder, SUFFIXES)
+
+
+def list_files(folder: str | os.PathLike[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """The files with one of some suffixes, in small letters, in a folder and those below it, links
+    followed, in order; hidden ones are left out."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # a link to a folder above it
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        names = (f for f in files if f.lower().endswith(suffixes) and not f.startswith("."))
+        found += [path for name in names if (path := Path(place, name)).is_file()]
+    return sorted(found)
 
 
 def match_images(
@@ -90,10 +133,10 @@ def match_images(
     """
     folder = Path(folder)
     below: dict[str, list[Path]] | None = None
-    found = []
+    found: dict[Path, str] = {}
     for name in names:
         path = folder / name.replace("\\", "/")
-        if not path.is_file():
+        if not _is_file(path):
             if below is None:
                 below = {}
                 for image in list_images(folder):
@@ -110,18 +153,38 @@ def match_images(
                     "to the image folder"
                 )
             (path,) = same
-        found.append(path)
-    return found
+        if path in found:
+            raise ValueError(
+                f"{listed_by} lists {found[path]!r} and {name!r}, but there is one file for both: "
+                f"{path}"
+            )
+        found[path] = name
+    return list(found)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
+
+
+def _mentions(path: str | os.PathLike[str], marks: Sequence[bytes]) -> bool:
+    content = Path(path).read_bytes()
+    return any(mark in content for mark in marks)
 
 
 def _scaled(grey: np.ndarray) -> np.ndarray:
-    """Numbers of any range as uint8; what is not finite is black."""
-    grey = np.where(np.isfinite(grey), grey, 0).astype(np.float64)
-    low, high = float(grey.min(initial=np.inf)), float(grey.max(initial=-np.inf))
-    if low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
-    if low >= 0 and 1 < high <= 255:
-        low, high = 0.0, 255.0
-    if not high > low:
+    """Numbers of any range as uint8; what is not finite, or marks missing data as the largest
+    floats do, is black."""
+    grey = grey.astype(np.float64)
+    valid = np.abs(grey) < MISSING  # false for NaN
+    if not valid.any():
         return np.zeros(grey.shape, np.uint8)
-    return np.rint((grey - low) * (255 / (high - low))).astype(np.uint8)
+    low, high = float(grey[valid].min()), float(grey[valid].max())
+    for full in (1.0, 255.0):
+        if low >= 0 and high <= full:
+            low, high = 0.0, full
+            break
+    grey = np.where(valid, grey, low)
+    return np.rint((grey - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)

@@ -28,6 +28,7 @@ class Instances:
         annotations: COCO's, with ``bbox`` clipped to the image, ``area``, ``iscrowd`` (0 or 1) and
             a ``segmentation`` where there is a mask.
         dropped: instances left out, by reason.
+        notes: what a user should know of how they were read.
     """
 
     source: str
@@ -35,6 +36,7 @@ class Instances:
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def classes(self) -> list[str]:
@@ -81,27 +83,26 @@ class Instances:
         Args:
             image: as :meth:`add_image` gave it.
             category_id: id of its category.
-            bbox: [x, y, width, height]; None: the extent of its polygons.
+            bbox: [x, y, width, height]; None: the extent of its mask.
             segmentation: polygons or a run-length encoding; None: no mask.
             where: names it, in messages.
             crowd: neither trained on nor scored.
-            wants_mask: leave it out where it has no mask.
-            more: further entries of the annotation, such as ``id`` and ``area``.
+            wants_mask: whether its mask is wanted: it is left out where it has none; else its box
+                alone is kept.
+            more: further entries of the annotation, such as ``area``.
 
         Raises:
             ValueError: its geometry cannot be meant.
         """
         height, width = image["height"], image["width"]
+        mask = None
         try:
-            mask = None
-            if segmentation is not None or wants_mask:
-                try:
-                    mask = geometry.check_segmentation(segmentation, height, width)
-                except Unusable:
-                    if wants_mask or bbox is None:
-                        raise
+            if wants_mask or bbox is None:
+                mask = geometry.check_segmentation(segmentation, height, width)
             if bbox is None:
-                bbox = _extent(mask)
+                assert mask is not None
+                x1, y1, x2, y2 = mask.extent()
+                bbox = [x1, y1, x2 - x1, y2 - y1]
             box = geometry.clip_box(bbox, height, width)
             if mask is not None:
                 geometry.check_mask_in_box(mask, box)
@@ -114,14 +115,14 @@ class Instances:
         annotation = {
             "area": (x2 - x1) * (y2 - y1),
             **more,
-            "id": more.get("id", len(self.annotations) + 1),
+            "id": len(self.annotations) + 1,
             "image_id": image["id"],
             "category_id": category_id,
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "iscrowd": int(crowd),
         }
-        if mask is not None:
-            annotation["segmentation"] = mask
+        if mask is not None and wants_mask:
+            annotation["segmentation"] = mask.segmentation
         self.annotations.append(annotation)
 
     def drop(self, reason: str, count: int = 1) -> None:
@@ -174,7 +175,8 @@ class Instances:
             for a in self.annotations
             if a["category_id"] in new
         ]
-        result = Instances(self.source, categories_of(classes), self.images, kept, self.dropped)
+        result = Instances(self.source, categories_of(classes), self.images, kept)
+        result.dropped, result.notes = self.dropped.copy(), list(self.notes)
         if left_out := len(self.annotations) - len(kept):
             result.drop("class left out", left_out)
         return result
@@ -183,11 +185,3 @@ class Instances:
 def categories_of(names: Iterable[str]) -> list[dict[str, Any]]:
     """COCO's categories of class names, counted from 1."""
     return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]
-
-
-def _extent(mask: Any) -> Sequence[float]:
-    if not isinstance(mask, list):
-        raise Unusable("mask without a box")
-    xs = [x for polygon in mask for x in polygon[::2]]
-    ys = [y for polygon in mask for y in polygon[1::2]]
-    return [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from e3va.data.images import image_size, list_images
+from e3va.data.images import check_size, list_images, open_image
+from e3va.data.text import read_text
 
 UNLABELLED = 255
 """Label of the pixels that neither train nor count."""
@@ -31,6 +32,9 @@ SPLITS = {
 FOLDERS = ("annotations", "masks", "maps", "labels", "annotation", "mask", "SegmentationClass")
 """Names of the folder of maps beside ``images``."""
 
+LARGEST = 65_535
+"""The largest value that a class may have in a map."""
+
 CLASS_FILES = ("classes.csv", "_classes.csv", "classes.txt")
 
 
@@ -44,7 +48,7 @@ class Maps:
         values: the class, a position in ``classes``, of each value of a map; other values are
             unlabelled.
         pairs: (image, map) files.
-        seen: maps in which each value occurs.
+        seen: the values that occur in each map.
         note: what was made of the values, in words.
     """
 
@@ -52,19 +56,19 @@ class Maps:
     classes: list[str]
     values: dict[int, int]
     pairs: list[tuple[Path, Path]]
-    seen: Counter[int] = field(default_factory=Counter)
+    seen: list[set[int]]
     note: str = ""
 
     def counts(self) -> dict[str, int]:
         """Maps that each class occurs in."""
-        number: Counter[int] = Counter()
-        for value, index in self.values.items():
-            number[index] += self.seen[value]
+        classes = ({self.values[v] for v in found & self.values.keys()} for found in self.seen)
+        number = Counter(index for of_map in classes for index in of_map)
         return {name: number[index] for index, name in enumerate(self.classes)}
 
-    def subset(self, pairs: Sequence[tuple[Path, Path]]) -> Maps:
-        """Some of the images."""
-        return Maps(self.source, self.classes, self.values, list(pairs), _look(pairs), self.note)
+    def subset(self, chosen: Sequence[int]) -> Maps:
+        """Those at some positions of ``pairs``."""
+        pairs, seen = [self.pairs[i] for i in chosen], [self.seen[i] for i in chosen]
+        return Maps(self.source, self.classes, self.values, pairs, seen, self.note)
 
     def renamed(self, names: Mapping[str, str | None], classes: Sequence[str]) -> Maps:
         """With other classes: ``names`` of the old ones, None where one is unlabelled from now
@@ -82,23 +86,23 @@ def read_values(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image, damaged, or in colour; names the file.
+        ValueError: it is no image, damaged, in colour, or has negative numbers; names the file.
     """
-    try:
-        with Image.open(path) as file:
-            if file.mode == "1":
-                return np.asarray(file).astype(np.uint8)
-            values, mode = np.asarray(file), file.mode
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no map at {path}") from None
-    except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image of a kind that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged, cannot be read as an image: {error}") from error
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"no map at {path}")
+    with open_image(path) as file:
+        values, mode = np.asarray(file), file.mode
+    if mode == "1":
+        return values.astype(np.uint8)
     if values.ndim == 3 and (values == values[..., :1]).all():
         values = values[..., 0]  # grey, written in three channels
     if values.ndim != 2 or not np.issubdtype(values.dtype, np.integer):
-        raise ValueError(f"{path} is {mode}: a semantic map has one class number per pixel")
+        raise ValueError(
+            f"{path} has the mode {mode}: a semantic map has one class number per pixel, in grey "
+            "or by a palette"
+        )
+    if values.min(initial=0) < 0:
+        raise ValueError(f"{path} has negative numbers, such as {values.min()}")
     return values
 
 
@@ -113,11 +117,12 @@ def read_map(path: str | os.PathLike[str], values: Mapping[int, int]) -> np.ndar
         FileNotFoundError, ValueError: as :func:`read_values`.
     """
     found = read_values(path)
-    largest = max(int(found.max(initial=0)), max(values, default=0))
-    table = np.full(largest + 1, UNLABELLED, np.uint8)
+    other = max(values, default=0) + 1
+    table = np.full(other + 1, UNLABELLED, np.uint8)
     for value, index in values.items():
         table[value] = index
-    return table[found]
+    # Larger ones are clipped: a table of all 32-bit numbers would take gigabytes.
+    return table[np.minimum(found, other, dtype=np.int64)]
 
 
 def read_classes(path: str | os.PathLike[str]) -> dict[int, str]:
@@ -127,16 +132,33 @@ def read_classes(path: str | os.PathLike[str]) -> dict[int, str]:
         ValueError: a value or a name stands there twice, or none does.
     """
     path = Path(path)
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file) if any(row)]
-    numbered = [(int(row[0]), row[1]) for row in rows if len(row) >= 2 and row[0].isdigit()]
-    if not numbered and path.suffix == ".txt":
-        numbered = list(enumerate(row[0] for row in rows))
-    names = dict(numbered)
+    try:
+        lines = csv.reader(io.StringIO(read_text(path), newline=""))
+        rows = [[cell.strip() for cell in row] for row in lines if any(map(str.strip, row))]
+    except csv.Error as error:
+        raise ValueError(f"{path} is no CSV file: {error}") from error
+    if path.suffix == ".txt" and not any(len(row) > 1 and row[0].isdecimal() for row in rows):
+        rows = [[str(value), *row] for value, row in enumerate(rows)]
+    elif rows and not rows[0][0].isdecimal():
+        rows = rows[1:]  # a heading
+    names: dict[int, str] = {}
+    for row in rows:
+        if len(row) < 2 or not row[0].isdecimal() or not row[1] or int(row[0]) > LARGEST:
+            raise ValueError(
+                f'{path} has the line {",".join(row)!r:.60}: "value, name" is wanted, the value a '
+                f"whole number up to {LARGEST}"
+            )
+        value, name = int(row[0]), row[1]
+        if value in names:
+            raise ValueError(f"{path} names the value {value} twice")
+        if name in names.values() and name.lower() not in NO_CLASS:
+            raise ValueError(
+                f"{path} calls two values {name!r}: give them different names (and merge them by "
+                "the class mapping if one class is meant)"
+            )
+        names[value] = name
     if not names:
         raise ValueError(f'{path} names no class: lines "value, name" are wanted')
-    if len(names) < len(numbered):
-        raise ValueError(f"{path} names a value twice")
     return names
 
 
@@ -165,14 +187,15 @@ def read_folder(root: str | os.PathLike[str]) -> dict[str, Maps]:
     } or {"train": (images, maps)}
     pairs = {split: pair(*folders) for split, folders in places.items()}
     seen = {split: _look(of_split) for split, of_split in pairs.items()}
-    every: Counter[int] = sum(seen.values(), Counter())
+    every = {value for of_split in seen.values() for found in of_split for value in found}
     named = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
     classes, values, note = _classes(every, named, root)
     result = {
         split: Maps(f"{root} ({split})", classes, values, of_split, seen[split], note)
         for split, of_split in pairs.items()
     }
-    if not any(value in values for value in seen["train" if "train" in seen else next(iter(seen))]):
+    first = seen["train" if "train" in seen else next(iter(seen))]
+    if not any(found & values.keys() for found in first):
         raise ValueError(f"{root}: no pixel of the maps to train on is of a class")
     return result
 
@@ -192,44 +215,39 @@ def pair(images: Path, maps: Path) -> list[tuple[Path, Path]]:
         if name in by_name:
             raise ValueError(f"{by_name[name]} and {path} have one name: which map is it?")
         by_name[name] = path
-    pairs = []
+    pairs: dict[Path, tuple[Path, Path]] = {}
     for image in list_images(images):
         name = image.relative_to(images).with_suffix("")
         if name not in by_name:
             raise FileNotFoundError(f"no map at {maps / name}.png for the image {image}")
-        pairs.append((image, by_name[name]))
+        if name in pairs:
+            raise ValueError(f"{pairs[name][0]} and {image} have one name: whose is the map?")
+        pairs[name] = (image, by_name[name])
     if not pairs:
         raise FileNotFoundError(f"no images in {images}")
-    return pairs
+    return list(pairs.values())
 
 
-def _look(pairs: Sequence[tuple[Path, Path]]) -> Counter[int]:
-    """Maps in which each value occurs; checks their sizes."""
-    seen: Counter[int] = Counter()
+def _look(pairs: Sequence[tuple[Path, Path]]) -> list[set[int]]:
+    """The values that occur in each map; checks their sizes."""
+    seen = []
     for image, path in pairs:
-        check_size(image, path)
-        seen.update(np.unique(read_values(path)).tolist())
+        values = read_values(path)
+        check_size(image, values.shape, path)
+        if values.dtype == np.uint8:  # much faster than to sort them
+            seen.append(set(np.bincount(values.ravel(), minlength=1).nonzero()[0].tolist()))
+        else:
+            seen.append(set(np.unique(values).tolist()))
     return seen
 
 
-def check_size(image: Path, path: Path) -> None:
-    """That an image and its map are of one size; only the files' heads are read.
-
-    Raises:
-        FileNotFoundError: one is missing.
-        ValueError: they are not, or one is no image.
-    """
-    size, own = image_size(image), image_size(path)
-    if own != size:
-        raise ValueError(f"{path} is {own[1]}×{own[0]} pixels, but {image} is {size[1]}×{size[0]}")
-
-
 def _classes(
-    seen: Counter[int], named: Path | None, root: Path
+    seen: set[int], named: Path | None, root: Path
 ) -> tuple[list[str], dict[int, int], str]:
-    found = sorted(set(seen) - {UNLABELLED})
+    found = sorted(seen - {UNLABELLED})
+    note = ""
     if named is None:
-        if set(seen) == {0, 255} or set(seen) == {0, 1}:
+        if seen in ({0, 255}, {0, 1}):
             note = f"0 is the background, {max(seen)} an object"
             return ["background", "object"], {0: 0, max(seen): 1}, note
         raise ValueError(
@@ -237,9 +255,10 @@ def _classes(
             f"maps hold {_listed(sorted(seen))}; 255, and values called unlabelled, are ignored"
         )
     names = read_classes(named)
-    if set(seen) == {0, 255} and 255 not in names and len(names.keys() - {0}) == 1:
+    if seen == {0, 255} and 255 not in names and len(names.keys() - {0}) == 1:
         # Black and white, whose white is counted as 1.
         names = {0: names.get(0, "background"), 255: names[max(names)]}
+        note = f"0 is {names[0]}, 255 {names[255]}"
     kept = {v: name for v, name in sorted(names.items()) if name.lower() not in NO_CLASS}
     unknown = [value for value in found if value not in names and value != 0]
     if unknown:
@@ -260,8 +279,8 @@ def _classes(
         )
     if len(kept) >= UNLABELLED:
         raise ValueError(f"{root} has {len(kept)} classes: at most {UNLABELLED - 1} fit a map")
-    ignored = sorted(set(seen) - set(kept))
-    note = f"the values {_listed(ignored)} are unlabelled" if ignored else ""
+    if ignored := sorted(seen - kept.keys()):
+        note = f"the values {_listed(ignored)} are unlabelled"
     return list(kept.values()), {value: index for index, value in enumerate(kept)}, note
 
 

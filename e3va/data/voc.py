@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from e3va.data.images import image_size, list_images
+from e3va.data.geometry import check_fractions
+from e3va.data.images import check_size, image_size, list_files, list_images
 from e3va.data.instances import Instances, categories_of
+from e3va.data.text import read_text
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+Pairs = list[tuple[Path, Path | None]]
+"""Images and their XML files."""
 
 
 class Object(NamedTuple):
@@ -39,13 +44,13 @@ def read_tree(root: str | os.PathLike[str]) -> dict[str, Instances]:
     wanted = [split for split in ("train", "val", "test") if split in lists]
     if not wanted:
         raise FileNotFoundError(f"{root / 'ImageSets/Main'} has no train.txt and no trainval.txt")
-    images = {path.stem: path for path in list_images(root / "JPEGImages")}
-    pairs: dict[str, Any] = {}
+    images = _by_name(list_images(root / "JPEGImages"), root / "JPEGImages")
+    pairs: dict[str, Pairs] = {}
     for split in wanted:
         pairs[split] = []
-        # Lists of one class end each line in 1 or -1.
-        lines = lists[split].read_text(encoding="utf-8-sig").splitlines()
-        for name in (line.split()[0] for line in lines if line.strip()):
+        for line in filter(None, map(str.strip, read_text(lists[split]).splitlines())):
+            # Lists of one class end each line in 1 or -1.
+            name = line if line in images else line.split()[0]
             if name not in images:
                 raise FileNotFoundError(
                     f"no image {name!r} in {root / 'JPEGImages'}, but {lists[split]} lists it"
@@ -60,7 +65,7 @@ def read_folder(folder: str | os.PathLike[str]) -> dict[str, Instances]:
 
     Raises:
         FileNotFoundError: there is no image to an XML file.
-        ValueError: an XML file is broken; names it.
+        ValueError: an XML file is broken, or several images or XML files have one name; names it.
     """
     folder = Path(folder)
     named = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -84,11 +89,18 @@ def read_xml(path: str | os.PathLike[str]) -> tuple[tuple[int, int] | None, list
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no annotation file at {path}")
+    text = path.read_bytes()
     try:
-        content = ElementTree.parse(path)
+        # Entities that hold entities grow to gigabytes, and no tool for labels writes any. In
+        # UTF-16 there is a zero beside each letter.
+        if b"<!ENTITY" in text.replace(b"\0", b""):
+            raise ValueError("it defines entities")
+        content = ElementTree.fromstring(text)
+        if content.tag != "annotation":
+            raise ValueError(f"its root is <{content.tag:.60}>, not <annotation>")
         size = tuple(_size(content.findtext(f"size/{side}")) for side in ("height", "width"))
         objects = [_object(item) for item in content.findall("object")]
-    except (ElementTree.ParseError, ValueError, LookupError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError, ArithmeticError) as error:
         raise ValueError(f"{path} is no annotation of Pascal VOC: {error}") from error
     return (size if all(size) else None), objects  # type: ignore[return-value]
 
@@ -115,25 +127,29 @@ def _object(item: Any) -> Object:
     return Object(name, difficult in ("1", "true"), tuple(corners))  # type: ignore[arg-type]
 
 
-def _pair(folder: Path) -> list[tuple[Path, Path | None]]:
-    annotations: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.xml")):
-        if path.stem in annotations:
-            raise ValueError(
-                f"{annotations[path.stem]} and {path} have one name: which image is whose?"
-            )
-        annotations[path.stem] = path
+def _pair(folder: Path) -> Pairs:
+    annotations = _by_name(list_files(folder, (".xml",)), folder)
     images = list_images(folder)
-    missing = annotations.keys() - {image.stem for image in images}
+    found = _by_name([image for image in images if image.stem in annotations], folder)
+    missing = annotations.keys() - found.keys()
     if missing:
         raise FileNotFoundError(f"no image in {folder} for {annotations[min(missing)]}")
     return [(image, annotations.get(image.stem)) for image in images]
 
 
-def _read(
-    pairs: dict[str, Iterable[tuple[Path, Path | None]]] | dict[str, Any], source: str
-) -> dict[str, Instances]:
-    read: dict[str, list[tuple[Path, Path | None, Any, list[Object]]]] = {
+def _by_name(paths: list[Path], folder: Path) -> dict[str, Path]:
+    names: dict[str, Path] = {}
+    for path in paths:
+        if (other := names.setdefault(path.stem, path)) != path:
+            raise ValueError(
+                f"{other} and {path} have one name: which is meant? Keep or rename one, or name "
+                f"the folder that is meant instead of {folder}"
+            )
+    return names
+
+
+def _read(pairs: dict[str, Pairs], source: str) -> dict[str, Instances]:
+    read = {
         split: [(image, xml, *(read_xml(xml) if xml else (None, []))) for image, xml in of_split]
         for split, of_split in pairs.items()
     }
@@ -142,16 +158,16 @@ def _read(
     splits = {}
     for split, of_split in read.items():
         result = splits[split] = Instances(f"{source} ({split})", categories_of(names))
+        if bare := sum(xml is None for _, xml, *_ in of_split):
+            result.notes.append(f"{bare} images of {split} have no XML file: nothing is on them")
+        boxes = []
         for path, xml, size, objects in of_split:
-            true_size = image_size(path)
-            if size and size != true_size:
-                raise ValueError(
-                    f"{xml} says {size[1]}×{size[0]} pixels, but {path} is "
-                    f"{true_size[1]}×{true_size[0]}"
-                )
-            image = result.add_image(path, *true_size)
+            if size:
+                check_size(path, size, xml)
+            image = result.add_image(path, *(size or image_size(path)))
             for number, found in enumerate(objects, start=1):
                 xmin, ymin, xmax, ymax = found.corners
+                boxes.append(([xmin, ymin, xmax, ymax], image["height"], image["width"]))
                 if not (xmin < xmax and ymin < ymax):
                     result.drop("box without width or height")
                     continue
@@ -163,4 +179,5 @@ def _read(
                     where=f"object {number} of {xml}",
                     crowd=found.difficult,
                 )
+        check_fractions(boxes, result.source, "VOC's are corners in pixels")
     return splits
