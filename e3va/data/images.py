@@ -76,6 +76,8 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     """
     with open_image(path) as file:
         width, height = file.size
+        if file.format == "TIFF":  # whose size some versions of Pillow turn on their own
+            width, height = file.tag_v2[256], file.tag_v2[257]  # type: ignore[attr-defined]
         # A PNG may say after its pixels how it is turned, and Pillow decodes them to get there.
         late = file.format == "PNG" and "exif" not in file.info
         if late and not _mentions(path, _PNG_MARKS):
