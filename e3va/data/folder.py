@@ -222,9 +222,7 @@ def open_data(
     folder = Path(images).expanduser() if images else None
     data = _read(path, folder, task)
     if val is not None:
-        other = _read(Path(val).expanduser(), folder, data.task)
-        if other.format != data.format:
-            raise ValueError(f"{path} is of the format {data.format}, but {val} of {other.format}")
+        other = _read(Path(val).expanduser(), folder, data.task, data.format)
         data.splits["val"] = other.splits.get("val", other.splits["train"])
         _use_same_classes(data, path, val)
     if classes is not None:
@@ -273,12 +271,20 @@ def read_classes(text: str) -> dict[str, str | None]:
     return {str(old): None if new is None else str(new) for old, new in content.items()}
 
 
-def _read(path: Path, images: Path | None, task: str | None) -> Data:
+def _read(path: Path, images: Path | None, task: str | None, wanted: str | None = None) -> Data:
+    """What a path holds, for a task and of a format where these are wanted."""
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}")
     found = [(f, what) for f in FORMATS if (what := f.find(path))]
     if len(found) > 1 and task is not None:
         found = [(f, what) for f, what in found if (f.name == "maps") == (task == "semantic")]
+    if wanted and found:
+        if wanted not in (names := [f.name for f, _ in found]):
+            raise ValueError(
+                f"{path} is of the format {names[0]}, but {wanted} is wanted, as in the "
+                "data to train on"
+            )
+        found = [found[names.index(wanted)]]
     if not found:
         raise ValueError(
             f"{path} is of no format that is known: COCO's JSON, Pascal VOC's XML files, "

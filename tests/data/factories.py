@@ -73,7 +73,9 @@ def xml(objects: Sequence[dict[str, Any]] = (), size: tuple[int, int] | None = (
     if size:
         text += f"<size><width>{size[1]}</width><height>{size[0]}</height></size>"
     for entry in objects:
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), entry.get("box", (6, 6, 15, 15)))
+        corners = zip(
+            ("xmin", "ymin", "xmax", "ymax"), entry.get("box", (6, 6, 15, 15)), strict=False
+        )
         box = "".join(f"<{key}>{value}</{key}>" for key, value in corners)
         name, difficult = entry.get("name", "cat"), entry.get("difficult", 0)
         text += f"<object><name>{name}</name><difficult>{difficult}</difficult>"

@@ -216,7 +216,7 @@ def test_whether_masks_are_wanted(read):
 
 
 def test_duplicate_ids(read):
-    with pytest.raises(ValueError, match="annotation 1 .* not the only one"):
+    with pytest.raises(ValueError, match=r"annotation 1 .* not the only one"):
         read(annotation(1), annotation("1"))
     image = {"id": 1, "file_name": "1.png"}
     with pytest.raises(ValueError, match="several images with the id '1'"):

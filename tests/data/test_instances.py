@@ -64,7 +64,7 @@ def test_what_is_left_out_is_counted_by_reason(instances):
 
 
 def test_what_cannot_be_meant_is_named(instances):
-    with pytest.raises(ValueError, match="annotation 7 of a.json has a polygon of 7"):
+    with pytest.raises(ValueError, match=r"annotation 7 of a.json has a polygon of 7"):
         instances.add(
             instances.images[0],
             1,
