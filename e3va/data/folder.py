@@ -279,12 +279,13 @@ def _read(path: Path, images: Path | None, task: str | None, wanted: str | None 
     if len(found) > 1 and task is not None:
         found = [(f, what) for f, what in found if (f.name == "maps") == (task == "semantic")]
     if wanted and found:
-        if wanted not in (names := [f.name for f, _ in found]):
+        formats = ", ".join(f.name for f, _ in found)
+        found = [(f, what) for f, what in found if f.name == wanted]
+        if not found:
             raise ValueError(
-                f"{path} is of the format {names[0]}, but {wanted} is wanted, as in the "
-                "data to train on"
+                f"{path} is of the format {formats}, but {wanted} is wanted, as in the data to "
+                "train on"
             )
-        found = [found[names.index(wanted)]]
     if not found:
         raise ValueError(
             f"{path} is of no format that is known: COCO's JSON, Pascal VOC's XML files, "
