@@ -15,7 +15,8 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
-from e3va.data.maps import UNLABELLED, check_size, pair, read_map, read_values
+from e3va.data.images import check_size, image_size
+from e3va.data.maps import UNLABELLED, pair, read_map, read_values
 from e3va.detectron2.data.catalog import (
     DatasetFormat,
     expand_path,
@@ -126,7 +127,7 @@ def _records(pairs: Iterable[tuple[Any, Any]], values: dict[int, int]) -> list[d
     """Detectron2's records of images and their maps."""
     records = []
     for image, labels in pairs:
-        check_size(Path(image), Path(labels))
+        check_size(Path(image), image_size(labels), labels)
         records.append(
             {
                 "file_name": str(image),
