@@ -273,7 +273,7 @@ def read_classes(text: str) -> dict[str, str | None]:
 
 def _read(path: Path, images: Path | None, task: str | None, wanted: str | None = None) -> Data:
     """What a path holds, for a task and of a format where these are wanted."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise FileNotFoundError(f"there is no {path}")
     found = [(f, what) for f in FORMATS if (what := f.find(path))]
     if len(found) > 1 and task is not None:

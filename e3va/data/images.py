@@ -138,7 +138,7 @@ def match_images(
     found: dict[Path, str] = {}
     for name in names:
         path = folder / name.replace("\\", "/")
-        if not _is_file(path):
+        if not os.path.isfile(path):  # unlike Path's it takes any text
             if below is None:
                 below = {}
                 for image in list_images(folder):
@@ -162,13 +162,6 @@ def match_images(
             )
         found[path] = name
     return list(found)
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # such as a name that is too long
-        return False
 
 
 def _mentions(path: str | os.PathLike[str], marks: Sequence[bytes]) -> bool:

@@ -147,7 +147,7 @@ def _images(value: Any, key: str, root: Path, path: Path) -> list[Path]:
         name = _text(entry, key, path).replace("\\", "/")
         # Roboflow's paths begin with ../ and mean the folder of the data.yaml.
         places = [root / name, path.parent / name, path.parent / re.sub(r"^(\.*/)+", "", name)]
-        place = next((p for p in places if p.exists()), None)
+        place = next(filter(os.path.exists, places), None)
         if place is None:
             raise FileNotFoundError(f"{path} names {name!r}, but there is no {places[0]}")
         if place.is_dir():
@@ -169,7 +169,7 @@ def _images(value: Any, key: str, root: Path, path: Path) -> list[Path]:
 
 def _listed(line: str, by: Path) -> Path:
     image = by.parent / line.replace("\\", "/")
-    if not image.is_file():
+    if not os.path.isfile(image):  # unlike Path's it takes any text
         raise FileNotFoundError(f"no image at {image}, which {by} lists")
     return image
 

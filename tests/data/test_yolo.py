@@ -164,9 +164,12 @@ def test_splits(tmp_path):
 def test_what_is_missing_is_named(tmp_path):
     write_yolo(tmp_path, {"train/1": BOX})
     write_text(tmp_path / "list.txt", "images/train/none.png")
+    write_text(tmp_path / "long.txt", "a" * 5000)
     (tmp_path / "empty").mkdir()
     for value, message in (
         ("images/none", "names 'images/none'"),
+        ("a" * 5000, "names 'aaa"),
+        ("long.txt", r"no image at .*which .*long\.txt lists"),
         ("list.txt", r"no image at .*none\.png, which .*list\.txt lists"),
         ("empty", "names train, but there are no images"),
     ):
