@@ -297,7 +297,7 @@ def _read(path: Path, images: Path | None, task: str | None, wanted: str | None 
             f"{path} could be {names}: name the file or the folder that is meant, or the task"
         )
     chosen, what = found[0]
-    splits = chosen.read(what, images, None if task is None else task == "masks")
+    splits = chosen.read(what, images, {"boxes": False, "masks": True}.get(task or ""))
     first = splits["train"] if "train" in splits else next(iter(splits.values()))
     splits = {"train": first, **splits}
     if chosen.name == "maps":

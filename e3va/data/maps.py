@@ -186,7 +186,7 @@ def read_folder(root: str | os.PathLike[str]) -> dict[str, Maps]:
         if (images / name).is_dir()
     } or {"train": (images, maps)}
     pairs = {split: pair(*folders) for split, folders in places.items()}
-    seen = {split: _look(of_split) for split, of_split in pairs.items()}
+    seen = {split: look(of_split) for split, of_split in pairs.items()}
     every = {value for of_split in seen.values() for found in of_split for value in found}
     named = next((root / name for name in CLASS_FILES if (root / name).is_file()), None)
     classes, values, note = _classes(every, named, root)
@@ -228,7 +228,7 @@ def pair(images: Path, maps: Path) -> list[tuple[Path, Path]]:
     return list(pairs.values())
 
 
-def _look(pairs: Sequence[tuple[Path, Path]]) -> list[set[int]]:
+def look(pairs: Sequence[tuple[Path, Path]]) -> list[set[int]]:
     """The values that occur in each map; checks their sizes."""
     seen = []
     for image, path in pairs:

@@ -215,7 +215,8 @@ class RunTrainer(Trainer):
         def evaluate_and_keep() -> Any:
             results = evaluate()
             self.metrics = scores(results)
-            self.write(iteration=self.iter + 1, **self.metrics)
+            done = min(self.iter + 1, self.max_iter)  # after the last step iter is max_iter
+            self.write(iteration=done, **self.metrics)
             if rank(self.metrics) > self._best:
                 self._best = rank(self.metrics)
                 self.checkpointer.save("model_best", iteration=self.iter)

@@ -175,7 +175,8 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
             value = ast.literal_eval(text)
         value = tuple(value) if isinstance(value, list) else value
         if name in {f.name for f in _described(ModelConfig)}:
-            model = dataclasses.replace(model, **{name: value})
+            kept = {} if name == "method" else model.options  # another has other options
+            model = dataclasses.replace(model, **{"options": kept, name: value})
         elif name in {f.name for f in _described(TrainConfig)}:
             own = dataclasses.replace(own, **{name: value})
         else:

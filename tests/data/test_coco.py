@@ -50,6 +50,7 @@ def test_unusable_annotations_are_dropped_and_counted_once(tmp_path, caplog):
         annotation([10, 10, 20, 1], segmentation=rectangle(10, 10, 20, 1)),  # one pixel high
         annotation([3, 3, 5, 5], iscrowd=1),
     ]
+    extra = [{**a, "id": 100 + i} for i, a in enumerate(extra)]
     with caplog.at_level(logging.WARNING):
         data = coco(tmp_path, extra=extra)
     (message,) = caplog.messages
@@ -73,8 +74,8 @@ def test_bad_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"2\.png.*instances\.json"):
         CocoInstances(path, tmp_path)
     Image.new("RGB", (50, 40)).save(tmp_path / "2.png")
-    with pytest.raises(ValueError, match=r"2\.png is 50×40 pixels.*80×60"):
-        CocoInstances(path, tmp_path)[2]
+    with pytest.raises(ValueError, match=r"2\.png\) says 80×60 pixels, .* is 50×40"):
+        CocoInstances(path, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +93,7 @@ def test_bad_files_are_named(tmp_path):
             "annotation 0 .* no list of polygons",
         ),
         (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "no list of numbers"),
-        (lambda c: c["images"][0].pop("height"), r"images\[0\] has no 'height'"),
+        (lambda c: c["images"][0].pop("file_name"), r"images\[0\] has no 'file_name'"),
         (lambda c: c["categories"][0].pop("id"), r"categories\[0\] has no 'id'"),
     ],
 )

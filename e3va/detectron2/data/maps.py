@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
 from e3va.data.images import check_size, image_size
-from e3va.data.maps import UNLABELLED, pair, read_map, read_values
+from e3va.data.maps import UNLABELLED, look, pair, read_map, read_values
 from e3va.detectron2.data.catalog import (
     DatasetFormat,
     expand_path,
@@ -54,6 +54,8 @@ def register_semantic_maps(cfg: CfgNode) -> None:
         values = {value: value - 1 for value in range(1, len(classes) + 1)}
         names = {split: maps[f"{split}_SPLIT"] for split in ("TRAIN", "TEST")}
         splits = {name: _pair(Path(source), name) for name in names.values() if name}
+        for of_split in splits.values():
+            _check_values(of_split, len(classes))
     if not 2 <= len(classes) < UNLABELLED:
         raise ValueError(
             f"{source} has {len(classes)} classes: maps can be of 2 to {UNLABELLED - 1}; with one, "
@@ -84,8 +86,7 @@ def read_labels(path: str, values: Mapping[int, int] | None) -> np.ndarray:
         values: the class of each value; None: it has class k for k already, as Detectron2's own.
 
     Raises:
-        ValueError: it has more than one number per pixel, or a value between those that are classes
-            or above them, 255 excepted; names the file.
+        ValueError: it has more than one number per pixel; names the file.
     """
     if values is None:
         return read_values(path).astype(np.uint8)
@@ -121,6 +122,20 @@ def _pair(root: Path, split: str) -> list[tuple[Path, Path]]:
         if not folder.is_dir():
             raise FileNotFoundError(f"DATASETS.SEMANTIC_MAPS.ROOT: no folder {str(folder)!r}")
     return pair(images, maps)
+
+
+def _check_values(pairs: Sequence[tuple[Path, Path]], num_classes: int) -> None:
+    labelled = False
+    for (_, path), seen in zip(pairs, look(pairs), strict=True):
+        values = seen - {0, UNLABELLED}
+        labelled = labelled or bool(values)
+        if values and max(values) > num_classes:
+            raise ValueError(f"{path} has the value {max(values)} of {num_classes} classes")
+    if not labelled:
+        raise ValueError(
+            f"no pixel of the maps beside {pairs[0][1]} is of a class: 0 and 255 are unlabelled "
+            "(`e3va train` takes black and white maps as they are)"
+        )
 
 
 def _records(pairs: Iterable[tuple[Any, Any]], values: dict[int, int]) -> list[dict[str, Any]]:

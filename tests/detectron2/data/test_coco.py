@@ -82,7 +82,7 @@ def test_bad_data_sets(tmp_path):
 
     rle = {"size": [50, 70], "counts": "PP1"}
     encoded = write_coco(tmp_path / "rle", [(0, 3, [5, 5, 9, 9], rle)])
-    fails(ValueError, "set INPUT.MASK_FORMAT to bitmask", train=encoded)
+    fails(ValueError, "annotation 1 of .* run-length encoding", train=encoded)
     boxes = write_coco(tmp_path / "boxes", [(0, 3, [5, 5, 9, 9], []), (0, 3, [5, 5, 9, 9], None)])
     fails(ValueError, "set MODEL.MASK_ON to False", train=boxes)
     lost = write_coco(tmp_path / "lost")
@@ -93,15 +93,10 @@ def test_bad_data_sets(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("annotations", {"bbox": ...}, "annotation 1 of .* has no 'bbox'"),
-        ("annotations", {"bbox": None}, "annotation 1 of .* has no 'bbox'"),
-        ("annotations", {"id": ...}, "annotation None of .* has no 'id'"),
         ("annotations", {"id": 2}, "annotation 2 of .* is not the only one with this id"),
         ("categories", {"id": 7}, "several categories with the id 7"),
-        ("categories", {"id": "7"}, r"categories\[0\] has the id '7'"),
         ("images", {"id": 1}, "several images with the id 1"),
-        ("images", {"width": 70.0}, r"images\[0\] has the width 70\.0"),
-        ("images", {"width": ...}, r"images\[0\] has no 'width'"),
+        ("images", {"width": 70.5}, r"images\[0\] has the width 70\.5"),
         ("categories", None, "has no category"),
     ],
 )

@@ -9,7 +9,7 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integ
 from detectron2.data import DatasetCatalog
 
 from e3va.detectron2 import Trainer
-from e3va.detectron2.data.maps import read_map
+from e3va.detectron2.data.maps import read_labels
 from tests.detectron2.factories import step, write_maps
 
 
@@ -21,13 +21,12 @@ def test_maps_of_every_kind(tmp_path):
     palette.putdata(values.ravel().tolist())
     for image in (Image.fromarray(values), palette, Image.fromarray(values.astype(np.uint16))):
         image.save(tmp_path / "map.png")
-        assert read_map(tmp_path / "map.png", 3).tolist() == expected
-        assert read_map(tmp_path / "map.png").tolist() == values.tolist()
-    with pytest.raises(ValueError, match="the value 3 of 2 classes"):
-        read_map(tmp_path / "map.png", 2)
+        counted = {value: value - 1 for value in (1, 2, 3)}
+        assert read_labels(tmp_path / "map.png", counted).tolist() == expected
+        assert read_labels(tmp_path / "map.png", None).tolist() == values.tolist()
     Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "map.png")
     with pytest.raises(ValueError, match="is RGB: a semantic map"):
-        read_map(tmp_path / "map.png", 2)
+        read_labels(tmp_path / "map.png", None)
 
 
 def test_bad_semantic_maps(semantic, tmp_path):
@@ -39,15 +38,19 @@ def test_bad_semantic_maps(semantic, tmp_path):
     (root / "classes.csv").unlink()
     with pytest.raises(FileNotFoundError, match="no classes"):
         semantic(root)
-    with pytest.raises(ValueError, match="at most 254"):
+    with pytest.raises(ValueError, match="255 classes: maps can be of 2 to 254"):
         semantic(root, classes=[str(i) for i in range(255)])
+    with pytest.raises(ValueError, match=r"1 classes: .* every pixel would be of it"):
+        semantic(root, classes=["x"])
+    with pytest.raises(ValueError, match=r"\.png has the value 3 of 2 classes"):
+        semantic(root, classes=["x", "y"])
     with pytest.raises(ValueError, match=r"needs MODEL.META_ARCHITECTURE SemanticSegmentor"):
         semantic(root, classes=["x"], **{"MODEL.META_ARCHITECTURE": "RetinaNet"})
     (root / "annotations/validation/0.png").unlink()
     with pytest.raises(FileNotFoundError, match="no map at"):
         semantic(root, classes=["x", "y", "z"])
     with pytest.raises(FileNotFoundError, match="no folder"):
-        semantic(tmp_path / "nowhere", classes=["x"])
+        semantic(tmp_path / "nowhere", classes=["x", "y"])
 
 
 def test_predictions_of_an_image_without_labels(semantic):
