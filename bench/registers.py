@@ -102,22 +102,10 @@ def compile_kernels(
         tile = adapters.forward_tiles(dtype, architecture, rank)
         constants = adapter_constants(rank, hidden, tile) | mixing
         launches.append((f"adapters{note}", adapters.adapters_kernel, constants, tile.num_warps))
-        tile = adapters.rows_tiles(dtype, architecture, rank)
+        tile = adapters.backward_tiles(dtype, architecture, rank)
         constants = adapter_constants(rank, hidden, tile) | mixing | {"NEXT": state, "OWN": True}
-        kernel = adapters.rows_kernel
-        launches.append((f"adapters_backward rows{note}", kernel, constants, tile.num_warps))
-    tile = adapters.weights_tiles(dtype, architecture, rank)
-    constants = adapter_constants(rank, hidden, tile)
-    kernel = adapters.weights_kernel
-    launches.append(("adapters_backward weights", kernel, constants, tile.num_warps))
-    constants = {
-        "TAPS": TAPS,
-        "RANK": rank,
-        "SIDE": HighwayConfig().mixing,
-        "RANK_TILE": padded_rank(rank),
-        "ROWS": adapters.MIXING_ROWS,
-    }
-    launches.append(("adapters_backward mixing", adapters.mixing_kernel, constants, 4))
+        kernel = adapters.adapters_backward_kernel
+        launches.append((f"adapters_backward{note}", kernel, constants, tile.num_warps))
     gradient = tap_gradient.tiles(dtype, architecture, channels, rank)
     launches += [
         (
@@ -168,7 +156,7 @@ def compile_kernel(
     # The trunk stores its norms in fp32; parameters are in it, unless they are multiplied, and so
     # are the sums of their gradients and of the state.
     wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
-    wide |= {"dP", "dD", "dgamma", "dQ", "db", "dU"}
+    wide |= {"dP", "dD", "sums"}
     types = {f"{name}_ptr": "fp32" for name in wide} | {
         "codes_ptr": "u8",
         "words_ptr": "u32",

@@ -5,18 +5,20 @@ through the hidden width m a slice at a time, so that nothing of width m is ever
 gradients of parameters. A state orders the adapters: each is a launch of its own, whose end makes
 the next one's u, for all its neighbours to read. Without a state one launch serves all K.
 
-Backward runs from the last adapter to the first, in K + 1 launches of ``rows_kernel``: what the
-neighbours of a row contribute to its gradient is gathered when all of them are done, together with
-the work on the adapter before. Left to the end are the sums over tokens, of all K adapters at once:
-``weights_kernel`` makes z and a again for dQ, db and dU, ``mixing_kernel`` sums dD.
+Backward runs from the last adapter to the first, in K + 1 launches with a state: what the
+neighbours of a row contribute to its gradient, and with it to D's, is gathered when all of them are
+done, together with the work on the adapter before. There z, a and the slope of GELU are made once,
+for all gradients; sums over rows are products of matrices, dD the diagonal of one, which tensor
+cores make in fewer instructions than warps need to exchange what they hold.
 
-Deterministic: the tokens are cut into parts, as many as their shape says, whatever the GPU; each
-part is summed in order by one program, and the parts are added by one reduction. No atomics.
+Deterministic: a tile of rows is a part of the tokens, which one program sums in order; the parts
+are added by one reduction. No atomics.
 
 Bytes moved in 16 bits, where what is read around a row comes from cache: forward t and u read, u
-and S written (8KNα), the state (8KNα); backward dS, u and the gradient of mixed read, S, ds, mixed,
-its gradient and dt written (16KNα), that of the state (8KNα); then u and the gradient of
-mixed for each neighbour, mixed and ds for each slice of m.
+and S written (8KNα), the state (8KNα); backward dS, u twice and the gradient of mixed read, S, that
+gradient and dt written (14KNα), the gradient of the state (8KNα). The sums of a part, 4(2α + 1)m,
+are written and read, a few adapters' at a time: they stay in a cache that holds ``ROOM``, and weigh
+8(2α + 1)m per ``rows`` tokens where there is none.
 """
 
 from __future__ import annotations
@@ -28,18 +30,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3va.kernels.common import (
-    architecture_of,
-    dot,
-    gelu,
-    gelu_and_slope,
-    padded_rank,
-    part_rows,
-    splits_of,
-)
+from e3va.kernels.common import architecture_of, dot, gelu, gelu_and_slope, padded_rank
 
-MIXING_ROWS = 64  # of mixing_kernel
-MIXING_PART = 1024  # tokens that a program of it sums
+ROOM = 12 << 20  # bytes for the sums of parts: of as many adapters as that holds
 
 
 class Tiles(NamedTuple):
@@ -58,30 +51,16 @@ def forward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     return Tiles(32, 32, 4) if rank > 32 else Tiles(16, 64, 1)
 
 
-def rows_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
-    """Those of ``rows_kernel``."""
-    if architecture < 80 and rank > 32:
-        return Tiles(16, 16, 8)
+def backward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
+    """Those of ``adapters_backward_kernel``; nothing spills. Parts are larger, and fewer, where
+    their sums outgrow the cache (sm_86)."""
     if dtype == torch.float32:
-        if architecture >= 90:
-            return Tiles(16, 32, 8)
-        if architecture >= 80:
-            return Tiles(32, 16, 8 if rank > 32 else 4)
-        return Tiles(16, 16, 8)
+        return Tiles(16, 16, 4) if rank > 32 else Tiles(64, 16, 4)
     if architecture < 80:
-        return Tiles(16, 32, 8)
+        return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
     if rank > 32:
-        return Tiles(32, 32, 4)
-    return Tiles(64, 32 if architecture >= 100 else 64, 4)
-
-
-def weights_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
-    """Those of ``weights_kernel``."""
-    if dtype == torch.float32:
-        return Tiles(16, 32, 8 if architecture >= 100 else 4)
-    if architecture < 80:
-        return Tiles(16, 32, 8)
-    return Tiles(32, 32 if rank > 32 or architecture == 100 else 64, 4)
+        return Tiles(32, 32, 8 if architecture >= 120 else 4)
+    return Tiles(128, 64, 8) if architecture == 86 else Tiles(64, 64, 4)
 
 
 def adapters(
@@ -137,76 +116,66 @@ def adapters_backward(
 ) -> tuple[Tensor, ...]:
     dS, u = dS.contiguous(), u.contiguous()
     (K, rank, hidden), tokens = Q.shape, len(dS)
-    architecture = architecture_of(dS.device)
+    state, side = gamma is not None, 0 if D is None else D.shape[-1]
+    tile = backward_tiles(dS.dtype, architecture_of(dS.device), rank)
+    parts = triton.cdiv(tokens, tile.rows)
+    weights = hidden * rank, hidden * rank, hidden  # of dQᵀ, dU, db
+    group = max(1, min(K, ROOM // (4 * max(1, parts) * sum(weights))))
     S, dt = torch.empty_like(dS), torch.empty_like(u)
-    dbefore = dS.new_empty(0 if gamma is None else (tokens, rank))
-    # Where nothing is mixed, or added to the gradient, the tensors coincide.
-    mixed, dmixed = (u, dt) if D is None else (torch.empty_like(dt) for _ in range(2))
-    ds = dS if gamma is None else torch.empty_like(dS)
+    dmixed = dt if D is None else torch.empty_like(dt)  # the same where nothing is mixed
+    dbefore = dS.new_empty((tokens, rank) if state else 0)
+    sums = dS.new_empty(group, parts, sum(weights), dtype=torch.float32)
+    totals = sums.new_empty(K, sum(weights))
+    mixing_sums = sums.new_empty(parts, K, side * side, rank)
+    arguments = (
+        dS,
+        u,
+        _state(dcarry, u[0]) if state else S,
+        _by_neighbour(D, S),
+        _given(gamma, S),
+        *_narrow(Q, b, U, dS.dtype),
+        S,
+        dmixed,
+        dt,
+        dbefore,
+        mixing_sums,
+    )
 
-    tile = rows_tiles(dS.dtype, architecture, rank)
-    programs = triton.cdiv(tokens, tile.rows)
-    narrow = _narrow(Q, b, U, dS.dtype)
-    if tokens:
-        dstate = S if gamma is None else _state(dcarry, u[0])
-        arguments = (
-            dS,
-            u,
-            dstate,
-            _by_neighbour(D, S),
-            _given(gamma, S),
-            *narrow,
-            S,
-            ds,
-            mixed,
-            dmixed,
-            dt,
-            dbefore,
-            tokens,
-            *size,
-        )
-        sizes = {**_sizes(Q, D, tile), "STATE": gamma is not None}
-        if gamma is not None:
-            for k in range(K - 1, -2, -1):
-                rows_kernel[programs, 1](*arguments, k, **sizes, NEXT=k + 1 < K, OWN=k >= 0)
-        else:
-            rows_kernel[programs, K](*arguments, 0, **sizes, NEXT=False, OWN=True)
-            if D is not None:
-                rows_kernel[programs, K](*arguments, -1, **sizes, NEXT=True, OWN=False)
-        del arguments
-
-    tile = weights_tiles(dS.dtype, architecture, rank)
-    slices = triton.cdiv(hidden, tile.hidden)
-    splits = splits_of(tokens, slices * K)
-    dQ, db, dU = (_sums(splits, w, dS) for w in (Q, b, U))
-    if tokens:
-        sizes = _sizes(Q, None, tile)
-        del sizes["SIDE"]
-        weights_kernel[splits, slices, K](
-            mixed, ds, *narrow, dQ, db, dU, tokens, part_rows(tokens, splits, tile.rows), **sizes
-        )
-    del mixed, ds
-    dD = dS.new_empty(0, dtype=torch.float32)
-    if D is not None:
-        side = D.shape[-1]
-        splits = triton.cdiv(tokens, MIXING_PART)
-        dD = _sums(splits, D, dS)
+    def launch(sums: Tensor, first: int, taps: int, *, gather: bool, own: bool = True) -> None:
         if tokens:
-            mixing_kernel[splits, side * side, K](
-                u,
-                dmixed,
-                dD,
+            adapters_backward_kernel[parts, taps](
+                *arguments,
+                sums,
                 tokens,
                 *size,
-                MIXING_PART,
-                TAPS=K,
-                RANK=rank,
-                SIDE=side,
-                RANK_TILE=padded_rank(rank),
-                ROWS=MIXING_ROWS,
+                first,
+                **_sizes(Q, D, tile),
+                STATE=state,
+                NEXT=gather,
+                OWN=own,
             )
-        dD = dD.sum(0)
-    return S, dt, dbefore, dD, dQ.sum(0), db.sum(0), dU.sum(0)
+
+    for first in reversed(range(0, K, group)):
+        end = min(K, first + group)
+        if state:
+            for k in reversed(range(first, end)):
+                launch(sums[k - first], k, 1, gather=k + 1 < K)
+        else:
+            launch(sums, first, end - first, gather=False)
+        torch.sum(sums[: end - first], 1, out=totals[first:end])
+    if state or side:
+        launch(sums, -1, 1 if state else K, gather=True, own=False)
+    dQ, dU, db = totals.split(weights, 1)
+    dD = mixing_sums.sum(0).mT.contiguous()
+    return (
+        S,
+        dt,
+        dbefore,
+        dD.flatten() if D is None else dD.view(D.shape),
+        dQ.view(K, hidden, rank).mT.contiguous(),
+        db.contiguous(),
+        dU.view(U.shape).contiguous(),
+    )
 
 
 def _state(begin: Tensor | None, like: Tensor) -> Tensor:
@@ -229,12 +198,6 @@ def _given(values: Tensor | None, absent: Tensor) -> Tensor:
 def _narrow(Q: Tensor, b: Tensor, U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """What is multiplied gets the dtype of the rows."""
     return Q.to(dtype).contiguous(), b.contiguous(), U.to(dtype).contiguous()
-
-
-def _sums(parts: int, parameter: Tensor | None, like: Tensor) -> Tensor:
-    """Room for what ``parts`` parts of the tokens add to a parameter's gradient."""
-    shape = (0,) if parameter is None else (parts, *parameter.shape)
-    return like.new_empty(shape, dtype=torch.float32)
 
 
 def _sizes(Q: Tensor, D: Tensor | None, tile: Tiles) -> dict[str, Any]:
@@ -276,33 +239,38 @@ def _load_slice(
 def _mix(
     values_ptr,  # [N, r]
     D_ptr,  # [side², r]
+    u_ptr,  # [N, r], or None
+    dD_ptr,  # [side², r], or None
     rows,
     tokens,
     height,
     width,
-    MIRRORED: tl.constexpr,
+    BACKWARD: tl.constexpr,
     RANK: tl.constexpr,
     SIDE: tl.constexpr,
     RANK_TILE: tl.constexpr,
 ):
-    """values + D ⋆ values at the rows, in float32; MIRRORED: D as the neighbours see it."""
+    """values + D ⋆ values at the rows, in float32. BACKWARD: the values are a gradient, D is as the
+    neighbours see it, and what the rows add to its gradient is stored."""
     ranks = tl.arange(0, RANK_TILE)
     row_in = rows < tokens
     rank_in = ranks < RANK
     at = rows[:, None] * RANK + ranks[None, :]
-    total = tl.load(values_ptr + at, mask=row_in[:, None] & rank_in[None, :], other=0.0)
-    total = total.to(tl.float32)
+    own_in = row_in[:, None] & rank_in[None, :]
+    total = tl.load(values_ptr + at, mask=own_in, other=0.0).to(tl.float32)
     if SIDE:
+        if BACKWARD:
+            u = tl.load(u_ptr + at, mask=own_in, other=0.0)
         place = rows.to(tl.int32)  # tokens fit into 32 bits: division is faster there
         column = place % width
         line = place // width % height
-        for i in range(SIDE):
+        for i in tl.range(SIDE, num_stages=1):
             down = i - SIDE // 2
             line_in = row_in & (line + down >= 0) & (line + down < height)
             for j in tl.static_range(SIDE):
                 right = j - SIDE // 2
                 n = i * SIDE + j
-                if MIRRORED:
+                if BACKWARD:
                     n = SIDE * SIDE - 1 - n
                 inside = line_in & (column + right >= 0) & (column + right < width)
                 D = tl.load(D_ptr + n * RANK + ranks, mask=rank_in, other=0.0).to(tl.float32)
@@ -312,7 +280,38 @@ def _mix(
                     other=0.0,
                 )
                 total += D[None, :] * around.to(tl.float32)
+                if BACKWARD:
+                    _store_products(dD_ptr + n * RANK, around, u, RANK, RANK_TILE)
     return total
+
+
+@triton.jit
+def _store_products(sums_ptr, x, y, RANK: tl.constexpr, RANK_TILE: tl.constexpr):
+    """Σ x ⊙ y over rows, [rows, r] → [r]: the diagonal of xᵀ·y, where there are tensor cores."""
+    ranks = tl.arange(0, RANK_TILE)
+    if x.dtype == tl.float32:
+        tl.store(sums_ptr + ranks, tl.sum(x * y, 0), mask=ranks < RANK)
+    else:
+        product = dot(tl.trans(x), y, tl.zeros((RANK_TILE, RANK_TILE), tl.float32))
+        diagonal = (ranks[:, None] == ranks[None, :]) & (ranks < RANK)[None, :]
+        tl.store(sums_ptr + ranks[None, :] + 0 * ranks[:, None], product, mask=diagonal)
+
+
+@triton.jit
+def _store_sums(sums_ptr, x, column_in, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Σ x over rows, [rows, columns] → [columns]: xᵀ·1, where there are tensor cores."""
+    columns = tl.arange(0, COLUMNS)
+    if x.dtype == tl.float32:
+        tl.store(sums_ptr + columns, tl.sum(x, 0), mask=column_in)
+    else:
+        copies = tl.arange(0, 16)[None, :]  # the least that is multiplied
+        sums = dot(
+            tl.trans(x),
+            tl.full((ROWS, 16), 1.0, tl.float32).to(x.dtype),
+            tl.zeros((COLUMNS, 16), tl.float32),
+        )
+        first = column_in[:, None] & (copies == 0)
+        tl.store(sums_ptr + columns[:, None] + copies, sums, mask=first)
 
 
 @triton.jit(do_not_specialize=["tokens", "height", "width", "first"])
@@ -349,6 +348,8 @@ def adapters_kernel(
     mixed = _mix(
         u_ptr + tap * tokens * RANK,
         D_ptr + tap * (SIDE * SIDE * RANK),
+        None,
+        None,
         rows,
         tokens,
         height,
@@ -383,7 +384,7 @@ def adapters_kernel(
 
 
 @triton.jit(do_not_specialize=["tokens", "height", "width", "first"])
-def rows_kernel(
+def adapters_backward_kernel(
     dS_ptr,  # [N, K·r]
     u_ptr,  # [K, N, r]
     dstate_ptr,  # [N, r]
@@ -393,11 +394,11 @@ def rows_kernel(
     b_ptr,  # [K, m]
     U_ptr,  # [K, m, r]
     S_ptr,  # [N, K·r]
-    ds_ptr,  # [N, K·r]: with a state
-    mixed_ptr,  # [K, N, r]: with mixing
     dmixed_ptr,  # [K, N, r]: dt without mixing
     dt_ptr,  # [K, N, r]
     dbefore_ptr,  # [N, r]
+    dD_ptr,  # [parts, K, side², r]
+    sums_ptr,  # [taps of the launch, parts, m·r + m·r + m]: dQᵀ, dU, db
     tokens,
     height,
     width,
@@ -414,8 +415,9 @@ def rows_kernel(
     HIDDEN_TILE: tl.constexpr,
 ):
     dtype: tl.constexpr = u_ptr.dtype.element_ty
+    part = tl.program_id(0).to(tl.int64)
     tap = (first + tl.program_id(1)).to(tl.int64)
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rows = part * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, RANK_TILE)
     rank_in = ranks < RANK
     inside = (rows < tokens)[:, None] & rank_in[None, :]
@@ -427,6 +429,8 @@ def rows_kernel(
         du = _mix(
             dmixed_ptr + next * tokens * RANK,
             D_ptr + next * (SIDE * SIDE * RANK),
+            u_ptr + next * tokens * RANK,
+            dD_ptr + (part * TAPS + next) * (SIDE * SIDE * RANK),
             rows,
             tokens,
             height,
@@ -441,12 +445,19 @@ def rows_kernel(
         if STATE:
             gamma = tl.load(gamma_ptr + next * RANK + ranks, mask=rank_in, other=0.0)
             dstate += gamma.to(tl.float32)[None, :] * du
+    if STATE:
+        if OWN:
+            tl.store(dstate_ptr + at, dstate, mask=inside)
+        else:
+            tl.store(dbefore_ptr + at, dstate.to(dtype), mask=inside)
     if OWN:
         at_tap = tap * tokens * RANK + at
         at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
         mixed = _mix(
             u_ptr + tap * tokens * RANK,
             D_ptr + tap * (SIDE * SIDE * RANK),
+            u_ptr,
+            u_ptr,
             rows,
             tokens,
             height,
@@ -456,129 +467,35 @@ def rows_kernel(
             SIDE,
             RANK_TILE,
         ).to(dtype)
-        if SIDE:
-            tl.store(mixed_ptr + at_tap, mixed, mask=inside)
         ds = tl.load(dS_ptr + at_S, mask=inside, other=0.0)
         if STATE:
             ds = (ds.to(tl.float32) + dstate).to(dtype)
-            tl.store(ds_ptr + at_S, ds, mask=inside)
         s = tl.zeros((ROWS, RANK_TILE), tl.float32)
         dmixed = tl.zeros((ROWS, RANK_TILE), tl.float32)
         zero = tl.zeros((ROWS, HIDDEN_TILE), tl.float32)
+        none = tl.zeros((HIDDEN_TILE, RANK_TILE), tl.float32)
         Q_ptr += tap * (RANK * HIDDEN)
         b_ptr += tap * HIDDEN
         U_ptr += tap * (RANK * HIDDEN)
+        dQ_ptr = sums_ptr + (tl.program_id(1) * tl.num_programs(0) + part) * (
+            HIDDEN * (2 * RANK + 1)
+        )
+        dU_ptr = dQ_ptr + HIDDEN * RANK
+        db_ptr = dU_ptr + HIDDEN * RANK
         for start in range(0, HIDDEN, HIDDEN_TILE):
             Q, b, U = _load_slice(Q_ptr, b_ptr, U_ptr, start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
             a, slope = gelu_and_slope(dot(mixed, Q, zero) + b[None, :])
-            s = dot(a.to(dtype), tl.trans(U), s)
-            dz = dot(ds, U, zero) * slope
-            dmixed = dot(dz.to(dtype), tl.trans(Q), dmixed)
+            a = a.to(dtype)
+            s = dot(a, tl.trans(U), s)
+            # Rows past the end have ds = 0, and with it dz = 0: they add nothing.
+            dz = (dot(ds, U, zero) * slope).to(dtype)
+            dmixed = dot(dz, tl.trans(Q), dmixed)
+            hidden = start + tl.arange(0, HIDDEN_TILE)
+            hidden_in = hidden < HIDDEN
+            slice = hidden[:, None] * RANK + ranks[None, :]
+            slice_in = hidden_in[:, None] & rank_in[None, :]
+            tl.store(dQ_ptr + slice, dot(tl.trans(dz), mixed, none), mask=slice_in)
+            tl.store(dU_ptr + slice, dot(tl.trans(a), ds, none), mask=slice_in)
+            _store_sums(db_ptr + start, dz, hidden_in, ROWS, HIDDEN_TILE)
         tl.store(S_ptr + at_S, s.to(dtype), mask=inside)
         tl.store(dmixed_ptr + at_tap, dmixed.to(dtype), mask=inside)
-    if STATE:
-        if OWN:
-            tl.store(dstate_ptr + at, dstate, mask=inside)
-        else:
-            tl.store(dbefore_ptr + at, dstate.to(dtype), mask=inside)
-
-
-@triton.jit(do_not_specialize=["tokens", "split_rows"])
-def weights_kernel(
-    mixed_ptr,  # [K, N, r]
-    ds_ptr,  # [N, K·r]
-    Q_ptr,  # [K, r, m]
-    b_ptr,  # [K, m]
-    U_ptr,  # [K, m, r]
-    dQ_ptr,  # [splits, K, r, m]
-    db_ptr,  # [splits, K, m]
-    dU_ptr,  # [splits, K, m, r]
-    tokens,
-    split_rows,
-    TAPS: tl.constexpr,
-    RANK: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    RANK_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-    HIDDEN_TILE: tl.constexpr,
-):
-    dtype: tl.constexpr = mixed_ptr.dtype.element_ty
-    tap = tl.program_id(2).to(tl.int64)
-    slice_start = tl.program_id(1) * HIDDEN_TILE
-    first_row = tl.program_id(0).to(tl.int64) * split_rows
-    ranks = tl.arange(0, RANK_TILE)
-    weights = tap * (RANK * HIDDEN)
-    Q, b, U = _load_slice(
-        Q_ptr + weights,
-        b_ptr + tap * HIDDEN,
-        U_ptr + weights,
-        slice_start,
-        RANK,
-        HIDDEN,
-        RANK_TILE,
-        HIDDEN_TILE,
-    )
-    dQ = tl.zeros((RANK_TILE, HIDDEN_TILE), tl.float32)
-    dU = tl.zeros((RANK_TILE, HIDDEN_TILE), tl.float32)
-    db = tl.zeros((HIDDEN_TILE,), tl.float32)
-    zero = tl.zeros((ROWS, HIDDEN_TILE), tl.float32)
-    for step in range(0, split_rows, ROWS):
-        rows = first_row + step + tl.arange(0, ROWS)
-        inside = (rows < tokens)[:, None] & (ranks < RANK)[None, :]
-        at = (tap * tokens + rows)[:, None] * RANK + ranks[None, :]
-        at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
-        mixed = tl.load(mixed_ptr + at, mask=inside, other=0.0)
-        ds = tl.load(ds_ptr + at_S, mask=inside, other=0.0)
-        a, slope = gelu_and_slope(dot(mixed, Q, zero) + b[None, :])
-        # Rows past the end have ds = 0, and with it dz = 0: they add nothing.
-        dz = dot(ds, U, zero) * slope
-        dU = dot(tl.trans(ds), a.to(dtype), dU)
-        dQ = dot(tl.trans(mixed), dz.to(dtype), dQ)
-        db += tl.sum(dz, 0)
-    hidden = slice_start + tl.arange(0, HIDDEN_TILE)
-    hidden_in = hidden < HIDDEN
-    inside = (ranks < RANK)[:, None] & hidden_in[None, :]
-    part = tl.program_id(0) * TAPS + tap
-    at = part * (RANK * HIDDEN)
-    tl.store(dQ_ptr + at + ranks[:, None] * HIDDEN + hidden[None, :], dQ, mask=inside)
-    tl.store(dU_ptr + at + hidden[None, :] * RANK + ranks[:, None], dU, mask=inside)
-    tl.store(db_ptr + part * HIDDEN + hidden, db, mask=hidden_in)
-
-
-@triton.jit(do_not_specialize=["tokens", "height", "width", "split_rows"])
-def mixing_kernel(
-    u_ptr,  # [K, N, r]
-    dmixed_ptr,  # [K, N, r]
-    dD_ptr,  # [splits, K, r, side²]
-    tokens,
-    height,
-    width,
-    split_rows,
-    TAPS: tl.constexpr,
-    RANK: tl.constexpr,
-    SIDE: tl.constexpr,
-    RANK_TILE: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    tap = tl.program_id(2).to(tl.int64)
-    n = tl.program_id(1)
-    down = n // SIDE - SIDE // 2
-    right = n % SIDE - SIDE // 2
-    first_row = tl.program_id(0).to(tl.int64) * split_rows
-    ranks = tl.arange(0, RANK_TILE)
-    rank_in = ranks < RANK
-    dD = tl.zeros((ROWS, RANK_TILE), tl.float32)
-    for step in range(0, split_rows, ROWS):
-        rows = first_row + step + tl.arange(0, ROWS)
-        place = rows.to(tl.int32)
-        column = place % width + right
-        line = place // width % height + down
-        inside = (rows < tokens) & (line >= 0) & (line < height) & (column >= 0) & (column < width)
-        inside = inside[:, None] & rank_in[None, :]
-        at = (tap * tokens + rows)[:, None] * RANK + ranks[None, :]
-        dmixed = tl.load(dmixed_ptr + at, mask=inside, other=0.0)
-        u = tl.load(u_ptr + at + (down * width + right) * RANK, mask=inside, other=0.0)
-        dD += dmixed.to(tl.float32) * u.to(tl.float32)
-    part = tl.program_id(0) * TAPS + tap
-    at = (part * RANK + ranks) * (SIDE * SIDE) + n
-    tl.store(dD_ptr + at, tl.sum(dD, 0), mask=rank_in)

@@ -36,8 +36,7 @@ def few_programs(monkeypatch):
 
     monkeypatch.setattr(common, "SPLITS", 3)
     if DEVICE == "cpu":
-        monkeypatch.setattr(adapters, "MIXING_ROWS", 512)
-        for name in ("forward_tiles", "rows_tiles", "weights_tiles"):
+        for name in ("forward_tiles", "backward_tiles"):
             monkeypatch.setattr(adapters, name, enlarged(getattr(adapters, name)))
 
 
@@ -186,7 +185,7 @@ def test_launches_and_memory(monkeypatch):
 
         return defaultdict(lambda: launch)
 
-    for name in ("adapters", "rows", "weights", "mixing"):
+    for name in ("adapters", "adapters_backward"):
         monkeypatch.setattr(adapters, f"{name}_kernel", pretend(name))
     K, H, W, C, r, m = 36, 50, 84, 512, 16, 256
     shapes = (K, H * W, r), (K, r, 3, 3), (K, r), (K, r, m), (K, m), (K, m, r)
@@ -197,11 +196,11 @@ def test_launches_and_memory(monkeypatch):
         u = adapters.adapters(t, None, D, gamma, Q, b, U, (H, W))[1]
         adapters.adapters_backward(dS, None, u[:-1], D, gamma, Q, b, U, (H, W))
     assert memory.peak < K * tap.nbytes / 4
-    assert launches == {"adapters": K, "rows": K + 1, "weights": 1, "mixing": 1}
+    assert launches == {"adapters": K, "adapters_backward": K + 1}
     launches.clear()
     adapters.adapters(t, None, None, None, Q, b, U, (H, W))
     adapters.adapters_backward(dS, None, t, None, None, Q, b, U, (H, W))
-    assert launches == {"adapters": 1, "rows": 1, "weights": 1}
+    assert launches["adapters"] == 1 and launches["adapters_backward"] <= K / 4
 
 
 @triton.jit

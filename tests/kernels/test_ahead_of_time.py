@@ -20,9 +20,7 @@ KERNELS = (
     r"sublayer_epilogue norm int4",
     r"sublayer_epilogue int4 \(no norm\)",
     *(rf"adapters {form}" for form in ("0", "3 state", "7 state")),
-    *(rf"adapters_backward rows {form}" for form in ("0", "3 state", "7 state")),
-    r"adapters_backward weights",
-    r"adapters_backward mixing",
+    *(rf"adapters_backward {form}" for form in ("0", "3 state", "7 state")),
     r"tap_gradient int4",
 )
 

@@ -145,75 +145,81 @@ def test_adapters(device):
     compare(gpu, far, near, (first // rows, K - 1, 0), places, {"S_ptr"})
 
 
-def test_rows(device):
-    """Backward of the last adapter; then what its neighbours give to its gradient."""
+def backward(make, N, taps=K, rank=RANK, hidden=HIDDEN, size=SIZE):
+    t, _, *rest = stage(make, N, taps, rank, hidden)
+    return make(N, taps * rank), None, t, *rest, size
+
+
+def backward_launches(gpu):
+    """The first one, and the last, which gathers what neighbours give to a gradient."""
+    launches = [launch for launch in gpu.launches if launch.kernel == "adapters_backward_kernel"]
+    return launches[0], launches[-1]
+
+
+def test_adapters_backward(device):
+    """Of so many tokens that those of the last tap lie far out."""
     n = SIZE[0] * SIZE[1] * IMAGES
-    N = (FAR // RANK // n + 1) * n
-
-    def backward(make, N):
-        t, _, *rest = stage(make, N)
-        return make(N, K * RANK), None, t, *rest, SIZE
-
+    whole = 64 * SIZE[0] * SIZE[1]
+    N = n + (FAR // RANK // whole + 1) * whole  # the last program has n rows
     with device(80) as gpu:
         adapters.adapters_backward(*backward(normal, n))
-    near = [launch for launch in gpu.launches if launch.kernel == "rows_kernel"]
+    near = backward_launches(gpu)
     with device(80, execute=False) as gpu:
         adapters.adapters_backward(*backward(vast, N))
-    far = [launch for launch in gpu.launches if launch.kernel == "rows_kernel"]
+    far = backward_launches(gpu)
+    parts, slot = far[0].grid[0], near[0].grid[1] - 1
     rows = far[0].arguments["ROWS"]
-    pointers = {"u_ptr": "input", "dS_ptr": "columns", "S_ptr": "columns"}
-    pointers |= {"mixed_ptr": "output", "dmixed_ptr": "output"}
+    pointers = {"u_ptr": "input", "dS_ptr": "columns", "S_ptr": "columns", "dmixed_ptr": "output"}
     first, places = end_of_map(near[0], N, n, rows, pointers)
-    block = first // rows, K - 1, 0
-    compare(gpu, far[0], near[0], block, places, {"S_ptr", "mixed_ptr", "dmixed_ptr"})
-    pointers = {"dmixed_ptr": "input", "dt_ptr": "output"}
+    assert N - first == n
+    width = far[0].arguments["sums_ptr"].shape[-1]
+    places["sums_ptr"] = [((parts - 1) * width, slot * width, width)]
+    outputs = {"S_ptr", "dmixed_ptr", "sums_ptr"}
+    compare(gpu, far[0], near[0], (parts - 1, 0, 0), places, outputs)
+    pointers = {"dmixed_ptr": "input", "u_ptr": "input", "dt_ptr": "output"}
     _, places = end_of_map(near[1], N, n, rows, pointers)
-    compare(gpu, far[1], near[1], block, places, {"dt_ptr"})
+    places["dD_ptr"] = [((parts * K - 1) * 9 * RANK, (K - 1) * 9 * RANK, 9 * RANK)]
+    compare(gpu, far[1], near[1], (parts - 1, K - 1, 0), places, {"dt_ptr", "dD_ptr"})
 
 
-def test_weights_and_mixing(device, monkeypatch):
+def test_many_adapters_backward(device):
     """Of so many taps that the last one lies far out."""
-    monkeypatch.setattr(common, "SPLITS", 1)
-    taps, N, rank, hidden = 60000, 570, 64, 576
-
-    def backward(make, taps):
-        t, _, *rest = stage(make, N, taps, rank, hidden)
-        return make(N, taps * rank), None, t, *rest, (19, 30)
-
+    taps, N, rank, hidden, size = 60000, 570, 64, 576, (19, 30)
     with device(80) as gpu:
-        adapters.adapters_backward(*backward(normal, 1))
-    near = {name: launch_of(gpu, name) for name in ("weights_kernel", "mixing_kernel")}
+        adapters.adapters_backward(*backward(normal, N, 1, rank, hidden, size))
+    near = backward_launches(gpu)
     with device(80, execute=False) as gpu:
-        adapters.adapters_backward(*backward(vast, taps))
-    far = {name: launch_of(gpu, name) for name in near}
+        adapters.adapters_backward(*backward(vast, N, taps, rank, hidden, size))
+    far = backward_launches(gpu)
+    parts, slots = far[0].grid[:2]
+    first = (parts - 1) * far[0].arguments["ROWS"]
 
-    def last_tap(width):
-        return [((taps - 1) * width, 0, width)]
+    def last_tap(width, start=0):
+        return [((taps - 1) * width + start, start, width - start)]
 
-    slices = far["weights_kernel"].grid[1]
-    start = (slices - 1) * far["weights_kernel"].arguments["HIDDEN_TILE"]
-    tile = hidden - start
-    weight = rank * hidden
-    before = (taps - 1) * weight
-    columns = [(row * taps * rank + (taps - 1) * rank, row * rank, rank) for row in range(N)]
+    def columns(start):
+        return [((row * taps + taps - 1) * rank, row * rank, rank) for row in range(start, N)]
+
+    weight, narrow = rank * hidden, N * rank
+    width = far[0].arguments["sums_ptr"].shape[-1]
     places = {
-        "mixed_ptr": last_tap(N * rank),
-        "ds_ptr": columns,
+        "dS_ptr": columns(0),
+        "u_ptr": last_tap(narrow),
+        "D_ptr": last_tap(9 * rank),
         "Q_ptr": last_tap(weight),
         "b_ptr": last_tap(hidden),
         "U_ptr": last_tap(weight),
-        "dQ_ptr": [(before + i * hidden + start, i * hidden + start, tile) for i in range(rank)],
-        "db_ptr": [((taps - 1) * hidden + start, start, tile)],
-        "dU_ptr": [(before + start * rank, start * rank, tile * rank)],
+        "S_ptr": columns(first),
+        "dmixed_ptr": last_tap(narrow, first * rank),
+        "sums_ptr": [((slots * parts - 1) * width, (parts - 1) * width, width)],
     }
-    outputs = {"dQ_ptr", "db_ptr", "dU_ptr"}
-    block = 0, slices - 1, taps - 1
-    compare(gpu, far["weights_kernel"], near["weights_kernel"], block, places, outputs)
-
-    n = 5  # the neighbour
-    places = {name: last_tap(N * rank) for name in ("u_ptr", "dmixed_ptr")}
-    places["dD_ptr"] = [((taps - 1) * rank * 9 + i * 9 + n, i * 9 + n, 1) for i in range(rank)]
-    compare(gpu, far["mixing_kernel"], near["mixing_kernel"], (0, n, taps - 1), places, {"dD_ptr"})
+    outputs = {"S_ptr", "dmixed_ptr", "sums_ptr"}
+    compare(gpu, far[0], near[0], (parts - 1, slots - 1, 0), places, outputs)
+    places = {name: last_tap(narrow) for name in ("u_ptr", "dmixed_ptr")}
+    places["D_ptr"] = last_tap(9 * rank)
+    places["dt_ptr"] = last_tap(narrow, first * rank)
+    places["dD_ptr"] = [((parts * taps - 1) * 9 * rank, (parts - 1) * 9 * rank, 9 * rank)]
+    compare(gpu, far[1], near[1], (parts - 1, taps - 1, 0), places, {"dt_ptr", "dD_ptr"})
 
 
 def test_tap_gradient(device, monkeypatch):
