@@ -59,7 +59,7 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     if architecture < 80:
         return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
     if rank > 32:
-        return Tiles(32, 32, 8 if architecture >= 120 else 4)
+        return Tiles(32, 32, 8)
     return Tiles(128, 64, 8) if architecture == 86 else Tiles(64, 64, 4)
 
 
@@ -482,7 +482,7 @@ def adapters_backward_kernel(
         )
         dU_ptr = dQ_ptr + HIDDEN * RANK
         db_ptr = dU_ptr + HIDDEN * RANK
-        for start in range(0, HIDDEN, HIDDEN_TILE):
+        for start in tl.range(0, HIDDEN, HIDDEN_TILE, num_stages=2):
             Q, b, U = _load_slice(Q_ptr, b_ptr, U_ptr, start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
             a, slope = gelu_and_slope(dot(mixed, Q, zero) + b[None, :])
             a = a.to(dtype)

@@ -170,8 +170,9 @@ def sublayer_epilogue_kernel(
     rank_in = ranks < RANK
 
     t = tl.zeros((ROWS, RANK_TILE), tl.float32)
-    mean = tl.zeros((ROWS,), tl.float32)
-    squares = tl.zeros((ROWS,), tl.float32)  # Σ (y' - mean)²
+    shift = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, CHANNEL_TILE), tl.float32)  # Σ y' - shift
+    squares = total  # Σ (y' - shift)²
     largest = tl.zeros((ROWS,), tl.int32)
     for start in range(0, CHANNELS, CHANNEL_TILE):
         channels = start + tl.arange(0, CHANNEL_TILE)
@@ -183,22 +184,16 @@ def sublayer_epilogue_kernel(
         y = (x.to(tl.float32) + y.to(tl.float32)).to(dtype)
         tl.store(y_out_ptr + at, y, mask=inside)
         if NORM:
-            # Means and squares of slices merge exactly (Chan et al., 1983): Σy² - (Σy)²/C would
-            # cancel where the mean is large.
-            count = tl.minimum(CHANNELS - start, CHANNEL_TILE).to(tl.float32)
+            # Σy² - (Σy)²/C would cancel where the mean is large. Not so about the mean of the first
+            # slice: that of all lies within √(C/slice) standard deviations of it.
             y = y.to(tl.float32)
-            slice_mean = tl.sum(y, 1) / count
-            off = y - slice_mean[:, None]
+            if start == 0:
+                shift = tl.sum(y, 1) * (1.0 / min(CHANNELS, CHANNEL_TILE))
+            off = y - shift[:, None]
             if CHANNELS % CHANNEL_TILE:
                 off = tl.where(channel_in[None, :], off, 0.0)
-            step = slice_mean - mean
-            mean += step * (count / (start + count))
-            square = off * off
-            if CHANNELS % 2:
-                # Added in one rounding with a neighbour's, a square would give lanes that hold the
-                # same row sums that differ by their last bits.
-                square = tl.fma(off, off, 0.0)
-            squares += tl.sum(square, 1) + step * step * (start * count / (start + count))
+            total += off
+            squares = tl.fma(off, off, squares)
         if TAP == "output":
             P = tl.load(
                 P_ptr + channels[:, None] * RANK + ranks[None, :],
@@ -209,7 +204,10 @@ def sublayer_epilogue_kernel(
             if FORMAT != "full":
                 largest = tl.maximum(largest, tl.max(magnitude(x.to(tl.float32)), 1))
 
-    rstd = tl.rsqrt(squares / CHANNELS + eps)
+    off = tl.sum(total, 1) * (1.0 / CHANNELS)
+    mean = shift + off
+    variance = tl.sum(squares, 1) * (1.0 / CHANNELS) - off * off
+    rstd = tl.rsqrt(tl.maximum(variance, 0.0) + eps)
     if NORM:
         tl.debug_barrier()  # y' is read again, and not by the threads that wrote it
     if TAP == "norm":

@@ -111,3 +111,11 @@ def test_norm_of_a_large_mean_does_not_cancel(tap):
     # y' itself is rounded to 600 · 2^-24, against a deviation of 1.4.
     arguments = make_arguments((1, 4, 5), 200, 4, torch.float32, spoil=lambda x: x + 300)
     check(arguments, tap, tolerance=1e-4)
+
+
+@pytest.mark.parametrize("first", [0.0, 1.0, 1e3, 1e5])
+def test_norm_of_a_first_slice_unlike_the_others(first):
+    x, y, weight, bias, eps, P = make_arguments((1, 3, 7), 640, 4, torch.float32)
+    y[..., :64] = first
+    y[..., 0] *= -3
+    check((x, y, weight, bias, eps, P), "norm")
