@@ -1,14 +1,19 @@
-"""Compile the Triton kernels ahead of time, and read registers, spills and shared memory.
+"""What the Triton kernels cost on each GPU architecture; needs no GPU.
 
     python -m bench.registers [--json FILE]
 
-Needs no GPU. Occupancy is that of one streaming multiprocessor, from the limits in CUDA's
-programming guide (compute capabilities). A kernel that spills or does not fit ends with an error.
+Compiled ahead of time: registers, spills, shared memory and occupancy, of one streaming
+multiprocessor, from the limits in CUDA's programming guide (compute capabilities). A kernel that
+spills or does not fit ends with an error. Executed by ``tests/ptx`` in the paper's shape on stage 3
+of Swin-B, per token (and adapter): instructions, memory and, for three GPUs, the nanoseconds of a
+roofline model. A model is no measurement: it knows neither latencies nor caches.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import re
 import subprocess
 import sys
@@ -24,10 +29,13 @@ from triton.compiler import ASTSource
 
 from bench.environment import environment
 from e3va.config import SWIN_VARIANTS, HighwayConfig
-from e3va.files import write_json
+from e3va.files import atomic_path
 from e3va.kernels import adapters, sublayer_epilogue, tap_gradient
 from e3va.kernels.common import padded_rank
 from e3va.ops.taps import DEFAULT_TAPS, LARGEST
+from tests.ptx.compiler import TritonCompiler
+from tests.ptx.costs import measure
+from tests.ptx.counters import SECTOR, Counts
 
 
 class Limits(NamedTuple):
@@ -48,6 +56,7 @@ ARCHITECTURES = {
     100: Limits(227 << 10, 228 << 10, 2048),
     120: Limits(99 << 10, 100 << 10, 1536),
 }
+DEFAULT_ARCHITECTURES = [75, 80, 86, 89, 90, 120]
 REGISTERS = 64 << 10
 TAPS = 36  # K of the deepest stage
 FORMS = ((0, False), (3, True), (7, True))
@@ -230,13 +239,93 @@ def shapes(formats: Sequence[str]) -> list[tuple[int, int, int, Sequence[str]]]:
     ]
 
 
+class Gpu(NamedTuple):
+    """Peaks from the vendor's data sheets: clock under load in GHz, GB/s, and dense TFLOPS of
+    tensor cores in 16 bits, summed in fp32."""
+
+    name: str
+    multiprocessors: int
+    clock: float
+    bandwidth: float
+    tensor: float
+
+
+GPUS = {
+    90: Gpu("H100 SXM", 132, 1.83, 3350, 989),
+    89: Gpu("RTX 4060", 24, 2.46, 272, 30),
+    86: Gpu("RTX 3060", 28, 1.78, 360, 25),
+}
+
+
+def roofline(counts: Counts, gpu: Gpu) -> float:
+    """Nanoseconds, as modelled: every sector comes from memory, four schedulers a multiprocessor
+    issue an instruction each cycle, and the slowest of memory, issue and tensor cores decides."""
+    operations = 0.0
+    for opcode, count in counts.opcodes.items():
+        if shape := re.search(r"mma\S*\.m(\d+)n(\d+)k(\d+)", opcode):
+            m, n, k = map(int, shape.groups())
+            warps = 4 if opcode.startswith("wgmma") else 1  # that issue one together
+            operations += 2 * m * n * k * count / warps
+    return max(
+        counts.sectors * SECTOR / gpu.bandwidth,
+        counts.instructions / (4 * gpu.multiprocessors * gpu.clock),
+        operations / (1e3 * gpu.tensor),
+    )
+
+
+def execute_kernels(compiler: TritonCompiler, architecture: int) -> Iterator[dict[str, Any]]:
+    """Of every kernel what an execution counts, per token and adapter."""
+    dtype = torch.bfloat16 if runs_on(architecture, torch.bfloat16) else torch.float16
+    for kernel, units, counts in measure(compiler, architecture, dtype, 512, 16, 256):
+        classes = counts.classes()
+        cost = {
+            "kernel": kernel,
+            "architecture": architecture,
+            "dtype": TYPES[dtype],
+            "instructions": counts.instructions / units,
+            "tensor": classes["tensor core"] / units,
+            "special": classes["special function"] / units,
+            "sectors_over_floor": counts.sectors_over_floor,
+            "wavefronts": counts.wavefronts / units,
+        }
+        if gpu := GPUS.get(architecture):
+            cost["model_ns"] = roofline(counts, gpu) / units
+        yield {name: round(v, 3) if isinstance(v, float) else v for name, v in cost.items()}
+
+
+def worst(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of each kernel, architecture and dtype the most that a shape takes."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for r in results:
+        key = r["kernel"], r["architecture"], r["dtype"]
+        row = found.setdefault(
+            key, dict(zip(("kernel", "architecture", "dtype"), key, strict=True))
+        )
+        for name in ("registers", "spilled", "shared"):
+            row[name] = max(row.get(name, 0), r[name])
+        row["occupancy"] = round(min(row.get("occupancy", 1.0), r["occupancy"]), 3)
+    return list(found.values())
+
+
+def write_report(path: Path, **tables: list[dict[str, Any]]) -> None:
+    """JSON with one line for each row of a table."""
+    parts = [f'"environment": {json.dumps(environment())}']
+    for name, rows in tables.items():
+        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]")
+    with atomic_path(path) as temporary:
+        temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--architectures", nargs="+", type=int, default=list(ARCHITECTURES))
+    parser.add_argument(
+        "--architectures", nargs="+", type=int, choices=ARCHITECTURES, default=DEFAULT_ARCHITECTURES
+    )
     for name in ("--channels", "--ranks"):
         parser.add_argument(name, nargs="+", type=int, help="these only (default: all)")
     formats = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
     parser.add_argument("--taps", **formats, help="of compressed taps these only (default: all)")
+    parser.add_argument("--compile-only", action="store_true", help="execute nothing")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     print(f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
@@ -256,12 +345,31 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{r['shared']:8}{r['occupancy']:10.0%}",
                         flush=True,
                     )
+    costs = [] if options.compile_only else print_costs(options.architectures)
     if options.json:
-        report = {"environment": environment(), "kernels": results}
-        write_json(options.json, report)
+        write_report(options.json, compiled=worst(results), executed=costs)
     bad = [r for r in results if r["spilled"] or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")
+
+
+def print_costs(architectures: Sequence[int]) -> list[dict[str, Any]]:
+    print(f"{'per token and adapter':27} sm dtype instr. tensor special sectors wavefronts  model")
+    costs = []
+    with contextlib.closing(TritonCompiler()) as compiler:
+        for architecture in architectures:
+            for c in execute_kernels(compiler, architecture):
+                costs.append(c)
+                model = ""
+                if "model_ns" in c:
+                    model = f"{c['model_ns']:8.2f} ns on {GPUS[architecture].name} (model)"
+                print(
+                    f"{c['kernel']:27}{architecture:3}  {c['dtype']}{c['instructions']:7.0f}"
+                    f"{c['tensor']:7.1f}{c['special']:8.1f}{c['sectors_over_floor']:8.2f}"
+                    f"{c['wavefronts']:11.1f}{model}",
+                    flush=True,
+                )
+    return costs
 
 
 if __name__ == "__main__":

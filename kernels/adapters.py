@@ -55,7 +55,9 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     """Those of ``adapters_backward_kernel``; nothing spills. Parts are larger, and fewer, where
     their sums outgrow the cache (sm_86)."""
     if dtype == torch.float32:
-        return Tiles(16, 16, 4) if rank > 32 else Tiles(64, 16, 4)
+        if rank > 32:
+            return Tiles(16, 16, 4)
+        return Tiles(64, 16, 4 if architecture >= 90 else 8)
     if architecture < 80:
         return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
     if rank > 32:
