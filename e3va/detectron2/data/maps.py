@@ -54,13 +54,14 @@ def register_semantic_maps(cfg: CfgNode) -> None:
         values = {value: value - 1 for value in range(1, len(classes) + 1)}
         names = {split: maps[f"{split}_SPLIT"] for split in ("TRAIN", "TEST")}
         splits = {name: _pair(Path(source), name) for name in names.values() if name}
-        for of_split in splits.values():
-            _check_values(of_split, len(classes))
     if not 2 <= len(classes) < UNLABELLED:
         raise ValueError(
             f"{source} has {len(classes)} classes: maps can be of 2 to {UNLABELLED - 1}; with one, "
             "every pixel would be of it"
         )
+    if not index:
+        for of_split in splits.values():
+            _check_values(of_split, len(classes))
     for split, name in names.items():
         if not name:
             leave_out(cfg, split, f"DATASETS.SEMANTIC_MAPS.{split}_SPLIT")

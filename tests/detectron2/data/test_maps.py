@@ -24,8 +24,8 @@ def test_maps_of_every_kind(tmp_path):
         counted = {value: value - 1 for value in (1, 2, 3)}
         assert read_labels(tmp_path / "map.png", counted).tolist() == expected
         assert read_labels(tmp_path / "map.png", None).tolist() == values.tolist()
-    Image.fromarray(np.zeros((2, 2, 3), np.uint8)).save(tmp_path / "map.png")
-    with pytest.raises(ValueError, match="is RGB: a semantic map"):
+    Image.fromarray(np.arange(12, dtype=np.uint8).reshape(2, 2, 3)).save(tmp_path / "map.png")
+    with pytest.raises(ValueError, match="mode RGB: a semantic map"):
         read_labels(tmp_path / "map.png", None)
 
 
