@@ -144,3 +144,29 @@ def test_taps(tmp_path, monkeypatch, capsys):
     assert all(len(result["mask_ap"]) == 1 for result in report["taps"].values())
     assert report["taps"]["int4"]["saved_bytes"] < report["taps"]["full"]["saved_bytes"]
     assert "mask AP" in capsys.readouterr().out
+
+
+def test_costs_of_kernels(tmp_path):
+    registers = pytest.importorskip("bench.registers", reason="triton is not installed")
+    from tests.ptx.counters import Access, Counts
+
+    key = {"kernel": "a", "architecture": 80, "dtype": "fp16"}
+    results = [
+        {**key, "registers": 40, "spilled": 0, "shared": 1024, "occupancy": 0.5},
+        {**key, "registers": 32, "spilled": 0, "shared": 2048, "occupancy": 0.25},
+        {**key, "dtype": "fp32", "registers": 8, "spilled": 0, "shared": 0, "occupancy": 1.0},
+    ]
+    rows = registers.worst(results)
+    expected = {**key, "registers": 40, "spilled": 0, "shared": 2048, "occupancy": 0.25}
+    assert rows == [expected, results[2]]
+    registers.write_report(tmp_path / "r.json", compiled=rows, executed=[])
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["compiled"] == rows and report["executed"] == [] and report["environment"]
+    gpu = registers.Gpu("one", 1, 1.0, 32.0, 4.096e-3)
+    counts = Counts()
+    counts.opcodes["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = 8
+    assert registers.roofline(counts, gpu) == pytest.approx(8e3)  # by tensor cores
+    counts.loads["x"] = Access(1, 32, 10**4)
+    assert registers.roofline(counts, gpu) == pytest.approx(1e4)  # by memory
+    counts.opcodes["add.f32"] = 10**5
+    assert registers.roofline(counts, gpu) == pytest.approx((10**5 + 8) / 4)  # by issue
