@@ -6,8 +6,14 @@ their hash, and is loaded over no others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
 from torch import Tensor, nn
 
+from e3va.files import atomic_path
 from e3va.trunks import Trunk
 from e3va.weights import trunk_hash
 
@@ -51,6 +57,28 @@ def check_state(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
         f"{len(unfit)} tensors are missing, unexpected or of another shape, among them "
         f"{', '.join(unfit[:3])}"
     )
+
+
+def check_target(target: Path) -> None:
+    """That :func:`write_state` can write to ``target``.
+
+    Raises:
+        ValueError: it ends in neither .safetensors nor .pth.
+    """
+    if target.suffix not in (".safetensors", ".pth"):
+        raise ValueError(f"a model is exported as .safetensors or .pth, not as {target}")
+
+
+def write_state(state: Mapping[str, Tensor], target: Path) -> None:
+    """Write a model's whole state as one .safetensors or .pth file; replaced as a whole or not at
+    all."""
+    check_target(target)
+    tensors = {name: value.cpu().contiguous() for name, value in state.items()}
+    with atomic_path(target) as temporary:
+        if target.suffix == ".pth":
+            torch.save({"model": tensors}, temporary)
+        else:
+            safetensors.torch.save_file(tensors, temporary, {"format": "pt"})
 
 
 def _frozen(trunk: Trunk) -> set[str]:

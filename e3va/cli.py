@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.set_defaults(run=_convert)
     _add_runs(commands)
     options, more = parser.parse_known_args(arguments)
-    options.overrides = [*getattr(options, "overrides", []), *more]
-    if options.overrides and (options.run is not _train or options.overrides[0].startswith("-")):
-        parser.error(f"unrecognized arguments: {' '.join(options.overrides)}")
+    if more and (options.run is not _train or any(word.startswith("--") for word in more)):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    options.overrides = more
     try:
         return options.run(options) or 0
-    except (FileNotFoundError, ImportError, KeyError, ValueError) as error:
+    except (FloatingPointError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         if os.environ.get("E3VA_TRACEBACK"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
@@ -123,12 +123,12 @@ def _add_data(parser: Any, optional: bool = False) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
 
 
-def _open(options: argparse.Namespace, **more: Any) -> Any:
+def _open(options: argparse.Namespace, *, hold_out: bool = True) -> Any:
     from e3va.data.folder import open_data, read_classes
 
     classes = read_classes(options.classes) if options.classes else None
     given = {"val": options.val, "images": options.images, "task": options.task}
-    return open_data(options.data, **given, classes=classes, seed=options.seed, **more)
+    return open_data(options.data, **given, classes=classes, seed=options.seed, hold_out=hold_out)
 
 
 def _data(options: argparse.Namespace) -> None:
@@ -162,7 +162,13 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from e3va.runs import commands
 
-    metrics = commands.evaluate(options.folder, _open(options) if options.data else None)
+    data = None
+    if options.data:
+        data = _open(options, hold_out=False)
+        print(commands.describe(data))
+    elif options.val or options.images or options.task or options.classes:
+        raise ValueError("--val, --images, --task and --classes are of DATA, and there is none")
+    metrics = commands.evaluate(options.folder, data)
     _print_metrics(metrics)
 
 

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "backbone": {"ops", "trunks"},
     "methods": {"backbone", "config", "highway", "trunks"},
     "optim": {"highway", "trunks"},
-    "checkpoint": {"trunks", "weights"},
+    "checkpoint": {"files", "trunks", "weights"},
     "precision": {"trunks", "weights"},
     "adapter": {
         "__version__",

@@ -62,7 +62,8 @@ class CocoInstances:
         self.masks = masks
         content = read_json(annotations, images, masks=masks)
         content.warn(logger)
-        if masks and content.dropped and not content.annotations:
+        maskless = any(reason.startswith("no mask") for reason in content.dropped)
+        if masks and maskless and not content.annotations:
             raise ValueError(f"{self.path} has no mask: read it with masks=False for its boxes")
         self.classes = content.classes
         self._categories = content.categories

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from e3va.data import coco_json, maps, voc, yolo
-from e3va.data.images import list_files, list_images
+from e3va.data.images import check_complete, list_files, list_images
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
 
@@ -200,6 +200,7 @@ def open_data(
     task: str | None = None,
     classes: dict[str, str | None] | None = None,
     seed: int = 0,
+    hold_out: bool = True,
 ) -> Data:
     """Find out what a path holds, read and check it.
 
@@ -211,6 +212,8 @@ def open_data(
         classes: what each class is to be called; those that are not named, or called None, are left
             out (default: all as they are).
         seed: of a split that is made here.
+        hold_out: where there is no validation split, make one (default); False: all is one, the test
+            split if there is one.
 
     Raises:
         FileNotFoundError: the path, or something that it names, is missing.
@@ -235,13 +238,19 @@ def open_data(
                 f"{'train on' if name == 'train' else 'validate on (name other data by --val)'}"
                 f"{_why(data.splits[name])}"
             )
-    if "val" not in data.splits:
+    if "val" not in data.splits and not hold_out:
+        data.splits["val"] = data.splits.get("test", data.splits["train"])
+    elif "val" not in data.splits:
         data.splits["train"], data.splits["val"] = _split(data.splits["train"], seed)
         data.notes.append(
             f"no validation split: {len(_items(data.splits['val']))} images, drawn with the seed "
             f"{seed}, are kept to validate on"
         )
-    elif shared := len(_files(data.splits["train"]) & _files(data.splits["val"])):
+    for path in set().union(*map(_files, data.splits.values())):
+        check_complete(path)
+    if data.splits["train"] is data.splits["val"]:
+        return data
+    if shared := len(_files(data.splits["train"]) & _files(data.splits["val"])):
         data.notes.append(f"{shared} images are both in train and in val: scores will flatter")
     return data
 

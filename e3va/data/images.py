@@ -86,6 +86,26 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def check_complete(path: str | os.PathLike[str]) -> None:
+    """That an image file is not cut short: of a JPEG or PNG that does not end as it should, and of
+    other kinds not at all, all is decoded.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    with open(path, "rb") as file:
+        start = file.read(4)
+        file.seek(max(0, os.path.getsize(path) - _TAIL))
+        end = file.read()
+    mark = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(start[:2])
+    if mark is not None and mark not in end:
+        read_image(path)
+
+
+_TAIL = 4096
+"""Bytes at the end of a file in which the mark of its end is looked for: cameras append to it."""
+
+
 def check_size(path: Path, size: tuple[int, int], said_by: object) -> None:
     """That ``said_by`` gives the true (height, width) of an image.
 

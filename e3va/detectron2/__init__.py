@@ -9,6 +9,7 @@ except ModuleNotFoundError as error:
         "https://detectron2.readthedocs.io/en/latest/tutorials/install.html"
     ) from error
 
+from e3va.detectron2.average import WeightAverage
 from e3va.detectron2.backbone import (
     E3VASwinBackbone,
     build_e3va_swin_backbone,
@@ -24,7 +25,7 @@ from e3va.detectron2.data.maps import register_semantic_maps
 from e3va.detectron2.data.voc import register_voc_tree
 from e3va.detectron2.evaluation import VOCTreeEvaluator
 from e3va.detectron2.inference import SemanticInference
-from e3va.detectron2.train import Trainer, WeightAverage
+from e3va.detectron2.train import Trainer
 from e3va.detectron2.upernet import UPerNetHead
 
 __all__ = [

@@ -48,11 +48,22 @@ class SafeCheckpointer(DetectionCheckpointer):
     def save(self, name: str, **kwargs: Any) -> None:
         """As ``DetectionCheckpointer``'s; with the trunk if it is no longer its source's. A file of
         the same name is replaced as a whole or not at all."""
+        super().save(name + PARTIAL, **{**kwargs, **self._without_trunk()})
+
+    def save_model(self, name: str, **more: Any) -> None:
+        """Write the model alone, without what a training goes on from, and ``more``; it does not
+        become the last checkpoint."""
+        content = {"model": self.model.state_dict(), **self._without_trunk(), **more}
+        with atomic_path(Path(self.save_dir) / f"{name}.pth") as temporary:
+            torch.save(content, temporary)
+
+    def _without_trunk(self) -> dict[str, Any]:
+        """What stands for the model's state where the trunk's source brings the rest again."""
         trunk = self._trunk_as_loaded()
-        if self._source and self._frozen_hash and trunk:
-            kwargs["model"] = own_state(self.model)
-            kwargs["trunk"] = {"hash": trunk, "source": self._source}
-        super().save(name + PARTIAL, **kwargs)
+        if not (self._source and self._frozen_hash and trunk):
+            return {}
+        about = {"hash": trunk, "source": self._source}
+        return {"model": own_state(self.model), "trunk": about}
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """Name a file that has been written, and only now is whole, and make it the last one."""

@@ -152,7 +152,8 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
 
     Raises:
         FileNotFoundError: there is no such file.
-        KeyError: a key of the file is unknown. AssertionError: one of the overrides is.
+        KeyError: a key is unknown.
+        ValueError: an override has no value, or one of another type.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"no config file {config_file!r}: give one with --config-file")
@@ -160,8 +161,13 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     add_e3va_config(cfg)
     cfg.merge_from_other_cfg(CfgNode(_Files.load_yaml_with_base(config_file)))
     words = list(overrides)
+    if len(words) % 2:
+        raise ValueError(f"overrides come as KEY VALUE, got {' '.join(map(str, words))}")
     words[::2] = _translated(words[::2])
-    cfg.merge_from_list(words)
+    try:
+        cfg.merge_from_list(words)
+    except AssertionError as error:  # yacs tells of an unknown key by it
+        raise KeyError(f"unknown key among the overrides: {error}") from None
     return cfg
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine.hooks import EvalHook, HookBase
+from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
@@ -23,14 +23,13 @@ from tqdm import tqdm
 
 from e3va.data.folder import Data
 from e3va.detectron2.config import CONFIGS, load_config
-from e3va.detectron2.data import register_datasets
+from e3va.detectron2.data import FORMATS, register_datasets
 from e3va.detectron2.inference import class_names, load_model
 from e3va.detectron2.inference import export as export_model
 from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
-from e3va.methods import METHODS
-from e3va.runs.folder import CONFIG, LOG, METRICS, Found, read_metrics, write_data
+from e3va.runs.folder import CONFIG, LOG, METRICS, Found, rank, read_metrics, write_data
 from e3va.runs.plan import Plan
 
 BASES = {
@@ -72,16 +71,18 @@ def train(
     Raises:
         KeyError, ValueError: a key or a value of the config is wrong.
     """
-    write_data(data, folder / "data")
     cfg = config_of(data, plan, folder, overrides)
+    if resume and (folder / CONFIG).is_file():
+        _check_same(cfg, load_config(str(folder / CONFIG)), folder)
+    write_data(data, folder / "data")
     with _log(folder):
         register_datasets(cfg)
         seed_all_rng(cfg.SEED)
-        with atomic_path(folder / CONFIG) as temporary:
-            temporary.write_text(cfg.dump())
-        cfg.freeze()
         trainer = RunTrainer(cfg)
         trainer.resume_or_load(resume=resume)
+        with atomic_path(folder / CONFIG) as temporary:
+            temporary.write_text(cfg.dump(), encoding="utf-8")
+        cfg.freeze()
         trainer.begin_metrics()
         trainer.train()
     return trainer.metrics
@@ -122,8 +123,8 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         settings["MODEL.ANCHOR_GENERATOR.SIZES"] = sizes
         settings["MODEL.MASK_ON"] = plan.task == "masks"
         settings["INPUT.MASK_FORMAT"] = "bitmask" if _has_encodings(data) else "polygon"
-    if plan.method in METHODS and not torch.cuda.is_available():
-        settings["DATALOADER.NUM_WORKERS"] = 0
+    if not torch.cuda.is_available():
+        settings["DATALOADER.NUM_WORKERS"] = 0  # they would take the cores that compute
     pairs = [word for pair in settings.items() for word in pair]
     base = CONFIGS / f"Base-{bases[plan.detector]}.yaml"
     return load_config(str(base), [*pairs, *overrides])
@@ -148,7 +149,8 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
                 f"{', '.join(cfg.DATASETS.CLASSES)} (see --classes)"
             )
         write_data(data, folder / "evaluation")
-        keys = _data_keys(data, folder / "evaluation")
+        keys = {f"DATASETS.{f.section}.{key}": "" for f in FORMATS for key in f.given_by}
+        keys |= _data_keys(data, folder / "evaluation")
         cfg.merge_from_list([word for pair in keys.items() for word in pair])
     with _log(folder):
         register_datasets(cfg)
@@ -201,6 +203,8 @@ class RunTrainer(Trainer):
         for hook in hooks:
             if isinstance(hook, EvalHook):
                 hook._func = self._scored(hook._func)
+            elif isinstance(hook, PeriodicCheckpointer):
+                hook.max_to_keep = 1
         return [*hooks, _Bar()]
 
     def build_writers(self) -> list[EventWriter]:
@@ -219,18 +223,11 @@ class RunTrainer(Trainer):
             self.write(iteration=done, **self.metrics)
             if rank(self.metrics) > self._best:
                 self._best = rank(self.metrics)
-                self.checkpointer.save("model_best", iteration=self.iter)
+                more = {"ema": self.average.state_dict()} if self.average else {}
+                self.checkpointer.save_model("model_best", iteration=done - 1, **more)
             return results
 
         return evaluate_and_keep
-
-
-def rank(metrics: dict[str, float]) -> float:
-    """The metric by which the best model is told: of masks, maps or boxes."""
-    for name in ("mask_ap", "miou", "box_ap"):
-        if name in metrics:
-            return metrics[name]
-    return -math.inf
 
 
 class _Bar(HookBase):
@@ -244,10 +241,11 @@ class _Bar(HookBase):
 
     def before_step(self) -> None:
         self._began = time.perf_counter()
+        self._lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
 
     def after_step(self) -> None:
         loss = self.trainer.storage.history("total_loss").latest()
-        lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
+        lr = self._lr
         seconds = time.perf_counter() - self._began
         self.trainer.write(iteration=self.trainer.iter + 1, loss=loss, lr=lr, seconds=seconds)
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}"}
@@ -283,8 +281,8 @@ def _has_encodings(data: Data) -> bool:
 def _trained(folder: Path) -> CfgNode:
     """The run's config, naming its weights: the final ones, else the last checkpoint's."""
     weights = folder / "model_final.pth"
-    last = folder / "last_checkpoint"
-    if not weights.is_file() and last.is_file():
+    last = folder / "last_checkpoint"  # newer, where a run that was made longer has been stopped
+    if last.is_file():
         weights = folder / last.read_text().strip()
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no trained weights: there is no {weights}")
@@ -292,6 +290,38 @@ def _trained(folder: Path) -> CfgNode:
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.OUTPUT_DIR = str(folder)
     return cfg
+
+
+def _warnings() -> logging.Handler:
+    """What a user must see, beside the bar."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("warning: %(message)s"))
+    return handler
+
+
+_FIXED = (
+    *("MODEL.META_ARCHITECTURE", "MODEL.TRUNK.VARIANT", "MODEL.TUNING.METHOD", "MODEL.MASK_ON"),
+    *("MODEL.ANCHOR_GENERATOR.SIZES", "SOLVER.IMS_PER_BATCH", "SOLVER.BASE_LR", "SEED"),
+)
+"""Keys in which a run must not differ when it is resumed."""
+
+
+def _check_same(cfg: CfgNode, was: CfgNode, folder: Path) -> None:
+    for key in _FIXED:
+        then, now = was, cfg
+        for part in key.split("."):
+            then, now = then[part], now[part]
+        if then != now:
+            raise ValueError(
+                f"{folder} is of a run with {key} {then}, not {now}: resume with the same "
+                "settings, or start anew in another folder"
+            )
+    if cfg.SOLVER.MAX_ITER < was.SOLVER.MAX_ITER:
+        raise ValueError(
+            f"{folder} is of a run of {was.SOLVER.MAX_ITER} iterations, not {cfg.SOLVER.MAX_ITER}: "
+            "a run may become longer (--iterations), not shorter"
+        )
 
 
 @contextlib.contextmanager
@@ -304,6 +334,7 @@ def _log(folder: Path) -> Iterator[None]:
         one.handlers = []
         setup_logger.cache_clear()
         setup_logger(os.fspath(folder), name=name, configure_stdout=False)
+        one.addHandler(_warnings())
     try:
         with (folder / LOG).open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             yield

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -19,15 +17,15 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 from fvcore.transforms.transform import HFlipTransform
 from torch import Tensor, nn
 
+from e3va.checkpoint import check_target, write_state
+from e3va.detectron2.average import WeightAverage
 from e3va.detectron2.checkpoint import CompleteCheckpointer
-from e3va.files import atomic_path
 from e3va.runs.folder import Found
-
-logger = logging.getLogger(__name__)
 
 
 def load_model(cfg: CfgNode) -> nn.Module:
-    """The model of a config with the weights of MODEL.WEIGHTS, ready to predict.
+    """The model of a config with the weights of MODEL.WEIGHTS, ready to predict: the averaged ones
+    where SOLVER.EMA has averaged them.
 
     Raises:
         ValueError: MODEL.WEIGHTS is empty, or of another model.
@@ -35,7 +33,11 @@ def load_model(cfg: CfgNode) -> nn.Module:
     if not cfg.MODEL.WEIGHTS:
         raise ValueError("MODEL.WEIGHTS is empty: name the trained model's file")
     model = build_model(cfg).eval()
-    CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    rest = CompleteCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    if cfg.SOLVER.EMA.DECAY and "ema" in rest:  # what was evaluated
+        average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
+        average.load_state_dict(rest["ema"])
+        average.apply()
     return model
 
 
@@ -78,17 +80,8 @@ def export(cfg: CfgNode, target: Path) -> None:
     Raises:
         ValueError: another suffix, or MODEL.WEIGHTS is empty.
     """
-    if target.suffix not in (".safetensors", ".pth"):
-        raise ValueError(f"a model is exported as .safetensors or .pth, not as {target}")
-    state: dict[str, Tensor] = {
-        name: value.cpu().contiguous() for name, value in load_model(cfg).state_dict().items()
-    }
-    with atomic_path(target) as temporary:
-        if target.suffix == ".pth":
-            torch.save({"model": state}, temporary)
-        else:
-            safetensors.torch.save_file(state, temporary, {"format": "pt"})
-    logger.info("wrote %d tensors, %.1f MiB", len(state), target.stat().st_size / 2**20)
+    check_target(target)
+    write_state(load_model(cfg).state_dict(), target)
 
 
 class SemanticInference(nn.Module):

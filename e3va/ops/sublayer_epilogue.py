@@ -17,7 +17,7 @@ from e3va.ops.checks import (
     check_shape,
 )
 from e3va.ops.library import frozen_operator
-from e3va.ops.taps import TAPPED, TAPS, room
+from e3va.ops.taps import TAPPED, TAPS, room, stored_channels
 
 dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
 
@@ -73,6 +73,8 @@ def sublayer_epilogue(
     check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps)
     if P is not None and not into:
         into = room(x, P.shape[1], taps)
+    elif P is not None:
+        _check_room(into, x, P.shape[1], taps)
     arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, list(into)
     y_out, z = _sublayer_epilogue(*arguments)
     t, kept, scale = into or [x.new_empty(0)] * 3
@@ -105,6 +107,17 @@ def _check(
     if P is not None:
         check_floating(P=P)
         check_shape("P", P, channels, -1)
+
+
+def _check_room(into: Sequence[Tensor], x: Tensor, rank: int, taps: str) -> None:
+    """A kernel would write past the end of what is smaller than :func:`room` makes it."""
+    tokens = x.numel() // x.shape[-1]
+    bytes_ = 0 if taps == "full" else stored_channels(x.shape[-1], taps)
+    sizes = [tokens * rank, tokens * bytes_, tokens if bytes_ else 0]
+    if [part.numel() for part in into] != sizes or not all(p.is_contiguous() for p in into):
+        raise ValueError(
+            f"into must be contiguous, of {sizes} values, got {[tuple(p.shape) for p in into]}"
+        )
 
 
 @functools.partial(frozen_operator, writes=("into",))

@@ -26,12 +26,11 @@ from e3va.runs.folder import (
     METRICS,
     PREDICTIONS,
     Found,
+    check_same_data,
     engine_of,
     read_metrics,
 )
 from e3va.runs.plan import Plan
-
-ENGINES = ("detectron2", "torchvision")
 
 
 def default_engine() -> str:
@@ -80,7 +79,9 @@ def train(
         ValueError: the folder holds a run and is not to be resumed, nothing is to be found in the
             validation split, or a setting is wrong.
     """
-    if not resume and (folder / CONFIG).exists():
+    if resume:
+        check_same_data(data, folder / "data")
+    elif (folder / CONFIG).exists():
         raise ValueError(
             f"{folder} holds a run already: go on with it by --resume, or name another by --output"
         )
@@ -145,6 +146,9 @@ def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float
         ValueError: there is no image, or two pictures would have one name.
     """
     images = _images(sources)
+    targets = {(output / place.with_suffix(".png")).resolve() for _, place in images}
+    if any(path.resolve() in targets for path, _ in images):
+        raise ValueError(f"{output} holds the images themselves: name another folder by --output")
     by = engine(engine_of(folder))
     find, names = by.predictor(folder), by.classes_of(folder)
     entries = []

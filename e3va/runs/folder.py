@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,6 +46,41 @@ def engine_of(folder: str | os.PathLike[str]) -> str:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no config of a run")
     return "detectron2" if "MODEL" in content else "torchvision"
+
+
+def rank(metrics: Mapping[str, float]) -> float:
+    """The metric by which the best model is told: of masks, maps or boxes."""
+    for name in ("mask_ap", "miou", "box_ap"):
+        if name in metrics:
+            return metrics[name]
+    return -math.inf
+
+
+def check_same_data(data: Data, folder: Path) -> None:
+    """That a run that is resumed goes on with the data that :func:`write_data` wrote.
+
+    Raises:
+        ValueError: it has other classes, or other numbers of images or instances.
+    """
+    path = folder / ("maps.json" if data.task == "semantic" else "train.json")
+    if not path.is_file():
+        return
+    was = json.loads(path.read_text(encoding="utf-8"))
+    then: Any
+    now: Any
+    if data.task == "semantic":
+        then = was["classes"], len(was["splits"]["train"])
+        now = data.classes, len(data.splits["train"].pairs)
+    else:
+        names = [category["name"] for category in was["categories"]]
+        then = names, len(was["images"]), len(was["annotations"])
+        train = data.splits["train"]
+        now = data.classes, len(train.images), len(train.annotations)
+    if then != now:
+        raise ValueError(
+            f"{path} tells of a run on other data: classes, images and instances were {then}, and "
+            f"are {now}"
+        )
 
 
 def write_data(data: Data, folder: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import statistics
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from e3va.data.folder import Data
@@ -104,6 +105,10 @@ def make_plan(
     weights = weights or source_of(variant)
     if weights is None:
         raise ValueError(f"{variant} has no published weights: name them by --weights")
+    if iterations is not None and iterations < 1:
+        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    if Path(weights).expanduser().is_file():  # found from any working directory
+        weights = str(Path(weights).expanduser().absolute())
     train = data.splits["train"]
     items = train.pairs if isinstance(train, Maps) else train.images
     min_size, max_size = _sizes(train)

@@ -43,7 +43,14 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         saved, saved_hash = content.pop("model"), content.pop("trunk")
-    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, AttributeError) as error:
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise ValueError(f"{path} is damaged or no checkpoint of save_checkpoint") from error
     here = frozen_hash(model)
     if saved_hash != here:

@@ -168,21 +168,43 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     if len(overrides) % 2:
         raise ValueError(f"settings come as NAME VALUE, got {' '.join(overrides)}")
     assert config.model is not None
-    model, own = config.model, config
+    changes: dict[type, dict[str, Any]] = {TrainConfig: {}, ModelConfig: {}}
+    fields = {f.name: (kind, f) for kind in changes for f in _described(kind)}
     for name, text in zip(overrides[::2], overrides[1::2], strict=True):
-        value: Any = text
-        with contextlib.suppress(ValueError, SyntaxError):  # a string
-            value = ast.literal_eval(text)
-        value = tuple(value) if isinstance(value, list) else value
-        if name in {f.name for f in _described(ModelConfig)}:
-            kept = {} if name == "method" else model.options  # another has other options
-            model = dataclasses.replace(model, **{"options": kept, name: value})
-        elif name in {f.name for f in _described(TrainConfig)}:
-            own = dataclasses.replace(own, **{name: value})
-        else:
-            known = [f.name for kind in (TrainConfig, ModelConfig) for f in _described(kind)]
-            raise ValueError(f"no setting {name!r}; known: {', '.join(known)}")
+        if name not in fields:
+            raise ValueError(f"no setting {name!r}; known: {', '.join(fields)}")
+        kind, f = fields[name]
+        changes[kind][name] = _value(f, typing.get_type_hints(kind)[name], text)
+    if "method" in changes[ModelConfig]:  # another method has other options
+        changes[ModelConfig].setdefault("options", {})
+    model = dataclasses.replace(config.model, **changes[ModelConfig])
+    own = dataclasses.replace(config, **changes[TrainConfig])
     return dataclasses.replace(own, model=model)
+
+
+def _value(f: dataclasses.Field[Any], hint: Any, text: str) -> Any:
+    """What ``text`` means for a field of type ``hint``."""
+    value: Any = text
+    with contextlib.suppress(ValueError, SyntaxError):  # a string
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    for kind in kinds:
+        origin = typing.get_origin(kind) or kind
+        if origin is tuple:
+            (of, *_) = typing.get_args(kind)
+            items = tuple(value) if isinstance(value, list | tuple) else (value,)
+            if all(type(item) is of for item in items):
+                return items
+        elif origin is Mapping:
+            if isinstance(value, dict):
+                return value
+        elif kind is str:
+            if f.metadata["choices"] is None or text in f.metadata["choices"]:
+                return text
+        elif type(value) is kind or (kind is float and type(value) is int):
+            return kind(value) if kind is float else value
+    wanted = f.metadata["choices"] or ", ".join(getattr(k, "__name__", str(k)) for k in kinds)
+    raise ValueError(f"{f.name} must be of {wanted}, got {text!r}")
 
 
 def _described(kind: type) -> list[dataclasses.Field[Any]]:

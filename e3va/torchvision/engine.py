@@ -7,21 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 
+from e3va.checkpoint import check_target, write_state
 from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
-from e3va.files import atomic_path
 from e3va.runs.folder import Found, write_data
 from e3va.runs.plan import Plan
 from e3va.torchvision.config import ModelConfig, TrainConfig, set_fields
 from e3va.torchvision.evaluation import evaluate as score
 from e3va.torchvision.run import Run, build_model, load_run
 from e3va.torchvision.train import train as train_model
-from e3va.weights import resolve
 
 SMALL_HEADS = {
+    "representation_size": 256,
     "rpn_batch_size_per_image": 128,
     "rpn_pre_nms_top_n_train": 500,
     "rpn_post_nms_top_n_train": 200,
@@ -70,10 +69,12 @@ def config_of(plan: Plan) -> TrainConfig:
     small = plan.is_small
     options: dict[str, Any] = {}
     if small and plan.detector != "retinanet":
-        options = SMALL_HEADS
+        options = dict(SMALL_HEADS)
+        if plan.detector == "mask_rcnn":
+            options["mask_channels"] = (64, 64)
     highway = small and plan.method in ("e3va", "e3va_paper")
     model = ModelConfig(
-        weights=str(resolve(plan.weights)),
+        weights=plan.weights,
         detector=plan.detector,
         method=plan.method,
         # A trunk this narrow needs relatively wider adapters than the paper's.
@@ -153,11 +154,10 @@ def predictor(folder: Path) -> Callable[[np.ndarray], Found]:
 
 
 def export(folder: Path, target: Path) -> None:
-    """Write the whole model, trunk included, as safetensors."""
+    """Write the whole model, trunk included, as .safetensors or .pth."""
+    check_target(target)
     model, _ = load_run(folder)
-    state = {name: value.cpu().contiguous() for name, value in model.state_dict().items()}
-    with atomic_path(target) as temporary:
-        safetensors.torch.save_file(state, temporary, {"format": "pt"})
+    write_state(model.state_dict(), target)
 
 
 def _device() -> torch.device:

@@ -21,7 +21,7 @@ from e3va.torchvision.checkpoint import load_checkpoint
 from e3va.torchvision.config import ModelConfig, TrainConfig, from_json
 from e3va.torchvision.model import build_detector
 from e3va.trunks import trunk_config
-from e3va.weights import load_trunk
+from e3va.weights import load_trunk, resolve
 
 CHECKPOINT = "checkpoint.pt"
 RUN = "config.yaml"
@@ -54,7 +54,8 @@ class Run:
         """Write ``config.yaml`` into ``folder``, whole or not at all."""
         content = json.loads(json.dumps(dataclasses.asdict(self)))  # lists for tuples
         with atomic_path(Path(folder) / RUN) as temporary:
-            temporary.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+            text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+            temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:
@@ -89,7 +90,7 @@ def build_model(
     """
     trunk = trunk_config(config.variant, **config.trunk_options)
     backbone = build_backbone(config.method, trunk, **config.options)
-    load_trunk(backbone.trunk, config.weights)
+    load_trunk(backbone.trunk, resolve(config.weights))
     if config.trunk_precision:
         quantize_trunk(backbone.to(device).trunk, config.trunk_precision)
     return build_detector(

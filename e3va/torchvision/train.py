@@ -26,6 +26,7 @@ from e3va.data.coco import CocoInstances, Target, flip
 from e3va.files import atomic_path
 from e3va.measure import trainable_parameters
 from e3va.optim import Rates, parameter_groups
+from e3va.runs.folder import rank
 from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
@@ -38,9 +39,6 @@ logger = logging.getLogger(__name__)
 HISTORY = "metrics.json"
 FINAL = "model_final.pt"
 BEST = "model_best.pt"
-
-_RANKING = "box_ap"
-"""Metric by which the best model is told."""
 
 # What is drawn of a seed, see e3va.seeding.
 _AUGMENTATION, _MODEL, _ORDER = range(3)
@@ -61,8 +59,9 @@ def train(
     where the data are. Every ``checkpoint_period`` iterations, and before and after each
     evaluation, ``checkpoint.pt`` is; ``metrics.json`` gets a line for each iteration
     (``iteration``, ``loss``, ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``,
-    …). ``model_best.pt`` is the model of the highest box AP, ``model_final.pt`` the last one. Those
-    of an earlier run are kept as ``config.previous.yaml`` and ``checkpoint.previous.pt``.
+    …). ``model_best.pt`` is the best model (by AP of masks, else of boxes), ``model_final.pt`` the
+    last one. Those of an earlier run are kept as ``config.previous.yaml`` and
+    ``checkpoint.previous.pt``.
 
     Everything random in an iteration follows from the seed and its number, so that a resumed run
     repeats the uninterrupted one, to the last bit on a CPU. It may be resumed with more iterations
@@ -147,7 +146,7 @@ def train(
         if val_data is not None:
             metrics = evaluate(model, val_data, device, amp_dtype=config.amp_dtype)
             evaluated = iteration
-            if metrics[_RANKING] >= history.best(_RANKING):
+            if rank(metrics) > history.best():
                 save_checkpoint(output / BEST, model, iteration=iteration, metrics=metrics)
             history.add(iteration=iteration, **metrics)
             save(iteration)
@@ -268,9 +267,11 @@ class _History:
         with atomic_path(path) as temporary:
             temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
 
-    def best(self, name: str) -> float:
-        """The highest value so far of a metric."""
-        return max((e[name] for e in self._entries if name in e), default=-math.inf)
+    def best(self) -> float:
+        """The highest rank of an evaluation so far."""
+        return max(
+            (rank(entry) for entry in self._entries if "loss" not in entry), default=-math.inf
+        )
 
     def add(self, **entry: float) -> None:
         if "seconds" in entry:

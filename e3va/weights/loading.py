@@ -30,8 +30,10 @@ def convert_weights(state: Mapping[str, Tensor]) -> State:
     return _translate(state)[1]
 
 
+_SWIN_V2 = r"\.(logit_scale|(cpb|continuous_position_bias)_mlp)"
+
 _FOREIGN = {
-    "a Swin V2, whose attention is another": r"\.(logit_scale|(cpb|continuous_position_bias)_mlp)",
+    "a Swin V2, whose attention is another": _SWIN_V2,
     "a plain vision transformer (ViT)": r"(^|\.)(cls_token|class_token|cls_token_embed)",
     "a ConvNeXt": r"(dwconv|conv_dw|depthwise_conv)\.weight$",
     "a ResNet": r"(^|\.)layer1\.0\.conv1\.weight$|(^|\.)res2\.0\.conv1\.weight$",
@@ -41,13 +43,13 @@ _FOREIGN = {
 
 def _translate(state: Mapping[str, Tensor]) -> tuple[TrunkFamily, State]:
     families = ", ".join(FAMILIES)
+    recognised = [(family, family.translate(state)) for family in FAMILIES.values()]
+    for family, translated in recognised:
+        if translated is not None and not any(re.search(_SWIN_V2, name) for name in translated):
+            return family, translated
     for what, pattern in _FOREIGN.items():
         if any(re.search(pattern, name) for name in state):
             raise ValueError(f"holds {what}: a trunk is one of the family {families}")
-    for family in FAMILIES.values():
-        translated = family.translate(state)
-        if translated is not None:
-            return family, translated
     names = ", ".join(list(state)[:5]) or "none at all"
     wanted = ", ".join(mark for family in FAMILIES.values() for mark in family.marks)
     raise ValueError(f"holds no trunk: no name ends in one of {wanted}; its first are {names}")
