@@ -57,7 +57,7 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     if dtype == torch.float32:
         if rank > 32:
             return Tiles(16, 16, 4)
-        return Tiles(64, 16, 4 if architecture >= 90 else 8)
+        return Tiles(128 if architecture >= 86 else 64, 16, 8)
     if architecture < 80:
         return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
     if rank > 32:
