@@ -212,8 +212,8 @@ def open_data(
         classes: what each class is to be called; those that are not named, or called None, are left
             out (default: all as they are).
         seed: of a split that is made here.
-        hold_out: where there is no validation split, make one (default); False: all is one, the test
-            split if there is one.
+        hold_out: where there is no validation split, make one (default); False: it is the test
+            split, or all.
 
     Raises:
         FileNotFoundError: the path, or something that it names, is missing.
