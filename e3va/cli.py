@@ -55,6 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.overrides = more
     try:
         return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("error: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        return 130
     except (FloatingPointError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         if os.environ.get("E3VA_TRACEBACK"):
             raise

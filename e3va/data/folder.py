@@ -17,6 +17,7 @@ from e3va.data import coco_json, maps, voc, yolo
 from e3va.data.images import check_complete, list_files, list_images
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
+from e3va.data.text import read_text
 
 TASKS = ("boxes", "masks", "semantic")
 VALIDATION = 0.2
@@ -270,14 +271,16 @@ def read_classes(text: str) -> dict[str, str | None]:
     except ModuleNotFoundError as error:
         raise ImportError("a file of classes needs PyYAML: pip install 'e3va[train]'") from error
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(read_text(path), Loader=yaml.BaseLoader)  # all values are text
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if isinstance(content, list):
-        content = {name: name for name in content}
+        content = {str(name): str(name) for name in content}
     if not isinstance(content, dict) or not content:
         raise ValueError(f'{path} has no lines "old: new"')
-    return {str(old): None if new is None else str(new) for old, new in content.items()}
+    return {
+        str(old): None if new in ("", "null", "~") else str(new) for old, new in content.items()
+    }
 
 
 def _read(path: Path, images: Path | None, task: str | None, wanted: str | None = None) -> Data:

@@ -18,6 +18,9 @@ from e3va.data.images import SUFFIXES, image_size, list_images
 from e3va.data.instances import Instances, categories_of
 from e3va.data.text import read_text
 
+_ABSENT = ("", "null", "~")
+"""How YAML says that there is nothing."""
+
 SPLITS = {"train": "train", "val": "val", "valid": "val", "test": "test"}
 """Keys of a data.yaml, and our names of the splits."""
 
@@ -48,21 +51,21 @@ def read_yaml(path: str | os.PathLike[str], *, masks: bool | None = None) -> dic
     path = Path(path)
     text = read_text(path)
     try:
-        content = yaml.safe_load(text)
+        content = yaml.load(text, Loader=yaml.BaseLoader)  # a class called yes is no boolean
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from error
     if not isinstance(content, dict) or "names" not in content:
         raise ValueError(f"{path} is no data.yaml of YOLO: it has no 'names'")
-    if content.get("kpt_shape") is not None:
+    if content.get("kpt_shape") not in (None, *_ABSENT):
         raise ValueError(f"{path} has a kpt_shape: its labels are of poses, which we do not train")
     classes = _names(content["names"], path)
     count = content.get("nc")
-    if count is not None and (not _is_scalar(count) or str(count) != str(len(classes))):
+    if count not in (None, *_ABSENT) and (not _is_scalar(count) or str(count) != str(len(classes))):
         raise ValueError(f"{path} has an nc that is not {len(classes)}, the number of its names")
     root = path.parent / _text(content.get("path") or "", "path", path)
     splits: dict[str, Instances] = {}
     for key, split in SPLITS.items():
-        if content.get(key):
+        if content.get(key) not in (None, [], *_ABSENT):
             if split in splits:
                 raise ValueError(f"{path} has both val and valid: keep the one that is meant")
             if masks is None and splits:  # as in those to train on

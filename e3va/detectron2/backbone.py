@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from importlib.resources import files
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from e3va.detectron2.config import dtype_of, method_options
 from e3va.methods import METHODS, build_backbone
 from e3va.precision import quantize_trunk
 from e3va.trunks import family_of, trunk_config
-from e3va.weights import load_trunk
+from e3va.weights import load_trunk, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -135,14 +134,7 @@ class _PackagedWeights(PathHandler):
         return [self.PREFIX]
 
     def _get_local_path(self, path: str, **kwargs: Any) -> str:
-        name = path.removeprefix(self.PREFIX)
-        folder = files("e3va") / "demo"
-        if not (folder / name).is_file():
-            known = [f.name for f in folder.iterdir() if f.name.endswith(".safetensors")]
-            raise FileNotFoundError(
-                f"no weights {path!r} ship with e3va; known: {', '.join(known) or 'none'}"
-            )
-        return str(folder / name)
+        return str(resolve(path))
 
 
 PathManager.register_handler(_PackagedWeights())

@@ -110,7 +110,7 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         "INPUT.MAX_SIZE_TEST": plan.max_size,
         "INPUT.RANDOM_FLIP": "horizontal" if plan.flip else "none",
         "SEED": plan.seed,
-        "OUTPUT_DIR": str(folder),
+        "OUTPUT_DIR": str(folder.absolute()),
         **_data_keys(data, folder / "data"),
     }
     if plan.task == "semantic":
@@ -289,6 +289,13 @@ def _trained(folder: Path) -> CfgNode:
     cfg = load_config(str(folder / CONFIG), ["MODEL.WEIGHTS", str(weights)])
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.OUTPUT_DIR = str(folder)
+    # Its own data, wherever the folder has been moved.
+    if (folder / "data/maps.json").is_file():
+        cfg.DATASETS.SEMANTIC_MAPS.INDEX = str(folder / "data/maps.json")
+    elif (folder / "data/val.json").is_file():
+        for split, name in (("TRAIN", "train"), ("TEST", "val")):
+            cfg.DATASETS.COCO_JSON[f"{split}_JSON"] = str(folder / f"data/{name}.json")
+            cfg.DATASETS.COCO_JSON[f"{split}_IMAGES"] = str(folder / "data")
     return cfg
 
 
@@ -296,6 +303,7 @@ def _warnings() -> logging.Handler:
     """What a user must see, beside the bar."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.WARNING)
+    handler.addFilter(lambda record: record.levelno == logging.WARNING)  # errors are raised
     handler.setFormatter(logging.Formatter("warning: %(message)s"))
     return handler
 

@@ -91,8 +91,8 @@ def train(
             "(name other data by --val)"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    pictures.data_page(data, folder / DATA_PAGE)
     metrics = engine(name).train(data, plan, folder, resume=resume, overrides=overrides)
+    pictures.data_page(data, folder / DATA_PAGE)
     pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
     images = _validation_images(data)
     draw_examples(folder, images)
@@ -145,6 +145,8 @@ def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float
         FileNotFoundError: an image is missing; nothing has been predicted then.
         ValueError: there is no image, or two pictures would have one name.
     """
+    if not 0 <= min_score <= 1:
+        raise ValueError(f"--min-score must be in [0, 1], got {min_score}")
     images = _images(sources)
     targets = {(output / place.with_suffix(".png")).resolve() for _, place in images}
     if any(path.resolve() in targets for path, _ in images):
@@ -152,28 +154,30 @@ def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float
     by = engine(engine_of(folder))
     find, names = by.predictor(folder), by.classes_of(folder)
     entries = []
-    for path, place in tqdm(images, unit="image", disable=None):
-        pixels = read_image(path)
-        found = find(pixels)
-        target = output / place.with_suffix(".png")
-        pictures.save(draw(pixels, found, names, min_score), target)
-        height, width = pixels.shape[:2]
-        entry: dict[str, Any] = {"file_name": str(path), "height": height, "width": width}
-        if found.labels is not None:
-            classes = target.with_name(f"{target.stem}_classes.png")
-            pictures.save(Image.fromarray(found.labels), classes)
-            entry["classes_file"] = str(classes)
-        else:
-            entry["instances"] = [
-                {
-                    "category": names[i["label"]],
-                    **{k: v for k, v in i.items() if k != "label"},
-                }
-                for i in found.instances
-                if i["score"] >= min_score
-            ]
-        entries.append(entry)
-    write_json(output / "predictions.json", entries)
+    try:
+        for path, place in tqdm(images, unit="image", disable=None):
+            pixels = read_image(path)
+            found = find(pixels)
+            target = output / place.with_suffix(".png")
+            pictures.save(draw(pixels, found, names, min_score), target)
+            height, width = pixels.shape[:2]
+            entry: dict[str, Any] = {"file_name": str(path), "height": height, "width": width}
+            if found.labels is not None:
+                classes = target.with_name(f"{target.stem}_classes.png")
+                pictures.save(Image.fromarray(found.labels), classes)
+                entry["classes_file"] = str(classes)
+            else:
+                entry["instances"] = [
+                    {
+                        "category": names[i["label"]],
+                        **{k: v for k, v in i.items() if k != "label"},
+                    }
+                    for i in found.instances
+                    if i["score"] >= min_score
+                ]
+            entries.append(entry)
+    finally:  # what was found before an image that cannot be read
+        write_json(output / "predictions.json", entries)
     return len(entries)
 
 

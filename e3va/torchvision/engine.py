@@ -112,6 +112,8 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
     """
     model, run = load_run(folder, _device())
     own = run.data["val"]
+    if (folder / "data/val.json").is_file():  # wherever the folder has been moved
+        own = {"annotations": folder / "data/val.json", "images": folder / "data"}
     if data is not None:
         if data.classes != run.classes:
             raise ValueError(
