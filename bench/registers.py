@@ -28,11 +28,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bench.environment import environment
-from e3va.config import SWIN_VARIANTS, HighwayConfig
+from e3va.config import HighwayConfig
 from e3va.files import atomic_path
 from e3va.kernels import adapters, sublayer_epilogue, tap_gradient
 from e3va.kernels.common import padded_rank
 from e3va.ops.taps import DEFAULT_TAPS, LARGEST
+from e3va.trunks.swin import SWIN_VARIANTS
 from tests.ptx.compiler import TritonCompiler
 from tests.ptx.costs import measure
 from tests.ptx.counters import SECTOR, Counts

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -109,6 +110,9 @@ def test_predict_takes_files_folders_globs_and_names(run, tmp_path, monkeypatch)
     assert len(predict(str(images / "a.png"))) == 1
     monkeypatch.setattr(sys, "stdin", io.StringIO(f"{images / 'a.png'}\n\n{images}/deep/b.webp\n"))
     assert len(predict("-")) == 2
+    before = (images / "a.png").read_bytes()
+    assert main(["predict", str(folder), str(images), "--output", str(images)]) == 2
+    assert (images / "a.png").read_bytes() == before
 
 
 def test_export_holds_the_whole_model(run, tmp_path):
@@ -117,8 +121,33 @@ def test_export_holds_the_whole_model(run, tmp_path):
     folder = run[-1]
     target = tmp_path / "whole.safetensors"
     assert main(["export", str(folder), str(target)]) == 0
-    names = load_file(target).keys()
-    assert any("trunk.layers.3.blocks.1.mlp.fc2.weight" in name for name in names)
+    state = load_file(target)
+    assert any("trunk.layers.3.blocks.1.mlp.fc2.weight" in name for name in state)
+    assert main(["export", str(folder), str(tmp_path / "whole.pth")]) == 0
+    same = torch.load(tmp_path / "whole.pth", weights_only=True)["model"]
+    assert same.keys() == state.keys()
+    assert main(["export", str(folder), str(tmp_path / "whole.onnx")]) == 2
+
+
+def test_a_run_can_be_moved(run, tmp_path):
+    moved = shutil.move(shutil.copytree(run[-1], tmp_path / "a"), tmp_path / "ünd moved")
+    assert main(["eval", str(moved)]) == 0
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_a_refused_resume_leaves_the_run_as_it_was(engine, tmp_path, capsys):
+    data = write_coco(tmp_path / "data")
+    out = tmp_path / "out"
+    assert train(data, out, engine, "swin_digits") == 0
+    files = (p for p in out.rglob("*") if p.is_file() and p.name != "log.txt")
+    before = {path: path.read_bytes() for path in files}
+    other = write_coco(tmp_path / "other", images=5)
+    assert train(other, out, engine, "swin_digits", "--resume") == 2
+    assert "tells of a run on other data" in capsys.readouterr().err
+    for more in (["--method", "frozen"], ["--iterations", "1"]):
+        assert train(data, out, engine, "swin_digits", "--resume", *more) == 2
+    for path, content in before.items():
+        assert path.read_bytes() == content, path
 
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
