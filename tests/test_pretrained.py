@@ -58,7 +58,8 @@ def gradients_of_P(taps, runs):
     trunk = FrozenSwin(trunk_config("swin_digits"))
     load_trunk(trunk, WEIGHTS)
     torch.manual_seed(0)
-    backbone = E3VABackbone(trunk, HighwayConfig(kernel_dim=16, hidden_ratio=1.0), taps)
+    config = HighwayConfig(kernel_dim=16, hidden_ratio=1.0, storage=taps)
+    backbone = E3VABackbone(trunk, config)
     for stage in backbone.highway.stages:
         torch.nn.init.normal_(stage.V, std=0.1)
     image = pretrain.sample(*digit_pool("train"), 4, 24, np.random.default_rng(0))[0]
