@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import e3va
-from e3va import E3VABackbone, FrozenSwin, swin_config
+from e3va import E3VABackbone, FrozenSwin, trunk_config
 from e3va.ops import dispatch
 from e3va.ops.library import FUNCTIONS
 
@@ -68,7 +68,7 @@ def test_a_step_of_swin_b_launches_few_kernels(monkeypatch):
             dispatch._ops[op], "reference", backend._replace(run=counted(op, backend.run))
         )
     # As many blocks, and narrow: the count does not depend on the width.
-    config = replace(swin_config("swin_b"), embed_dim=16, num_heads=(1, 2, 4, 8), window_size=2)
+    config = replace(trunk_config("swin_b"), embed_dim=16, num_heads=(1, 2, 4, 8), window_size=2)
     backbone = E3VABackbone(FrozenSwin(config, torch.bfloat16))
     image = torch.randn(1, 3, 32, 32)
     with e3va.backend("reference"), launches:

@@ -30,6 +30,16 @@ def convert_weights(state: Mapping[str, Tensor]) -> State:
     return _translate(state)[1]
 
 
+def _is_whole(family: TrunkFamily, trunk: State) -> bool:
+    if any(re.search(_SWIN_V2, name) for name in trunk):
+        return False
+    try:
+        family.config_of(trunk)
+    except ValueError:
+        return False
+    return True
+
+
 _SWIN_V2 = r"\.(logit_scale|(cpb|continuous_position_bias)_mlp)"
 
 _FOREIGN = {
@@ -45,11 +55,14 @@ def _translate(state: Mapping[str, Tensor]) -> tuple[TrunkFamily, State]:
     families = ", ".join(FAMILIES)
     recognised = [(family, family.translate(state)) for family in FAMILIES.values()]
     for family, translated in recognised:
-        if translated is not None and not any(re.search(_SWIN_V2, name) for name in translated):
+        if translated is not None and _is_whole(family, translated):
             return family, translated
     for what, pattern in _FOREIGN.items():
         if any(re.search(pattern, name) for name in state):
             raise ValueError(f"holds {what}: a trunk is one of the family {families}")
+    for family, translated in recognised:
+        if translated is not None:  # a part of a trunk, of which there will be more to say
+            return family, translated
     names = ", ".join(list(state)[:5]) or "none at all"
     wanted = ", ".join(mark for family in FAMILIES.values() for mark in family.marks)
     raise ValueError(f"holds no trunk: no name ends in one of {wanted}; its first are {names}")

@@ -7,6 +7,7 @@ import logging
 
 import pytest
 import torch
+import yaml
 
 from e3va.data.coco import CocoInstances
 from tests.data.conftest import coco, coco_tree
@@ -202,7 +203,9 @@ def test_a_new_run_does_not_go_on_from_an_old_ones_checkpoint(tmp_path):
         train(broken, data, data, tmp_path, settings(iterations=3))
     assert not (tmp_path / "checkpoint.pt").exists()
     assert Run.read(tmp_path).config.iterations == 3
-    assert json.loads((tmp_path / "config.previous.yaml").read_text())["config"]["iterations"] == 2
+    assert (
+        yaml.safe_load((tmp_path / "config.previous.yaml").read_text())["config"]["iterations"] == 2
+    )
     assert load_checkpoint(tmp_path / "checkpoint.previous.pt", detector())["iteration"] == 2
 
 
