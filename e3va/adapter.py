@@ -24,7 +24,7 @@ from e3va.checkpoint import check_state, frozen_hash
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path, write_json
 from e3va.highway import FORM, check_form
-from e3va.methods import METHODS, E3VABackbone, build_backbone
+from e3va.methods import METHODS, E3VABackbone, build_backbone, options_of
 from e3va.trunks import FAMILIES, family_of
 from e3va.weights import load_trunk
 
@@ -109,7 +109,7 @@ def open_backbone(
         names = {field.name for field in dataclasses.fields(family.config)}
         config = family.config(**{k: v for k, v in architecture.items() if k in names})
         stored = getattr(torch, found["trunk"]["dtype"])
-        options = {k: v for k, v in found["options"].items() if k in _options(found["method"])}
+        options = {k: v for k, v in found["options"].items() if k in options_of(found["method"])}
         backbone = build_backbone(found["method"], config, dtype=dtype or stored, **options)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} describes no backbone that can be built: {error}") from error
@@ -120,11 +120,6 @@ def open_backbone(
 
 _ABOUT_TRUNK = ("family", "dtype", "weight_hash")
 """What of a config's trunk is not its architecture."""
-
-
-def _options(method: str) -> set[str]:
-    kind: Any = METHODS[method]
-    return {field.name for field in dataclasses.fields(kind)}
 
 
 def _state(backbone: Backbone) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from e3va.data.coco_json import read_json
-from e3va.data.geometry import decode_mask
+from e3va.data.geometry import decode_mask, encode_mask
 from e3va.data.images import read_image
 
 logger = logging.getLogger(__name__)
@@ -138,11 +138,8 @@ class CocoInstances:
                     f"{self.path} was read with masks, but the detector predicts none: "
                     "read it with masks=False"
                 )
-            _, _, mask = _pycocotools()
-            pixels = masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-            encoded = mask.encode(np.asfortranarray(pixels))
-            for result, rle in zip(results, encoded, strict=True):
-                result["segmentation"] = {**rle, "counts": rle["counts"].decode()}
+            for result, mask in zip(results, masks.cpu().numpy(), strict=True):
+                result["segmentation"] = encode_mask(mask)
         return results
 
     def ground_truth(self) -> dict[str, Any]:
@@ -169,7 +166,7 @@ def average_precision(data: CocoInstances, results: Sequence[dict[str, Any]]) ->
         ImportError: pycocotools is missing.
         ValueError: the data set has no instance, so that AP is undefined.
     """
-    coco, cocoeval, _ = _pycocotools()
+    coco, cocoeval = _pycocotools()
     truth = data.ground_truth()
     if all(annotation["iscrowd"] for annotation in truth["annotations"]):
         raise ValueError(f"{data.path} has no instance to find: its AP is undefined")
@@ -204,11 +201,11 @@ def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
     return image.flip(-1), flipped
 
 
-def _pycocotools() -> tuple[Any, Any, Any]:
+def _pycocotools() -> tuple[Any, Any]:
     try:
-        from pycocotools import coco, cocoeval, mask
+        from pycocotools import coco, cocoeval
     except ImportError as error:
         raise ImportError(
             "COCO annotations need pycocotools: pip install 'e3va[torchvision]'"
         ) from error
-    return coco, cocoeval, mask
+    return coco, cocoeval

@@ -233,16 +233,23 @@ def run_lengths(counts: str | bytes | list[Any]) -> np.ndarray:
     return runs
 
 
+def encode_mask(mask: np.ndarray) -> dict[str, Any]:
+    """A mask [H, W], bool, as a run-length encoding with text.
+
+    Raises:
+        ImportError: pycocotools is missing.
+    """
+    rle = _pycocotools().encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": list(mask.shape), "counts": rle["counts"].decode()}
+
+
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
     """Polygons or a run-length encoding, checked before, as a mask [H, W], bool.
 
     Raises:
         ImportError: pycocotools is missing.
     """
-    try:
-        from pycocotools import mask as masks
-    except ImportError as error:
-        raise ImportError("masks need pycocotools: pip install 'e3va[train]'") from error
+    masks = _pycocotools()
     rle = segmentation
     if isinstance(rle, list):
         rle = masks.merge(masks.frPyObjects(rle, height, width))
@@ -297,3 +304,11 @@ def _rle_extent(runs: np.ndarray, height: int) -> Box:
 def _outline(polygon: Sequence[float]) -> float:
     points = np.array(polygon, np.float64).reshape(-1, 2)
     return float(np.abs(points - np.roll(points, 1, axis=0)).sum())
+
+
+def _pycocotools() -> Any:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise ImportError("masks need pycocotools: pip install 'e3va[train]'") from error
+    return mask

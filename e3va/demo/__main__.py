@@ -17,6 +17,7 @@ from e3va.demo.digits import write_digits
 from e3va.demo.engines import Trained
 from e3va.files import write_json
 from e3va.measure import step_costs, step_seconds
+from e3va.runs.commands import default_engine
 
 METHODS = ("full", "frozen", "e3va")
 TIMED_STEPS = 10
@@ -24,7 +25,7 @@ TIMED_STEPS = 10
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m e3va.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("--engine", choices=ENGINES, default=engines.default_engine())
+    parser.add_argument("--engine", choices=ENGINES, default=default_engine())
     parser.add_argument("--seed", type=int, default=0, help="of data and training (default 0)")
     parser.add_argument("--iterations", type=int, default=400, help="per method (default 400)")
     parser.add_argument("--output", type=Path, default=Path("output/demo"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from e3va.methods import options_of
+from e3va.runs.folder import METRICS, read_metrics
 
 WEIGHTS = Path(__file__).parent / "swin_digits.safetensors"
 BATCH_SIZE = 4
@@ -46,11 +46,6 @@ class Trained:
     metrics: dict[str, float]
     detections: list[dict[str, Any]]
     losses: list[tuple[int, float]]
-
-
-def default_engine() -> str:
-    """ "detectron2" where it is installed, else "torchvision"."""
-    return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
 
 
 def train_detectron2(
@@ -143,7 +138,8 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
     """As :func:`train_detectron2`, by torchvision, with heads of the same widths."""
     from e3va.data.coco import CocoInstances
     from e3va.torchvision import ModelConfig, TrainConfig, build_model, detect
-    from e3va.torchvision.train import HISTORY, train
+    from e3va.torchvision.engine import SMALL_HEADS
+    from e3va.torchvision.train import train
 
     train_data, val_data = (
         CocoInstances(coco / f"annotations/instances_{split}.json", coco / f"images/{split}")
@@ -157,16 +153,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         out_channels=64,
         min_size=(train_data.image(0).shape[-2],),
         anchor_sizes=(8, 16, 32, 64, 128),
-        detector_options={
-            "representation_size": 256,
-            "mask_channels": (64, 64),
-            "rpn_batch_size_per_image": 128,
-            "rpn_pre_nms_top_n_train": 500,
-            "rpn_post_nms_top_n_train": 200,
-            "rpn_pre_nms_top_n_test": 300,
-            "rpn_post_nms_top_n_test": 200,
-            "box_batch_size_per_image": 64,
-        },
+        detector_options={**SMALL_HEADS, "mask_channels": (64, 64)},
     )
     config = TrainConfig(
         iterations=iterations,
@@ -186,7 +173,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
     batch = [train_data[i] for i in range(BATCH_SIZE)]
     images = [image.to(device) for image, _ in batch]
     targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-    history = [json.loads(line) for line in (output / HISTORY).read_text().splitlines()]
+    history = read_metrics(output / METRICS)
     return Trained(
         model=model,
         backbone=model.backbone.body,

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 
 import e3va
 from e3va.detectron2.data import FORMATS
-from e3va.methods import METHODS, options_of
+from e3va.methods import HIGHWAYS, METHODS, options_of
 
 logger = logging.getLogger(__name__)
 
@@ -26,9 +26,6 @@ CONFIGS = (
 """The folder of the configs that ship with the package; in a checkout: of the checkout's."""
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-HIGHWAYS = ("e3va", "e3va_paper")
-"""The methods whose options are those of MODEL.HIGHWAY."""
 
 _FORMER = {
     "VARIANT": "MODEL.TRUNK.VARIANT",

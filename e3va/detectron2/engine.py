@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from e3va.detectron2.inference import export as export_model
 from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
-from e3va.runs.folder import CONFIG, LOG, METRICS, Found, rank, read_metrics, write_data
+from e3va.runs.folder import CONFIG, LOG, METRICS, Found, History, rank, write_data
 from e3va.runs.plan import Plan
 
 BASES = {
@@ -111,7 +110,7 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         "INPUT.RANDOM_FLIP": "horizontal" if plan.flip else "none",
         "SEED": plan.seed,
         "OUTPUT_DIR": str(folder.absolute()),
-        **_data_keys(data, folder / "data"),
+        **_data_keys(data.task, folder / "data"),
     }
     if plan.task == "semantic":
         settings["MODEL.SEM_SEG_HEAD.NORM"] = "BN" if plan.batch_size > 1 else "GN"
@@ -139,18 +138,13 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
     """Score the run's model on the validation split of ``data``, or on the run's own.
 
     Raises:
-        ValueError: the run has nothing to be evaluated on, or other classes than ``data``.
+        ValueError: the run has nothing to be evaluated on.
     """
     cfg = _trained(folder)
     if data is not None:
-        if data.classes != list(cfg.DATASETS.CLASSES):
-            raise ValueError(
-                f"the data have the classes {', '.join(data.classes)}, but {folder} has trained "
-                f"{', '.join(cfg.DATASETS.CLASSES)} (see --classes)"
-            )
         write_data(data, folder / "evaluation")
         keys = {f"DATASETS.{f.section}.{key}": "" for f in FORMATS for key in f.given_by}
-        keys |= _data_keys(data, folder / "evaluation")
+        keys |= _data_keys(data.task, folder / "evaluation")
         cfg.merge_from_list([word for pair in keys.items() for word in pair])
     with _log(folder):
         register_datasets(cfg)
@@ -185,18 +179,16 @@ class RunTrainer(Trainer):
 
     Attributes:
         metrics: of the last evaluation.
+        history: metrics.json.
     """
 
+    history: History
     metrics: dict[str, float]
 
     def begin_metrics(self) -> None:
         """Keep the lines of metrics.json up to where the training goes on."""
-        path = Path(self.cfg.OUTPUT_DIR) / METRICS
-        kept = [e for e in read_metrics(path) if e.get("iteration", math.inf) <= self.start_iter]
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-        rated = [rank(entry) for entry in kept if "loss" not in entry]
-        self._best, self.metrics = max(rated, default=-math.inf), {}
+        self.history = History(Path(self.cfg.OUTPUT_DIR) / METRICS, self.start_iter)
+        self.metrics = {}
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
@@ -210,19 +202,14 @@ class RunTrainer(Trainer):
     def build_writers(self) -> list[EventWriter]:
         return [CommonMetricPrinter(self.max_iter)]  # to the log
 
-    def write(self, **entry: float) -> None:
-        """Add a line to metrics.json."""
-        with (Path(self.cfg.OUTPUT_DIR) / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
     def _scored(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
         def evaluate_and_keep() -> Any:
             results = evaluate()
             self.metrics = scores(results)
             done = min(self.iter + 1, self.max_iter)  # after the last step iter is max_iter
-            self.write(iteration=done, **self.metrics)
-            if rank(self.metrics) > self._best:
-                self._best = rank(self.metrics)
+            better = rank(self.metrics) > self.history.best()
+            self.history.add(iteration=done, **self.metrics)
+            if better:
                 more = {"ema": self.average.state_dict()} if self.average else {}
                 self.checkpointer.save_model("model_best", iteration=done - 1, **more)
             return results
@@ -247,7 +234,7 @@ class _Bar(HookBase):
         loss = self.trainer.storage.history("total_loss").latest()
         lr = self._lr
         seconds = time.perf_counter() - self._began
-        self.trainer.write(iteration=self.trainer.iter + 1, loss=loss, lr=lr, seconds=seconds)
+        self.trainer.history.add(iteration=self.trainer.iter + 1, loss=loss, lr=lr, seconds=seconds)
         shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}"}
         shown |= {name: f"{value:.1f}" for name, value in self.trainer.metrics.items()}
         if torch.cuda.is_available():
@@ -259,9 +246,9 @@ class _Bar(HookBase):
         self._bar.close()
 
 
-def _data_keys(data: Data, folder: Path) -> dict[str, str]:
-    """The config keys of data that :func:`write_data` has written into ``folder``."""
-    if data.task == "semantic":
+def _data_keys(task: str, folder: Path) -> dict[str, str]:
+    """The config keys of data for a task that :func:`write_data` has written into ``folder``."""
+    if task == "semantic":
         return {"DATASETS.SEMANTIC_MAPS.INDEX": str((folder / "maps.json").absolute())}
     keys = {}
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
@@ -290,12 +277,9 @@ def _trained(folder: Path) -> CfgNode:
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     cfg.OUTPUT_DIR = str(folder)
     # Its own data, wherever the folder has been moved.
-    if (folder / "data/maps.json").is_file():
-        cfg.DATASETS.SEMANTIC_MAPS.INDEX = str(folder / "data/maps.json")
-    elif (folder / "data/val.json").is_file():
-        for split, name in (("TRAIN", "train"), ("TEST", "val")):
-            cfg.DATASETS.COCO_JSON[f"{split}_JSON"] = str(folder / f"data/{name}.json")
-            cfg.DATASETS.COCO_JSON[f"{split}_IMAGES"] = str(folder / "data")
+    if (folder / "data").is_dir():
+        task = "semantic" if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor" else "boxes"
+        cfg.merge_from_list([w for pair in _data_keys(task, folder / "data").items() for w in pair])
     return cfg
 
 

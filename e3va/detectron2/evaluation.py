@@ -15,10 +15,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator, PascalVOCDetectionEvaluator, SemSegEvaluator
 from detectron2.evaluation.pascal_voc_evaluation import parse_rec
 
+from e3va.data.voc import CORNERS
 from e3va.files import write_json
-
-VOC_CORNERS = ("xmin", "ymin", "xmax", "ymax")
-"""A box's tags in an XML file."""
 
 
 def build_coco_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
@@ -28,15 +26,9 @@ def build_coco_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
     if hasattr(metadata, "instances") and not hasattr(metadata, "json_file"):
         # pycocotools is shown what was read, completed and checked, and not the file itself.
         path = Path(_folder(cfg)) / "ground_truth.json"
-        write_json(path, _numbered(metadata.instances.content()))
+        write_json(path, metadata.instances.content())
         metadata.json_file = str(path)
     return COCOEvaluator(dataset_name, tasks, output_dir=_folder(cfg))
-
-
-def _numbered(content: dict[str, Any]) -> dict[str, Any]:
-    """With annotations counted from 1: to pycocotools a match with annotation 0 is no match."""
-    numbered = [{**a, "id": i} for i, a in enumerate(content["annotations"], start=1)]
-    return {**content, "annotations": numbered}
 
 
 def build_semantic_evaluator(
@@ -111,6 +103,6 @@ def _write_annotations(path: Path, annotations: list[dict[str, Any]]) -> None:
             ElementTree.SubElement(item, tag).text = str(value)
         corners = ElementTree.SubElement(item, "bndbox")
         x1, y1, x2, y2 = annotation["bbox"]
-        for corner, value in zip(VOC_CORNERS, (x1 + 1, y1 + 1, x2, y2), strict=True):
+        for corner, value in zip(CORNERS, (x1 + 1, y1 + 1, x2, y2), strict=True):
             ElementTree.SubElement(corners, corner).text = str(round(value))
     ElementTree.ElementTree(root).write(path)

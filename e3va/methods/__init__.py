@@ -15,10 +15,11 @@ from e3va.methods import mona as mona
 from e3va.methods import e3va as e3va
 # isort: on
 
-from e3va.methods.e3va import E3VABackbone
+from e3va.methods.e3va import HIGHWAYS, E3VABackbone
 from e3va.methods.registry import METHODS, Method, build_backbone, options_of, register_method
 
 __all__ = [
+    "HIGHWAYS",
     "METHODS",
     "E3VABackbone",
     "Method",

@@ -15,6 +15,9 @@ from e3va.methods.registry import Method, register_method
 from e3va.trunks import Trunk, family_of
 from e3va.trunks.base import Frozen, TrunkConfig
 
+HIGHWAYS = ("e3va", "e3va_paper")
+"""The methods that have a highway."""
+
 
 class E3VABackbone(Backbone):
     """A frozen trunk with a gradient highway beside it (arXiv 2306.09729).

@@ -76,8 +76,7 @@ def train(
     evaluation's metrics.
 
     Raises:
-        ValueError: the folder holds a run and is not to be resumed, nothing is to be found in the
-            validation split, or a setting is wrong.
+        ValueError: the folder holds a run and is not to be resumed, or a setting is wrong.
     """
     if resume:
         check_same_data(data, folder / "data")
@@ -85,24 +84,28 @@ def train(
         raise ValueError(
             f"{folder} holds a run already: go on with it by --resume, or name another by --output"
         )
-    if not sum(data.splits["val"].counts().values()):
-        raise ValueError(
-            f"{data.splits['val'].source} has nothing to find: nothing could be evaluated on it "
-            "(name other data by --val)"
-        )
     folder.mkdir(parents=True, exist_ok=True)
     metrics = engine(name).train(data, plan, folder, resume=resume, overrides=overrides)
     pictures.data_page(data, folder / DATA_PAGE)
     pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
-    images = _validation_images(data)
-    draw_examples(folder, images)
+    draw_examples(folder, _validation_images(data))
     return metrics
 
 
 def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
     """Score a run's model on the validation split of ``data`` (default: the run's own), and write
-    evaluation.json, and predictions.png of other data."""
-    metrics = engine(engine_of(folder)).evaluate(folder, data)
+    evaluation.json, and predictions.png of other data.
+
+    Raises:
+        ValueError: the data have other classes, or the run has nothing to be evaluated on.
+    """
+    by = engine(engine_of(folder))
+    if data is not None and data.classes != (trained := by.classes_of(folder)):
+        raise ValueError(
+            f"the data have the classes {', '.join(data.classes)}, but {folder} has trained "
+            f"{', '.join(trained)} (see --classes)"
+        )
+    metrics = by.evaluate(folder, data)
     write_json(folder / "evaluation.json", metrics)
     if data is not None:
         draw_examples(folder, _validation_images(data))

@@ -15,7 +15,7 @@ import numpy as np
 from e3va.data.folder import Data
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
-from e3va.files import write_json
+from e3va.files import atomic_path, write_json
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
@@ -104,6 +104,35 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             continue
     return found
+
+
+class History:
+    """``metrics.json`` of a run that goes on: its lines up to ``start``, and those that are added.
+
+    Args:
+        path: the file; made, or cut, at once.
+        start: iterations that have been done.
+
+    Attributes:
+        entries: the lines.
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path = path
+        self.entries = [e for e in read_metrics(path) if e.get("iteration", math.inf) <= start]
+        with atomic_path(path) as temporary:
+            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+
+    def add(self, **entry: float) -> None:
+        """Add a line: an iteration (with its loss), or the metrics of an evaluation."""
+        self.entries.append(entry)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def best(self) -> float:
+        """The highest :func:`rank` of an evaluation so far."""
+        scores = (rank(entry) for entry in self.entries if "loss" not in entry)
+        return max(scores, default=-math.inf)
 
 
 def _index(data: Data) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from e3va.checkpoint import check_target, write_state
 from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
+from e3va.data.geometry import encode_mask
+from e3va.methods import HIGHWAYS
 from e3va.runs.folder import Found, write_data
 from e3va.runs.plan import Plan
 from e3va.torchvision.config import ModelConfig, TrainConfig, set_fields
@@ -72,7 +74,7 @@ def config_of(plan: Plan) -> TrainConfig:
         options = dict(SMALL_HEADS)
         if plan.detector == "mask_rcnn":
             options["mask_channels"] = (64, 64)
-    highway = small and plan.method in ("e3va", "e3va_paper")
+    highway = small and plan.method in HIGHWAYS
     model = ModelConfig(
         weights=plan.weights,
         detector=plan.detector,
@@ -108,18 +110,13 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
     """Score the run's model on the validation split of ``data``, or on the run's own.
 
     Raises:
-        ValueError: the run has nothing to be evaluated on, or other classes than ``data``.
+        ValueError: the run has nothing to be evaluated on.
     """
     model, run = load_run(folder, _device())
     own = run.data["val"]
     if (folder / "data/val.json").is_file():  # wherever the folder has been moved
         own = {"annotations": folder / "data/val.json", "images": folder / "data"}
     if data is not None:
-        if data.classes != run.classes:
-            raise ValueError(
-                f"the data have the classes {', '.join(data.classes)}, but {folder} has trained "
-                f"{', '.join(run.classes)} (see --classes)"
-            )
         own = {"annotations": folder / "evaluation/val.json", "images": folder / "evaluation"}
         write_data(data, folder / "evaluation")
     if own is None:
@@ -149,7 +146,7 @@ def predictor(folder: Path) -> Callable[[np.ndarray], Found]:
         ]
         if "masks" in found:
             for instance, mask in zip(instances, found["masks"], strict=True):
-                instance["segmentation"] = _encode(mask[0].numpy() > 0.5)
+                instance["segmentation"] = encode_mask(mask[0].numpy() > 0.5)
         return Found(instances)
 
     return find
@@ -164,10 +161,3 @@ def export(folder: Path, target: Path) -> None:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _encode(mask: np.ndarray) -> dict[str, Any]:
-    from pycocotools import mask as masks
-
-    rle = masks.encode(np.asfortranarray(mask.astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode()}

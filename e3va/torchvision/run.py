@@ -17,6 +17,7 @@ from e3va.data.coco import CocoInstances
 from e3va.files import atomic_path
 from e3va.methods import build_backbone
 from e3va.precision import quantize_trunk
+from e3va.runs.folder import CONFIG
 from e3va.torchvision.checkpoint import load_checkpoint
 from e3va.torchvision.config import ModelConfig, TrainConfig, from_json
 from e3va.torchvision.model import build_detector
@@ -24,7 +25,6 @@ from e3va.trunks import trunk_config
 from e3va.weights import load_trunk, resolve
 
 CHECKPOINT = "checkpoint.pt"
-RUN = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Run:
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write ``config.yaml`` into ``folder``, whole or not at all."""
         content = json.loads(json.dumps(dataclasses.asdict(self)))  # lists for tuples
-        with atomic_path(Path(folder) / RUN) as temporary:
+        with atomic_path(Path(folder) / CONFIG) as temporary:
             text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
             temporary.write_text(text, encoding="utf-8")
 
@@ -65,7 +65,7 @@ class Run:
             FileNotFoundError: ``folder`` has no ``config.yaml``.
             ValueError: it is not what :meth:`write` writes.
         """
-        path = Path(folder) / RUN
+        path = Path(folder) / CONFIG
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
             return cls(**{**content, "config": from_json(TrainConfig, content["config"])})
@@ -117,8 +117,8 @@ def load_run(
     run = Run.read(folder)
     if run.config.model is None:
         raise ValueError(
-            f"{Path(folder) / RUN} does not tell what the model was built from: build it as then, "
-            "and call load_checkpoint"
+            f"{Path(folder) / CONFIG} does not tell what the model was built from: build it as "
+            "then, and call load_checkpoint"
         )
     model = build_model(run.config.model, len(run.classes) + 1, device)
     load_checkpoint(Path(folder) / CHECKPOINT, model)

@@ -23,20 +23,18 @@ from tqdm import tqdm
 
 from e3va.backbone import Backbone
 from e3va.data.coco import CocoInstances, Target, flip
-from e3va.files import atomic_path
 from e3va.measure import trainable_parameters
 from e3va.optim import Rates, parameter_groups
-from e3va.runs.folder import rank
+from e3va.runs.folder import CONFIG, METRICS, History, rank
 from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
 from e3va.torchvision.evaluation import evaluate
 from e3va.torchvision.model import DETECTORS
-from e3va.torchvision.run import CHECKPOINT, RUN, Run, build_model
+from e3va.torchvision.run import CHECKPOINT, Run, build_model
 
 logger = logging.getLogger(__name__)
 
-HISTORY = "metrics.json"
 FINAL = "model_final.pt"
 BEST = "model_best.pt"
 
@@ -112,12 +110,12 @@ def train(
         logger.info("resuming from iteration %d of %s", start, output / CHECKPOINT)
         _check_schedule(config, start, state["iterations"])
     elif (output / CHECKPOINT).is_file():
-        for name in (CHECKPOINT, RUN):
+        for name in (CHECKPOINT, CONFIG):
             if (output / name).is_file():
                 (output / name).replace(_previous(output / name))
         logger.warning("an earlier run's checkpoint is now %s", _previous(output / CHECKPOINT))
     Run.of(config, train_data, val_data).write(output)
-    history = _History(output / HISTORY, start)
+    history = History(output / METRICS, start)
 
     batches = DataLoader(
         _Batches(train_data, config.batch_size, config.horizontal_flip, config.seed),
@@ -201,7 +199,9 @@ def train(
     return {
         **metrics,
         "trainable_params": trainable_parameters(model),
-        "seconds_per_iter": statistics.median(history.seconds or [math.nan]),
+        "seconds_per_iter": statistics.median(
+            [entry["seconds"] for entry in history.entries if "seconds" in entry] or [math.nan]
+        ),
         "peak_bytes": peak,
     }
 
@@ -253,41 +253,6 @@ class _Batches(Dataset[list[tuple[Tensor, Target]]]):
     def _order(self, epoch: int) -> Tensor:
         random = torch.Generator().manual_seed(seed_of(self._seed, _ORDER, epoch))
         return torch.randperm(len(self._data), generator=random)
-
-
-class _History:
-    """The lines of ``metrics.json``, without those of an earlier run beyond ``start``."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._path = path
-        lines = path.read_text(encoding="utf-8").splitlines() if start and path.is_file() else []
-        kept = [entry for entry in map(_entry, lines) if entry and entry["iteration"] <= start]
-        self.seconds = [entry["seconds"] for entry in kept if "seconds" in entry]
-        self._entries = kept
-        with atomic_path(path) as temporary:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-
-    def best(self) -> float:
-        """The highest rank of an evaluation so far."""
-        return max(
-            (rank(entry) for entry in self._entries if "loss" not in entry), default=-math.inf
-        )
-
-    def add(self, **entry: float) -> None:
-        if "seconds" in entry:
-            self.seconds.append(entry["seconds"])
-        else:
-            self._entries.append(entry)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-
-
-def _entry(line: str) -> dict[str, float] | None:
-    """A line of the history; None if its writing was interrupted."""
-    try:
-        return json.loads(line)
-    except ValueError:
-        return None
 
 
 def _previous(path: Path) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
 from e3va.data.images import check_size, image_size
-from e3va.data.maps import UNLABELLED, look, pair, read_map, read_values
+from e3va.data.maps import UNLABELLED, look, pair, read_classes, read_map, read_values
 from e3va.detectron2.data.catalog import (
     DatasetFormat,
     expand_path,
@@ -59,8 +58,11 @@ def register_semantic_maps(cfg: CfgNode) -> None:
             f"{source} has {len(classes)} classes: maps can be of 2 to {UNLABELLED - 1}; with one, "
             "every pixel would be of it"
         )
-    if not index:
-        for of_split in splits.values():
+    for of_split in splits.values():
+        if index:  # whose values were checked when it was written
+            for image, labels in of_split:
+                check_size(Path(image), image_size(labels), labels)
+        else:
             _check_values(of_split, len(classes))
     for split, name in names.items():
         if not name:
@@ -108,9 +110,7 @@ def _read_classes(path: Path) -> list[str]:
         raise FileNotFoundError(
             f"no classes: there is no {path}, and DATASETS.SEMANTIC_MAPS.CLASSES is []"
         )
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [row for row in csv.reader(file, skipinitialspace=True) if len(row) >= 2]
-    names = {int(row[0]): row[1].strip() for row in rows if row[0].strip().isdigit()}
+    names = read_classes(path)
     names.pop(0, None)  # however the file calls what is unlabelled
     if not names or sorted(names) != list(range(1, len(names) + 1)):
         raise ValueError(f"{path} must name the values 1, 2, …, got {sorted(names)}")
@@ -143,7 +143,6 @@ def _records(pairs: Iterable[tuple[Any, Any]], values: dict[int, int]) -> list[d
     """Detectron2's records of images and their maps."""
     records = []
     for image, labels in pairs:
-        check_size(Path(image), image_size(labels), labels)
         records.append(
             {
                 "file_name": str(image),

@@ -7,13 +7,13 @@ import os
 from functools import partial
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 from detectron2.config import CfgNode
 from detectron2.evaluation import PascalVOCDetectionEvaluator
 from detectron2.structures import BoxMode
-from PIL import Image
 
+from e3va.data.images import image_size
+from e3va.data.voc import Object, read_xml
 from e3va.detectron2.data.catalog import (
     DatasetFormat,
     expand_path,
@@ -21,7 +21,7 @@ from e3va.detectron2.data.catalog import (
     register,
     set_classes,
 )
-from e3va.detectron2.evaluation import VOC_CORNERS, VOCTreeEvaluator
+from e3va.detectron2.evaluation import VOCTreeEvaluator
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def register_voc_tree(cfg: CfgNode) -> None:
         raise ValueError("DATASETS.VOC_TREE has boxes and no masks: set MODEL.MASK_ON to False")
     splits = {split: tree[f"{split}_SPLIT"] for split in ("TRAIN", "TEST")}
     read = {name: _read_split(Path(root), name) for name in dict.fromkeys(splits.values()) if name}
-    found = {box["name"] for records in read.values() for r in records for box in r["boxes"]}
+    found = {box.name for records in read.values() for r in records for box in r["boxes"]}
     classes = list(tree.CLASSES) or sorted(found)
     if not found <= set(classes):
         unknown = ", ".join(sorted(found - set(classes)))
@@ -96,11 +96,8 @@ def _read_split(root: Path, split: str) -> list[dict[str, Any]]:
             folder = folders["JPEGImages"]
             raise FileNotFoundError(f"no image {name!r} in {folder}, but {names} lists it")
         xml = folders["Annotations"] / f"{name}.xml"
-        size, boxes = _read_xml(xml)
-        if size is None:
-            with Image.open(images[name]) as file:
-                size = file.size
-        width, height = size
+        size, boxes = read_xml(xml)
+        height, width = size or image_size(images[name])
         records.append(
             {
                 "file_name": str(images[name]),
@@ -113,45 +110,21 @@ def _read_split(root: Path, split: str) -> list[dict[str, Any]]:
     return records
 
 
-def _read_xml(path: Path) -> tuple[tuple[int, int] | None, list[dict[str, Any]]]:
-    """The image's (width, height), None if it is not given, and its boxes."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no annotation file at {path}")
-    try:
-        content = ElementTree.parse(path)
-        size = tuple(int(content.findtext(f"size/{side}", "0")) for side in ("width", "height"))
-        boxes = [
-            {
-                "name": item.findtext("name", "").strip(),
-                "difficult": item.findtext("difficult", "0").strip() == "1",
-                "corners": [float(item.findtext(f"bndbox/{corner}", "")) for corner in VOC_CORNERS],
-            }
-            for item in content.findall("object")
-        ]
-    except (ElementTree.ParseError, ValueError) as error:
-        raise ValueError(f"{path} is no annotation of Pascal VOC: {error}") from error
-    if not all(box["name"] for box in boxes):
-        raise ValueError(f"{path} is no annotation of Pascal VOC: an object has no name")
-    return (size if all(size) else None), boxes  # type: ignore[return-value]
-
-
-def _annotation(
-    box: dict[str, Any], classes: list[str], record: dict[str, Any]
-) -> dict[str, Any] | None:
+def _annotation(box: Object, classes: list[str], record: dict[str, Any]) -> dict[str, Any] | None:
     """A box as Detectron2 has it, clipped to its image; None if it is empty.
 
     VOC counts pixels from 1 and includes the last.
     """
-    xmin, ymin, xmax, ymax = box["corners"]
+    xmin, ymin, xmax, ymax = box.corners
     xmin, ymin = max(xmin, 1.0), max(ymin, 1.0)
     xmax, ymax = min(xmax, float(record["width"])), min(ymax, float(record["height"]))
     if not (xmin < xmax and ymin < ymax):
         return None
     return {
-        "category_id": classes.index(box["name"]),
+        "category_id": classes.index(box.name),
         "bbox": [xmin - 1, ymin - 1, xmax, ymax],
         "bbox_mode": BoxMode.XYXY_ABS,
-        "difficult": box["difficult"],
+        "difficult": box.difficult,
     }
 
 
