@@ -1,0 +1,74 @@
+"""That annotations and predictions are seen where they are."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("pycocotools")
+
+from e3va.data.folder import open_data
+from e3va.data.geometry import decode_mask, encode_mask
+from e3va.runs import pictures
+from tests.runs.factories import encoding, polygon, write_coco
+
+GREY = np.full((72, 96, 3), 100, np.uint8)
+
+
+@pytest.mark.parametrize("mask", [[polygon(30, 30, 20, 16)], encoding(30, 30, 20, 16)], ids=str)
+def test_a_mask_is_drawn_in_its_pixels_and_the_box_around_it(mask):
+    found = {"bbox": [30, 30, 20, 16], "label": 1, "segmentation": mask, "score": 0.5}
+    pixels = np.asarray(pictures.draw_instances(GREY, [found], ["a", "b"]))
+    inside = pixels[33:44, 33:47]
+    expected = 100 + pictures.OPACITY * (np.array(pictures.colour(1)) - 100)
+    assert np.abs(inside - expected).max() <= 1
+    assert (pixels[30, 30:50] == pictures.colour(1)).all()
+    assert np.abs(inside - 100.0).max() > 20
+    assert (pixels[52:] == 100).all() and (pixels[30:, 60:] == 100).all()
+
+
+def test_each_class_of_a_map_has_its_colour_and_unlabelled_pixels_none():
+    labels = np.full((72, 96), 255, np.uint8)
+    labels[40:, :48], labels[40:, 48:] = 0, 1
+    pixels = np.asarray(pictures.draw_map(GREY, labels, ["a", "b"])).astype(float)
+    for part, label in ((pixels[45:, 2:40], 0), (pixels[45:, 50:], 1)):
+        expected = 100 + pictures.OPACITY * (np.array(pictures.colour(label)) - 100)
+        assert np.abs(part - expected).max() <= 1
+    assert (pixels[30:40, 60:] == 100).all()
+
+
+def test_colours_of_neighbours_differ():
+    colours = np.array([pictures.colour(i) for i in range(20)]).astype(float)
+    assert np.abs(np.diff(colours, axis=0)).sum(1).min() > 60
+
+
+def test_the_page_of_data_shows_annotations(tmp_path):
+    data = open_data(write_coco(tmp_path / "data"))
+    pages = []
+    for annotated in (True, False):
+        if not annotated:
+            for split in data.splits.values():
+                split.annotations = []
+        pictures.data_page(data, tmp_path / "page.png")
+        with Image.open(tmp_path / "page.png") as page:
+            pages.append(np.asarray(page))
+    drawn, bare = pages
+    assert drawn.shape == bare.shape
+    assert 0.02 < (drawn != bare).any(2).mean() < 0.6
+
+
+def test_curves_are_drawn_of_whatever_there_is(tmp_path):
+    steps = [{"iteration": i, "loss": 1 / i, "lr": 0.1} for i in range(1, 9)]
+    score = {"iteration": 8, "box_ap": 3.0}
+    sizes = []
+    for metrics in ([], steps, [score], [*steps, score]):
+        pictures.curves(metrics, tmp_path / "curves.png")
+        sizes.append((tmp_path / "curves.png").stat().st_size)
+    assert sizes[0] < sizes[1] < sizes[3] and sizes[0] < sizes[2]
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (64, 5)], ids=str)
+def test_masks_survive_their_encoding(shape):
+    mask = np.random.default_rng(0).random(shape) < 0.4
+    rle = encode_mask(mask)
+    assert rle["size"] == list(shape) and isinstance(rle["counts"], str)
+    assert (decode_mask(rle, *shape) == mask).all()
