@@ -17,7 +17,7 @@ from e3va.data import coco_json, maps, voc, yolo
 from e3va.data.images import check_complete, list_files, list_images
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
-from e3va.data.text import read_text
+from e3va.data.text import load_yaml
 
 TASKS = ("boxes", "masks", "semantic")
 VALIDATION = 0.2
@@ -266,14 +266,7 @@ def read_classes(text: str) -> dict[str, str | None]:
     path = Path(text)
     if not path.is_file():
         return {name.strip(): name.strip() for name in text.split(",") if name.strip()}
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ImportError("a file of classes needs PyYAML: pip install 'e3va[train]'") from error
-    try:
-        content = yaml.load(read_text(path), Loader=yaml.BaseLoader)  # all values are text
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
+    content = load_yaml(path)
     if isinstance(content, list):
         content = {str(name): str(name) for name in content}
     if not isinstance(content, dict) or not content:

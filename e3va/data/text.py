@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 from pathlib import Path
+from typing import Any
 
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
@@ -24,3 +25,30 @@ def read_text(path: str | os.PathLike[str]) -> str:
         return content.decode(_MARKS.get(content[:2], "utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is no text in UTF-8: {error}. Save it in that encoding") from None
+
+
+LARGEST_YAML = 1 << 20
+"""Characters of a YAML file: nobody writes more by hand, and parsing them takes minutes."""
+
+
+def load_yaml(path: str | os.PathLike[str]) -> Any:
+    """The content of a YAML file: lists and dictionaries of text, so that a class called yes is no
+    boolean.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ImportError: PyYAML is missing.
+        ValueError: it is no YAML file, larger than :data:`LARGEST_YAML`, or in an encoding that
+            :func:`read_text` does not know.
+    """
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{path} needs PyYAML: pip install 'e3va[train]'") from error
+    text = read_text(path)
+    if len(text) > LARGEST_YAML:
+        raise ValueError(f"{path} has {len(text)} characters: too large for what it should hold")
+    try:
+        return yaml.load(text, Loader=yaml.BaseLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no YAML file: {error}") from error

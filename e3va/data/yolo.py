@@ -16,7 +16,7 @@ from typing import Any
 
 from e3va.data.images import SUFFIXES, image_size, list_images
 from e3va.data.instances import Instances, categories_of
-from e3va.data.text import read_text
+from e3va.data.text import load_yaml, read_text
 
 _ABSENT = ("", "null", "~")
 """How YAML says that there is nothing."""
@@ -44,16 +44,8 @@ def read_yaml(path: str | os.PathLike[str], *, masks: bool | None = None) -> dic
         ImportError: PyYAML is missing.
         ValueError: it is no data.yaml, or a label file is broken; names file and line.
     """
-    try:
-        import yaml
-    except ModuleNotFoundError as error:
-        raise ImportError("a data.yaml needs PyYAML: pip install pyyaml") from error
     path = Path(path)
-    text = read_text(path)
-    try:
-        content = yaml.load(text, Loader=yaml.BaseLoader)  # a class called yes is no boolean
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from error
+    content = load_yaml(path)
     if not isinstance(content, dict) or "names" not in content:
         raise ValueError(f"{path} is no data.yaml of YOLO: it has no 'names'")
     if content.get("kpt_shape") not in (None, *_ABSENT):

@@ -1,8 +1,10 @@
 """Text files in the encodings that people's tools write."""
 
+import time
+
 import pytest
 
-from e3va.data.text import read_text
+from e3va.data.text import LARGEST_YAML, load_yaml, read_text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -23,3 +25,12 @@ def test_no_file(tmp_path):
     for name in ("none.txt", "folder"):
         with pytest.raises(FileNotFoundError, match=rf"no file at .*{name}"):
             read_text(tmp_path / name)
+
+
+def test_a_yaml_file_that_no_person_has_written_is_refused_at_once(tmp_path):
+    path = tmp_path / "data.yaml"
+    path.write_text("names: [" + "a," * LARGEST_YAML + "]")
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match=r"data\.yaml has \d+ characters: too large"):
+        load_yaml(path)
+    assert time.perf_counter() - began < 5

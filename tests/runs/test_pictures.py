@@ -23,7 +23,7 @@ def test_a_mask_is_drawn_in_its_pixels_and_the_box_around_it(mask):
     assert np.abs(inside - expected).max() <= 1
     assert (pixels[30, 30:50] == pictures.colour(1)).all()
     assert np.abs(inside - 100.0).max() > 20
-    assert (pixels[52:] == 100).all() and (pixels[30:, 60:] == 100).all()
+    assert (pixels[52:] == 100).all() and (pixels[32:, 60:] == 100).all()
 
 
 def test_each_class_of_a_map_has_its_colour_and_unlabelled_pixels_none():
