@@ -17,7 +17,7 @@ from e3va.ops.checks import (
     check_shape,
 )
 from e3va.ops.library import frozen_operator
-from e3va.ops.taps import TAPPED, TAPS, room, stored_channels
+from e3va.ops.taps import TAPPED, TAPS, room, stored_channels, stored_dtype
 
 dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
 
@@ -70,11 +70,11 @@ def sublayer_epilogue(
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
     check_frozen("sublayer_epilogue", x=x, y=y, norm_weight=norm_weight, norm_bias=norm_bias, P=P)
-    check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps)
+    check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps, tuple(into))
+    if not all(part.is_contiguous() for part in into):
+        raise ValueError("into must be contiguous")
     if P is not None and not into:
         into = room(x, P.shape[1], taps)
-    elif P is not None:
-        _check_room(into, x, P.shape[1], taps)
     arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, list(into)
     y_out, z = _sublayer_epilogue(*arguments)
     t, kept, scale = into or [x.new_empty(0)] * 3
@@ -89,6 +89,7 @@ def _check(
     P: Tensor | None,
     tap: str,
     taps: str,
+    into: Sequence[Tensor],
 ) -> None:
     check_same_dtype(x=x, y=y)
     if x.dim() < 2:
@@ -107,17 +108,18 @@ def _check(
     if P is not None:
         check_floating(P=P)
         check_shape("P", P, channels, -1)
-
-
-def _check_room(into: Sequence[Tensor], x: Tensor, rank: int, taps: str) -> None:
-    """A kernel would write past the end of what is smaller than :func:`room` makes it."""
-    tokens = x.numel() // x.shape[-1]
-    bytes_ = 0 if taps == "full" else stored_channels(x.shape[-1], taps)
-    sizes = [tokens * rank, tokens * bytes_, tokens if bytes_ else 0]
-    if [part.numel() for part in into] != sizes or not all(p.is_contiguous() for p in into):
-        raise ValueError(
-            f"into must be contiguous, of {sizes} values, got {[tuple(p.shape) for p in into]}"
-        )
+    if P is not None and into:
+        # Kernels would write past the end of what is smaller.
+        tokens, (t, kept, scale) = x.shape[:-1].numel(), into
+        check_shape("into[0]", t, tokens, P.shape[1])
+        check_same_dtype(x=x, into=t)
+        if taps != "full":
+            check_shape("into[1]", kept, tokens, stored_channels(channels, taps))
+            check_shape("into[2]", scale, tokens)
+            if (kept.dtype, scale.dtype) != (stored_dtype(taps), torch.float32):
+                raise TypeError(
+                    f"into of {kept.dtype} and {scale.dtype} does not hold taps {taps!r}"
+                )
 
 
 @functools.partial(frozen_operator, writes=("into",))

@@ -113,3 +113,27 @@ def test_bad_input(index, spoil, error, message):
     arguments[index] = spoil(arguments[index])
     with pytest.raises(error, match=message):
         ops.sublayer_epilogue(*arguments)
+
+
+def smaller(part):
+    return lambda into: [v[1:] if i == part else v for i, v in enumerate(into)]
+
+
+@pytest.mark.parametrize(
+    "spoil, error, message",
+    [
+        (smaller(0), ValueError, r"into\[0\] must have shape \[6, 4\], got \[5, 4\]"),
+        (smaller(1), ValueError, r"into\[1\] must have shape"),
+        (smaller(2), ValueError, r"into\[2\] must have shape \[6\], got \[5\]"),
+        (lambda into: [into[0].double(), *into[1:]], TypeError, "dtype of x"),
+        (lambda into: [into[0], into[1].to(torch.int16), into[2]], TypeError, "does not hold taps"),
+        (lambda into: [into[0], into[1], into[2].half()], TypeError, "does not hold taps"),
+        (lambda into: [into[0].mT.contiguous().mT, *into[1:]], ValueError, "must be contiguous"),
+    ],
+)
+@pytest.mark.parametrize("taps", ["int4", "fp8"])
+def test_results_are_not_written_where_they_do_not_fit(taps, spoil, error, message):
+    x, *rest = make_arguments((2, 3), 10, 4, torch.float32)
+    into = spoil(list(room(x, 4, taps)))
+    with torch.no_grad(), pytest.raises(error, match=message):
+        ops.sublayer_epilogue(x, *rest, "norm", taps, into=into)
