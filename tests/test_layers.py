@@ -1,4 +1,4 @@
-"""Imports point one way: integrations → backbone → trunk, highway → ops → kernels."""
+"""Imports point one way: entries → shells → runs and core → ops."""
 
 import ast
 import subprocess
@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MAY_IMPORT = {
+CORE = {
     "files": set(),
     "seeding": set(),
     "ops": {"files", "native", "kernels"},
+    "native": {"ops"},
+    "triton": {"ops", "kernels"},
+    "measure": {"ops"},
     "config": {"ops"},
     "trunks": {"config", "ops"},
     "weights": {"files", "trunks"},
@@ -27,13 +30,28 @@ MAY_IMPORT = {
     },
     "serving": {"highway", "methods", "trunks", "weights"},
 }
-"""Modules of e3va that each core module may import, beside itself."""
+RUNS = {"data": set(), "runs": {"data", "files", "trunks"}}
+SHELLS = {shell: {"__version__", *CORE, *RUNS} for shell in ("detectron2", "torchvision")}
+ENTRIES = {
+    "demo": {*CORE, *RUNS, *SHELLS},
+    "cli": {"__version__", *CORE, *RUNS},
+    "__main__": {"cli"},
+    "__init__": set(CORE),
+}
+MAY_IMPORT = CORE | RUNS | SHELLS | ENTRIES
+"""Modules of e3va that each module may import, beside itself."""
+
+
+def test_every_module_has_its_layer():
+    package = ROOT / "e3va"
+    modules = {p.stem for p in package.glob("*.py")}
+    assert modules | {p.parent.name for p in package.glob("*/__init__.py")} == set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("module", MAY_IMPORT)
-def test_core_modules_import_only_what_lies_below(module):
+def test_modules_import_only_what_lies_below(module):
     path = ROOT / "e3va" / module
-    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    files = path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):
             names = []
