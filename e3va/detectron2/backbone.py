@@ -50,8 +50,9 @@ class E3VASwinBackbone(Backbone):
             )
         trunk, method = cfg.MODEL.TRUNK, cfg.MODEL.TUNING.METHOD
         options = method_options(cfg)
-        config = trunk_config(trunk.VARIANT, window_size=trunk.WINDOW_SIZE)
-        if (family := family_of(config).name) != trunk.FAMILY:
+        changes = {"window_size": trunk.WINDOW_SIZE} if trunk.WINDOW_SIZE else {}
+        config = trunk_config(trunk.VARIANT, **changes)
+        if trunk.FAMILY not in ("", family := family_of(config).name):
             raise ValueError(
                 f"MODEL.TRUNK.VARIANT {trunk.VARIANT} is a {family}, but MODEL.TRUNK.FAMILY is "
                 f"{trunk.FAMILY!r}"

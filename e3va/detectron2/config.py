@@ -49,11 +49,13 @@ _FORMER = {
 def add_e3va_config(cfg: CfgNode) -> None:
     """Add E³VA's keys, with their defaults, to a Detectron2 config."""
     cfg.MODEL.TRUNK = CfgNode()
-    # The kind of trunk, "swin", and which: "swin_t", "swin_s", "swin_b", "swin_l" or "swin_digits".
-    cfg.MODEL.TRUNK.FAMILY = "swin"
+    # Which trunk: "swin_t", "swin_s", "swin_b", "swin_l" or "swin_digits", and the family that it
+    # must be of, "swin"; empty: any.
     cfg.MODEL.TRUNK.VARIANT = "swin_b"
-    # Side of its attention windows: 7, or 12 for weights pretrained at 384 pixels.
-    cfg.MODEL.TRUNK.WINDOW_SIZE = 7
+    cfg.MODEL.TRUNK.FAMILY = ""
+    # Side of its attention windows, such as 12 for weights pretrained at 384 pixels; 0: the
+    # variant's own.
+    cfg.MODEL.TRUNK.WINDOW_SIZE = 0
     # The trunk's pretrained weights: a file of Microsoft's, MMDetection, timm, torchvision, Hugging
     # Face or Detectron2, as a path, a URL, timm:NAME, which timm downloads, or
     # e3va://swin_digits.safetensors, which ships with the package. Empty: random weights, or those

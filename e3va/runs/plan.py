@@ -46,7 +46,8 @@ class Plan:
         iterations: optimizer steps. batch_size: images of each.
         lr: the highest learning rate; warmup: iterations until it is reached.
         min_size: what the shorter side of images is brought to; max_size: limit of the longer one.
-        anchor_sizes: sides of the anchors on each of five levels, in pixels of such images.
+        anchor_sizes: sides of the anchors on each level, one more than the trunk has stages, in
+            pixels of such images.
         eval_period: iterations between evaluations.
         flip: mirror half of the training images.
         seed: of all that is random.
@@ -130,7 +131,7 @@ def make_plan(
         warmup=min(500, iterations // 10),
         min_size=min_size,
         max_size=max_size,
-        anchor_sizes=_anchors(train, min_size, max_size),
+        anchor_sizes=_anchors(train, min_size, max_size, len(trunk_config(variant).dims) + 1),
         eval_period=max(500, math.ceil(iterations / 5)),
         flip=not all(name.isdigit() for name in data.classes),  # a mirrored digit is none
         seed=seed,
@@ -170,10 +171,10 @@ def _sizes(split: Any) -> tuple[int, int]:
     return side, max(side, min(math.ceil(side * ratio), math.ceil(side * 5 / 3)))
 
 
-def _anchors(split: Any, min_size: int, max_size: int) -> tuple[int, ...]:
+def _anchors(split: Any, min_size: int, max_size: int, levels: int) -> tuple[int, ...]:
     """Doubling sides, of which the smallest suits the small objects of the data."""
     if isinstance(split, Maps):
-        return (32, 64, 128, 256, 512)
+        return tuple(32 * 2**level for level in range(levels))
     scale = {
         image["id"]: min(
             min_size / min(image["height"], image["width"]),
@@ -188,7 +189,7 @@ def _anchors(split: Any, min_size: int, max_size: int) -> tuple[int, ...]:
     )
     small = sides[len(sides) // 10] if sides else 32
     first = 2 ** min(5, max(3, round(math.log2(max(small, 1)))))
-    return tuple(first * 2**level for level in range(5))
+    return tuple(first * 2**level for level in range(levels))
 
 
 def _text(value: Any) -> str:

@@ -39,7 +39,7 @@ def test_every_config_is_valid(path):
     cfg = load_config(str(path))
     assert cfg.MODEL.BACKBONE.NAME in BACKBONE_REGISTRY
     assert cfg.MODEL.TUNING.METHOD == "e3va"
-    assert trunk_config(cfg.MODEL.TRUNK.VARIANT, window_size=cfg.MODEL.TRUNK.WINDOW_SIZE)
+    assert trunk_config(cfg.MODEL.TRUNK.VARIANT)
     assert cfg.INPUT.FORMAT == "RGB"
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         assert all(s < cfg.SOLVER.MAX_ITER for s in cfg.SOLVER.STEPS)
