@@ -19,6 +19,10 @@ SUFFIXES = (
 MISSING = 1e30
 """Pixels at least this far from 0 mark missing data."""
 
+CONTRAST = (0.5, 99.5)
+"""Percentiles of an image of 16 or 32 bits that become black and white: a few hot pixels or a
+saturated reflection do not take the range of all others."""
+
 _ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 _PNG_MARKS = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
@@ -48,8 +52,9 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """The pixels of an image: [H, W, 3], uint8, RGB, turned as its EXIF data say.
 
     Grey images of 16 or 32 bits, as microscopes and depth cameras make them, are scaled to 0..255:
-    from [0, 1] or [0, 255] where their values lie in it, else from the range of their own finite
-    values. What is transparent is seen on black. Of several pages or frames the first is read.
+    from [0, 1] or [0, 255] where their values lie in it, else from the percentiles
+    :data:`CONTRAST` of their own finite values, and what lies beyond is clipped. What is
+    transparent is seen on black. Of several pages or frames the first is read.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -196,10 +201,14 @@ def _scaled(grey: np.ndarray) -> np.ndarray:
     valid = np.abs(grey) < MISSING  # false for NaN
     if not valid.any():
         return np.zeros(grey.shape, np.uint8)
-    low, high = float(grey[valid].min()), float(grey[valid].max())
-    for full in (1.0, 255.0):
-        if low >= 0 and high <= full:
-            low, high = 0.0, full
-            break
-    grey = np.where(valid, grey, low)
-    return np.rint((grey - low) * (255 / max(high - low, 1e-30))).astype(np.uint8)
+    own = grey[valid]
+    low, high = float(own.min()), float(own.max())
+    full = next((full for full in (1.0, 255.0) if low >= 0 and high <= full), None)
+    if full is not None:
+        low, high = 0.0, full
+    else:
+        inner = np.percentile(own, CONTRAST)
+        if inner[0] < inner[1]:  # else nearly all are one value, and the few others are what counts
+            low, high = inner.tolist()
+    scaled = (np.where(valid, grey, low) - low) * (255 / max(high - low, 1e-30))
+    return np.rint(scaled.clip(0, 255)).astype(np.uint8)

@@ -12,6 +12,8 @@ from e3va.data.images import check_size, image_size, list_images, match_images, 
 from tests.data.factories import write_image
 
 RAMP = np.arange(1200).reshape(30, 40)
+# Of its 1200 even steps the darkest and the brightest half per cent are clipped.
+STRETCHED = ((RAMP - 0.005 * 1199) / (0.99 * 1199)).clip(0, 1) * 255
 
 
 def saved(path, pixels, mode=None, **options):
@@ -21,28 +23,28 @@ def saved(path, pixels, mode=None, **options):
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])
-def test_grey_of_16_bits_is_scaled_from_its_own_range(tmp_path, suffix):
+def test_grey_of_16_bits_is_scaled_from_its_own_percentiles(tmp_path, suffix):
     path = saved(tmp_path / f"a.{suffix}", (1000 + 20 * RAMP).astype(np.uint16))
     pixels = read_image(path)
     assert pixels.shape == (30, 40, 3) and pixels.dtype == np.uint8
-    np.testing.assert_array_equal(pixels[..., 1], np.rint(RAMP * 255 / RAMP.max()))
+    np.testing.assert_array_equal(pixels[..., 1], np.rint(STRETCHED))
     assert image_size(path) == (30, 40)
 
 
 def test_big_endian_16_bits(tmp_path):
     Image.frombytes("I;16B", (40, 30), (RAMP * 50).astype(">u2").tobytes()).save(tmp_path / "a.tif")
-    assert (read_image(tmp_path / "a.tif")[..., 0] == np.rint(RAMP * 255 / RAMP.max())).all()
+    assert (read_image(tmp_path / "a.tif")[..., 0] == np.rint(STRETCHED)).all()
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ((RAMP * 50_000).astype(np.int32), RAMP / RAMP.max() * 255),
-        (RAMP.astype(np.int32) - 600, RAMP / RAMP.max() * 255),
+        ((RAMP * 50_000).astype(np.int32), STRETCHED),
+        (RAMP.astype(np.int32) - 600, STRETCHED),
         ((RAMP % 200).astype(np.int32), RAMP % 200),  # in 0..255: as it is
         ((RAMP / 2400).astype(np.float32), RAMP / 2400 * 255),  # in [0, 1]: not stretched
         ((RAMP / 6).astype(np.float32), RAMP / 6),
-        ((RAMP * 7.0 - 900).astype(np.float32), RAMP / RAMP.max() * 255),
+        ((RAMP * 7.0 - 900).astype(np.float32), STRETCHED),
         (np.full((30, 40), 70_000, np.int32), np.zeros((30, 40))),
         (np.zeros((30, 40), np.float32), np.zeros((30, 40))),
     ],
@@ -60,7 +62,23 @@ def test_missing_pixels_do_not_take_the_others_range(tmp_path, missing):
     assert pixels[3, 4] == 0
     others = np.ones(RAMP.shape, bool)
     others[3, 4] = False
-    assert np.abs(pixels - np.rint(RAMP * 255 / RAMP.max()))[others].max() <= 1
+    assert np.abs(pixels - np.rint(STRETCHED))[others].max() <= 1
+
+
+def test_hot_pixels_do_not_take_the_others_range(tmp_path):
+    values = (1000 + RAMP).astype(np.uint16)
+    values[3, 4], values[7, 8] = 65535, 0
+    pixels = read_image(saved(tmp_path / "a.tif", values))[..., 0].astype(int)
+    assert pixels[3, 4] == 255 and pixels[7, 8] == 0
+    others = (values > 0) & (values < 65535)
+    assert np.abs(pixels - STRETCHED)[others].max() <= 1
+
+
+def test_a_few_spots_on_nothing_are_seen(tmp_path):
+    values = np.full((100, 100), 500, np.uint16)
+    values[5, 5:10] = 700, 900, 1100, 1300, 1500  # less than the percentiles clip
+    pixels = read_image(saved(tmp_path / "a.png", values))[..., 0]
+    assert pixels[5, 5:10].tolist() == [51, 102, 153, 204, 255] and pixels.sum() == 765
 
 
 def test_nothing_but_nan(tmp_path):
