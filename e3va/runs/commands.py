@@ -118,17 +118,24 @@ def draw_examples(folder: Path, images: Sequence[Path]) -> None:
     find, classes = by.predictor(folder), by.classes_of(folder)
     drawn = []
     for path in images[: pictures.EXAMPLES]:
-        pixels = read_image(path)
-        drawn.append((path.name, draw(pixels, find(pixels), classes)))
+        pixels, size = pictures.read_cell(path)
+        drawn.append((path.name, draw(pixels, find(pixels), classes, size=size)))
     pictures.save(pictures.page(drawn), folder / PREDICTIONS)
 
 
-def draw(pixels: np.ndarray, found: Found, classes: Sequence[str], least: float = 0.5) -> Any:
-    """An image with what was found on it, scores below ``least`` left out."""
+def draw(
+    pixels: np.ndarray,
+    found: Found,
+    classes: Sequence[str],
+    least: float = 0.5,
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """An image with what was found on it, scores below ``least`` left out; ``size`` as
+    :func:`e3va.runs.pictures.draw_instances`."""
     if found.labels is not None:
-        return pictures.draw_map(pixels, found.labels, classes)
+        return pictures.draw_map(pixels, found.labels, classes, size)
     shown = [instance for instance in found.instances if instance["score"] >= least]
-    return pictures.draw_instances(pixels, shown, classes)
+    return pictures.draw_instances(pixels, shown, classes, size)
 
 
 def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float) -> int:

@@ -22,6 +22,8 @@ CELL = 320
 COLUMNS = 4
 EXAMPLES = 12
 OPACITY = 0.45
+BACKGROUND = "background"
+"""Name, in small letters, of a class that is drawn as no colour: it would veil the picture."""
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -32,7 +34,10 @@ def colour(index: int) -> tuple[int, int, int]:
 
 
 def draw_instances(
-    pixels: np.ndarray, instances: Sequence[Mapping[str, Any]], classes: Sequence[str]
+    pixels: np.ndarray,
+    instances: Sequence[Mapping[str, Any]],
+    classes: Sequence[str],
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """An image with its instances drawn in.
 
@@ -41,40 +46,49 @@ def draw_instances(
         instances: ``bbox`` [x, y, width, height], ``label`` (a position in ``classes``) and, if
             there are such, ``segmentation`` (polygons or a run-length encoding) and ``score``.
         classes: their names.
+        size: (width, height) of the picture (default: the image's); boxes and names are drawn
+            after it has been resized, so that they can be seen.
     """
-    canvas = pixels.astype(np.float32)
+    pixels = pixels.copy()
     for instance in instances:
         if instance.get("segmentation"):
             mask = decode_mask(instance["segmentation"], *pixels.shape[:2])
-            canvas[mask] += OPACITY * (np.array(colour(instance["label"])) - canvas[mask])
-    image = Image.fromarray(np.rint(canvas).astype(np.uint8))
+            pixels[mask] = _mixed(pixels[mask], colour(instance["label"]))
+    image = _resized(pixels, size)
+    across, down = image.width / pixels.shape[1], image.height / pixels.shape[0]
     pen = ImageDraw.Draw(image)
     width = max(1, min(image.size) // 250)
-    font = ImageFont.load_default(size=max(10, min(image.size) // 35))
+    font = _font(image)
     for instance in instances:
         x, y, w, h = instance["bbox"]
+        left, top = x * across, y * down
         ink = colour(instance["label"])
-        pen.rectangle((x, y, x + w, y + h), outline=ink, width=width)
+        pen.rectangle((left, top, left + w * across, top + h * down), outline=ink, width=width)
         text = classes[instance["label"]]
         if "score" in instance:
             text += f" {instance['score']:.2f}"
-        _label(pen, (x, y), text, ink, font)
+        _label(pen, (left, top), text, ink, font)
     return image
 
 
-def draw_map(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Image.Image:
-    """An image [H, W, 3] with its classes [H, W] drawn over it, and their names."""
-    table = np.zeros((256, 3), np.float32)
-    for index in range(len(classes)):
-        table[index] = colour(index)
-    canvas = pixels.astype(np.float32)
-    labelled = labels != UNLABELLED
-    canvas[labelled] += OPACITY * (table[labels[labelled]] - canvas[labelled])
-    image = Image.fromarray(np.rint(canvas).astype(np.uint8))
+def draw_map(
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """An image [H, W, 3] with its classes [H, W] drawn over it, and their names; ``size`` as
+    :func:`draw_instances`. What is called background is left as it is."""
+    pixels = pixels.copy()
+    shown = [i for i in np.unique(labels) if i != UNLABELLED and classes[i].lower() != BACKGROUND]
+    for index in shown:
+        mask = labels == index
+        pixels[mask] = _mixed(pixels[mask], colour(int(index)))
+    image = _resized(pixels, size)
     pen = ImageDraw.Draw(image)
-    font = ImageFont.load_default(size=max(10, min(image.size) // 35))
+    font = _font(image)
     y = 2
-    for index in np.unique(labels[labelled]):
+    for index in shown:
         y = _label(pen, (2, y), classes[index], colour(int(index)), font, below=True)
     return image
 
@@ -88,11 +102,18 @@ def data_page(data: Data, path: Path, seed: int = 0) -> None:
     save(page(pictures), path)
 
 
+def read_cell(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
+    """An image [H, W, 3], uint8, RGB, and (width, height) of its picture on a :func:`page`."""
+    pixels = read_image(path)
+    height, width = pixels.shape[:2]
+    scale = CELL / max(width, height)
+    return pixels, (max(1, round(width * scale)), max(1, round(height * scale)))
+
+
 def page(pictures: Sequence[tuple[str, Image.Image]], columns: int = COLUMNS) -> Image.Image:
-    """Pictures in rows of ``columns``, each under its title."""
+    """Pictures of the size that :func:`read_cell` gives, in rows, each under its title."""
     font = ImageFont.load_default(size=14)
-    cells = [(title, image.resize(_fitting(image.size))) for title, image in pictures]
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
+    rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(image.height for _, image in row) + 24 for row in rows]
     sheet = Image.new("RGB", (columns * (CELL + 8), max(1, sum(heights))), "white")
     pen = ImageDraw.Draw(sheet)
@@ -163,7 +184,8 @@ def _examples(split: Any, random: np.random.Generator) -> list[tuple[str, Image.
     for i in chosen:
         if isinstance(split, Maps):
             image, labels = items[i]
-            drawn = draw_map(read_image(image), read_map(labels, split.values), split.classes)
+            pixels, size = read_cell(image)
+            drawn = draw_map(pixels, read_map(labels, split.values), split.classes, size)
             found.append((image.name, drawn))
         else:
             place = {category["id"]: n for n, category in enumerate(split.categories)}
@@ -173,14 +195,23 @@ def _examples(split: Any, random: np.random.Generator) -> list[tuple[str, Image.
                 if a["image_id"] == items[i]["id"]
             ]
             path = Path(items[i]["file_name"])
-            found.append((path.name, draw_instances(read_image(path), own, split.classes)))
+            pixels, size = read_cell(path)
+            found.append((path.name, draw_instances(pixels, own, split.classes, size)))
     return found
 
 
-def _fitting(size: tuple[int, int]) -> tuple[int, int]:
-    width, height = size
-    scale = min(CELL / width, CELL / height)
-    return max(1, round(width * scale)), max(1, round(height * scale))
+def _mixed(pixels: np.ndarray, ink: tuple[int, int, int]) -> np.ndarray:
+    """Pixels [n, 3], uint8, under a veil of ``ink``."""
+    return np.rint(pixels + OPACITY * (np.array(ink, np.float32) - pixels)).astype(np.uint8)
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int] | None) -> Image.Image:
+    image = Image.fromarray(pixels)
+    return image if size is None else image.resize(size)
+
+
+def _font(image: Image.Image) -> Any:
+    return ImageFont.load_default(size=max(10, min(image.size) // 35))
 
 
 def _label(

@@ -36,6 +36,31 @@ def test_each_class_of_a_map_has_its_colour_and_unlabelled_pixels_none():
     assert (pixels[30:40, 60:] == 100).all()
 
 
+def test_what_is_called_background_is_left_as_it_is():
+    labels = np.zeros((72, 96), np.uint8)
+    labels[40:] = 1
+    pixels = np.asarray(pictures.draw_map(GREY, labels, ["Background", "crack"]))
+    assert (pixels[30:40] == 100).all() and (pixels[45:] != 100).any(2).all()
+
+
+def test_a_smaller_picture_has_boxes_and_names_that_can_be_seen():
+    large = np.full((2400, 3200, 3), 100, np.uint8)
+    found = {
+        "bbox": [800, 1200, 1600, 600],
+        "label": 0,
+        "segmentation": encoding(800, 1200, 1600, 600, 2400, 3200),
+    }
+    picture = pictures.draw_instances(large, [found], ["name"], (320, 240))
+    pixels = np.asarray(picture).astype(float)
+    assert picture.size == (320, 240)
+    ink = pictures.colour(0)
+    assert (pixels[120, 80:240] == ink).all() and (pixels[120:180, 80] == ink).all()
+    veiled = 100 + pictures.OPACITY * (np.array(ink) - 100)
+    assert np.abs(pixels[125:175, 85:235] - veiled).max() <= 1
+    name = (pixels[100:120, 80:120] < 60).all(2)
+    assert name.any(1).sum() >= 6  # rows of letters
+
+
 def test_colours_of_neighbours_differ():
     colours = np.array([pictures.colour(i) for i in range(20)]).astype(float)
     assert np.abs(np.diff(colours, axis=0)).sum(1).min() > 60
