@@ -3,10 +3,13 @@ tests."""
 
 from __future__ import annotations
 
+import bisect
+import contextlib
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +19,22 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from e3va.checkpoint import find_trunk
 from e3va.ops.library import FUNCTIONS
+
+SPLIT = (
+    "trunk_weights",
+    "other_weights",
+    "gradients",
+    "optimizer",
+    "backbone_saved",
+    "backbone_transient",
+    "neck",
+    "proposals",
+    "heads",
+    "loss_and_data",
+)
+"""Whose the bytes of a training step are, see :func:`step_split`."""
 
 
 class LiveBytes(TorchDispatchMode):
@@ -59,13 +77,138 @@ class LiveBytes(TorchDispatchMode):
         if key in self._known:
             return
         self._known.add(key)
+        self._made(key, size)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _made(self, key: int, size: int) -> None:
         self.live += size
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, key, size)
 
     def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live -= size
+
+
+class PartsBytes(LiveBytes):
+    """Knows of each storage which part of a detector made it: in the forward by the innermost of
+    the parts that runs, in the backward by the part whose forward made the node of the graph.
+
+    What the backbone's forward leaves behind is "backbone_saved", what else it makes
+    "backbone_transient"; what no part makes is "loss_and_data".
+
+    Made by :meth:`of`.
+
+    Attributes:
+        live, peak: as of :class:`LiveBytes`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._running = ["loss_and_data"]
+        # From which number of a node on the graph is whose.
+        self._nodes, self._owners = [0], ["loss_and_data"]
+        self._storages: dict[int, _Storage] = {}
+        # What came and went since the beginning, and how much of that until the peak.
+        self._history: list[tuple[_Storage, int]] = []
+        self._peak_at = 0
+
+    def at_peak(self) -> Counter[str]:
+        """Bytes that each part had at the peak; their sum is ``peak``."""
+        return _sum(self._history[: self._peak_at])
+
+    def now(self) -> Counter[str]:
+        """Bytes that each part has now; their sum is ``live``."""
+        return _sum(self._history)
+
+    @classmethod
+    @contextlib.contextmanager
+    def of(cls, model: nn.Module) -> Iterator[PartsBytes]:
+        """Counts inside the context what the parts of ``model`` make: a detector of Detectron2 or
+        torchvision, or a semantic segmentor of Detectron2."""
+        memory, hooks = cls(), []
+        for name, module in _parts(model).items():
+            hooks += [
+                module.register_forward_pre_hook(lambda *_, name=name: memory._begin(name)),
+                module.register_forward_hook(lambda *_: memory._end(), always_call=True),
+            ]
+        try:
+            with memory:
+                yield memory
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _begin(self, part: str) -> None:
+        self._running.append(part)
+        self._owned_from_here()
+
+    def _end(self) -> None:
+        if self._running.pop() == "backbone_transient":
+            for storage in self._storages.values():
+                if storage.part == "backbone_transient":
+                    storage.part = "backbone_saved"
+        self._owned_from_here()
+
+    def _owned_from_here(self) -> None:
+        self._nodes.append(torch._C._autograd._get_sequence_nr())
+        self._owners.append(self._running[-1])
+
+    def _part(self) -> str:
+        node = torch._C._current_autograd_node()
+        if node is None or len(self._running) > 1:  # a part may run anew in the backward
+            return self._running[-1]
+        return self._owners[bisect.bisect_right(self._nodes, node._sequence_nr()) - 1]
+
+    def _made(self, key: int, size: int) -> None:
+        before = self.peak
+        super()._made(key, size)
+        storage = self._storages[key] = _Storage(self._part())
+        self._history.append((storage, size))
+        if self.peak > before:
+            self._peak_at = len(self._history)
+
+    def _freed(self, key: int, size: int) -> None:
+        super()._freed(key, size)
+        self._history.append((self._storages.pop(key), -size))
+
+
+class _Storage:
+    def __init__(self, part: str) -> None:
+        self.part = part
+
+
+def _sum(history: Iterable[tuple[_Storage, int]]) -> Counter[str]:
+    parts: Counter[str] = Counter()
+    for storage, size in history:
+        parts[storage.part] += size
+    return parts
+
+
+def _parts(model: Any) -> dict[str, nn.Module]:
+    """The parts of a detector, as Detectron2 and torchvision call them."""
+    neck = model.backbone
+    backbone = bottom_up(model)
+    parts = {"backbone_transient": backbone}
+    if neck is not backbone:
+        parts["neck"] = neck
+    names = {
+        "proposals": ("proposal_generator", "rpn", "head"),
+        "heads": ("roi_heads", "sem_seg_head"),
+    }
+    for part, attributes in names.items():
+        for attribute in attributes:
+            if isinstance(module := getattr(model, attribute, None), nn.Module):
+                parts[part] = module
+    return parts
+
+
+def bottom_up(model: Any) -> nn.Module:
+    """The backbone of a detector of Detectron2 or torchvision, without the FPN."""
+    backbone = model.backbone
+    for name in ("bottom_up", "body"):
+        if isinstance(inner := getattr(backbone, name, None), nn.Module):
+            return inner
+    return backbone
 
 
 class SavedBytes:
@@ -120,12 +263,65 @@ def peak_live_bytes(module: nn.Module, step: Callable[[], Tensor]) -> int:
 
     Gradients of parameters exist beforehand, as from the second step on, and are not counted.
     """
-    for parameter in module.parameters():
-        if parameter.requires_grad and parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
+    _make_gradients(module)
     with LiveBytes() as memory:
         step().backward()
     return memory.peak
+
+
+def step_split(
+    model: nn.Module, step: Callable[[], Tensor], optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, int]]:
+    """The bytes of a training step by what they are of: {"peak": {…}, "end": {…}}, at their peak
+    and after the backward, each with the keys :data:`SPLIT`, whose sum is the total.
+
+    - "trunk_weights", "other_weights": parameters of the trunk, and all others.
+    - "gradients": of what is trained. They exist beforehand, as from the second step on.
+    - "optimizer": its state of the shapes of parameters, such as Adam's moments.
+    - "backbone_saved": what the backbone's forward leaves behind, for its backward (of E³VA: the
+      kept taps, u, the maps) or as its maps alone (of a frozen one).
+    - "backbone_transient": what else the backbone makes, in forward and backward.
+    - "neck": the FPN. "proposals": the RPN, or RetinaNet's head. "heads": the RoI heads, or that of
+      semantic segmentation; with their losses.
+    - "loss_and_data": images, targets and what no part makes, such as RetinaNet's losses.
+
+    The sum of the last six at the peak is :func:`peak_live_bytes`. See :class:`PartsBytes`.
+
+    Args:
+        model: a detector of Detectron2 or torchvision, or a semantic segmentor of Detectron2.
+        step: gives the loss, whose backward runs.
+        optimizer: of the model. Where it has no state yet it takes a step of zero gradients.
+    """
+    _make_gradients(model)
+    if not optimizer.state:
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
+    trunk = find_trunk(model)[1] or bottom_up(model)
+    trunk_weights = sum(p.nbytes for p in trunk.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
+    fixed = {
+        "trunk_weights": trunk_weights,
+        "other_weights": sum(p.nbytes for p in model.parameters()) - trunk_weights,
+        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
+        "optimizer": sum(
+            value.nbytes
+            for p in trained
+            for value in optimizer.state[p].values()
+            if isinstance(value, Tensor) and value.shape == p.shape
+        ),
+    }
+    with PartsBytes.of(model) as memory:
+        step().backward()
+    return {
+        when: {part: fixed.get(part, made[part]) for part in SPLIT}
+        for when, made in (("peak", memory.at_peak()), ("end", memory.now()))
+    }
+
+
+def _make_gradients(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:

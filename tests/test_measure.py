@@ -2,7 +2,15 @@ import torch
 from torch import nn
 
 from e3va import E3VABackbone, FrozenSwin, HighwayConfig, SwinConfig, ops
-from e3va.measure import LiveBytes, SavedBytes, saved_bytes, trainable_parameters
+from e3va.measure import (
+    SPLIT,
+    LiveBytes,
+    SavedBytes,
+    peak_live_bytes,
+    saved_bytes,
+    step_split,
+    trainable_parameters,
+)
 
 MIB = 2**18  # float32 values in a MiB
 
@@ -60,3 +68,70 @@ def test_trainable_parameters():
     assert trainable_parameters(trunk) == 0
     per_tap = 2 * 16 * 4 + 2 * 4 * 8 + 8 + 2 * 4 * 4 + 4 * 3 * 3 + 4
     assert trainable_parameters(backbone) == 2 * per_tap + 16 + 2 * 16
+
+
+class _Part(nn.Module):
+    """Makes ``bytes_`` bytes while it runs, and keeps as many for its backward."""
+
+    def __init__(self, bytes_, inner=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+        self.bytes_, self.inner = bytes_, inner
+
+    def forward(self, x):
+        x = x if self.inner is None else self.inner(x)
+        wide = (x.sum() * self.weight[0]).expand(self.bytes_ // 4).exp()  # saved for its backward
+        return wide.sum()
+
+
+def _detector():
+    """Each part makes one storage of note; the RoI heads' is the largest."""
+    model = nn.Module()
+    backbone = _Part(2**20)
+    model.backbone = _Part(2**21, backbone)
+    model.backbone.bottom_up = backbone
+    model.rpn, model.roi_heads = _Part(2**22), _Part(2**23)
+    model.backbone.bottom_up.weight.requires_grad_(False)
+    return model
+
+
+def test_split_of_a_step_by_what_made_it():
+    model = _detector()
+
+    def step():
+        image = torch.randn(2**16)
+        kept = torch.randn(2**18).requires_grad_()  # 1 MiB that belongs to no part
+        x = model.backbone(image.requires_grad_())
+        return model.rpn(x) + model.roi_heads(x) + (kept * kept).sum()
+
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    split = step_split(model, step, optimizer)
+    assert set(split) == {"peak", "end"} and tuple(split["peak"]) == SPLIT
+    peak, small = split["peak"], 2**10
+    fixed = {"trunk_weights": 16, "other_weights": 48, "gradients": 48, "optimizer": 96}
+    assert {key: peak[key] for key in fixed} == fixed
+    assert 0 <= peak["backbone_saved"] - 2**20 < small and peak["backbone_transient"] < small
+    assert 0 <= peak["neck"] - 2**21 < small
+    assert 0 <= peak["proposals"] - 2**22 < small
+    # Its exp(x) and the gradient of that, which the backward makes, are alive with all the others.
+    assert 0 <= peak["heads"] - 2 * 2**23 < small
+    assert peak["loss_and_data"] >= 2**20 + 2**18
+    made = sum(peak.values()) - sum(fixed.values())
+    assert made == peak_live_bytes(model, step)
+    assert {k: v for k, v in split["end"].items() if v} == fixed
+
+
+def test_what_the_backbone_makes_is_saved_only_if_it_outlives_the_forward():
+    class Backbone(_Part):
+        def forward(self, x):
+            torch.zeros(2**22)  # freed at once, and the peak
+            return super().forward(x)
+
+    model = _detector()
+    model.backbone.bottom_up = model.backbone.inner = Backbone(2**20)
+    model.rpn = model.roi_heads = None
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    split = step_split(model, lambda: model.backbone(torch.ones(4)), optimizer)["peak"]
+    assert split["backbone_transient"] == 2**24
+    assert split["backbone_saved"] == split["neck"] == split["proposals"] == 0
+    assert split["optimizer"] == split["gradients"] == 32
