@@ -14,7 +14,7 @@ CORE = {
     "ops": {"files", "native", "kernels"},
     "native": {"ops"},
     "triton": {"ops", "kernels"},
-    "measure": {"ops"},
+    "measure": {"checkpoint", "ops"},
     "config": {"ops"},
     "trunks": {"config", "ops"},
     "weights": {"files", "trunks"},
