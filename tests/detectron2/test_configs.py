@@ -119,14 +119,14 @@ def test_ade20k_configs_follow_the_recipe():
     for variant in "bl":
         cfg = load_config(str(FOLDER / f"ade20k/upernet_e3va_swin_{variant}.yaml"))
         assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (160000, 16)
-        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == (6e-5, 0.01)
+        assert (cfg.SOLVER.BASE_LR, cfg.SOLVER.WEIGHT_DECAY) == (3e-4, 0.01)
         assert cfg.INPUT.CROP.SIZE == [512, 512]
         assert cfg.INPUT.COLOR_JITTER == 0.5
         assert cfg.MODEL.UPERNET.AUX_LOSS_WEIGHT == 0.4
         classes = MetadataCatalog.get(cfg.DATASETS.TEST[0]).stuff_classes
         assert len(classes) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 150
         parameter = nn.Parameter(torch.zeros(1))
-        scheduler = build_lr_scheduler(cfg, torch.optim.AdamW([parameter], lr=6e-5))
+        scheduler = build_lr_scheduler(cfg, torch.optim.AdamW([parameter], lr=3e-4))
         multiplier = scheduler._multiplier
         assert multiplier(0) == pytest.approx(0, abs=1e-5)
         assert multiplier(0.5 * 1500 / 160000) == pytest.approx(0.5, rel=0.01)
