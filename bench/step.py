@@ -12,7 +12,6 @@ steps, as a ratio to the first method.
 from __future__ import annotations
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,28 +58,6 @@ def stock_swin(ours: Any) -> Any:
     return theirs.requires_grad_(False).eval()
 
 
-def polygon_batch(height: int, width: int, instances: int = 8) -> list[dict[str, object]]:
-    """One image of noise with regular 16-gons of different sizes, seeded."""
-    from detectron2.structures import Boxes, Instances, PolygonMasks
-
-    generator = torch.Generator().manual_seed(0)
-    polygons, boxes = [], []
-    for i in range(instances):
-        radius = min(height, width) * (0.05 + 0.04 * i) / 2
-        cx = radius + (width - 2 * radius) * torch.rand((), generator=generator).item()
-        cy = radius + (height - 2 * radius) * torch.rand((), generator=generator).item()
-        angles = [2 * math.pi * k / 16 for k in range(16)]
-        points = [(cx + radius * math.cos(a), cy + radius * math.sin(a)) for a in angles]
-        polygons.append([[value for point in points for value in point]])
-        boxes.append([cx - radius, cy - radius, cx + radius, cy + radius])
-    target = Instances((height, width))
-    target.gt_boxes = Boxes(torch.tensor(boxes))
-    target.gt_classes = torch.arange(instances)
-    target.gt_masks = PolygonMasks(polygons)
-    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
-    return [{"image": image, "instances": target, "height": height, "width": width}]
-
-
 def measure(model: Any, batch: list[dict[str, object]], device: str) -> dict[str, int]:
     """Bytes: peak of live activations in a step, saved for backward in the backbone, and the peak
     with weights, gradients and AdamW state."""
@@ -119,8 +96,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs for the config")
     arguments = parser.parse_args()
 
+    from e3va.detectron2.budget import sample_batch
+    from e3va.detectron2.config import load_config
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = polygon_batch(*arguments.size)
+    batch = sample_batch(load_config(arguments.config_file, arguments.overrides), *arguments.size)
     models = {m: build(arguments.config_file, m, arguments.overrides) for m in arguments.methods}
     results: dict[str, dict[str, Any]] = {}
     for method, model in models.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 import sys
@@ -14,6 +15,7 @@ import torch
 
 import e3va
 from e3va import native
+from e3va.files import write_json
 from e3va.methods import METHODS
 from e3va.ops import dispatch, trial
 from e3va.weights import resolve
@@ -50,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.set_defaults(run=_convert)
     _add_runs(commands)
     options, more = parser.parse_known_args(arguments)
-    if more and (options.run is not _train or any(word.startswith("--") for word in more)):
+    if more and (options.run not in (_train, _plan) or any(word.startswith("--") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     options.overrides = more
     try:
@@ -105,6 +107,24 @@ def _add_runs(commands: Any) -> None:
     predict.add_argument("--output", type=Path, default=Path("output/predictions"))
     predict.add_argument("--min-score", type=float, default=0.5, help="(default 0.5)")
     predict.set_defaults(run=_predict)
+    plan = commands.add_parser(
+        "plan",
+        help="does it fit on my card? told in seconds, without a GPU, weights or data",
+        epilog="KEY VALUE pairs at the end override the config's settings.",
+    )
+    what = plan.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", metavar="YAML", help="a config of Detectron2")
+    what.add_argument("--model", help="a trunk, or a detector and a trunk: retinanet_swin_b")
+    plan.add_argument("--method", choices=METHODS, help="(default: the config's)")
+    plan.add_argument(
+        "--size", nargs=2, type=_positive, metavar=("H", "W"), help="(default: the config's largest)"
+    )
+    plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="images (default 1)")
+    plan.add_argument("--instances", type=_positive, default=8, help="of an image (default 8)")
+    plan.add_argument("--card", help='"RTX 3060", or its memory: 8GB (default: that found here)')
+    plan.add_argument("--compare", type=Path, metavar="PNG", help="draw all methods as bars")
+    plan.add_argument("--json", type=Path, metavar="FILE", help="write the plan to this file")
+    plan.set_defaults(run=_plan)
     export = commands.add_parser("export", help="a model and its frozen trunk as one file")
     export.add_argument("folder", type=Path, metavar="RUN", help="the training's output")
     export.add_argument("target", type=Path, help="a .safetensors or .pth file to write")
@@ -191,6 +211,32 @@ def _export(options: argparse.Namespace) -> None:
 
     commands.engine(commands.engine_of(options.folder)).export(options.folder, options.target)
     print(f"{options.target}: {options.target.stat().st_size / 2**20:.1f} MiB")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from e3va.budget import budget, card
+    from e3va.budget.cards import own_card
+    from e3va.budget.report import compare
+
+    own = card(options.card) if options.card else own_card()
+    shell = importlib.import_module("e3va.detectron2.budget")
+    given = options.config, options.model, options.method, options.overrides
+    setup = shell.open_setup(*given, instances=options.instances)
+    size = tuple(options.size or setup.training_size())
+    found = budget(setup, options.batch, size, own)
+    print(found.describe())
+    if options.json:
+        write_json(options.json, found.content())
+    if options.compare:
+        for missing in compare(setup, options.batch, size, own, options.compare):
+            print(f"left out: {missing}")
+        print(f"all methods: {options.compare}")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
 
 
 def _selftest(options: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from e3va.checkpoint import find_trunk
 from e3va.ops.library import FUNCTIONS
@@ -61,15 +60,16 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        before = {_storage_key(leaf) for leaf in tree_leaves((args, kwargs)) if _is_real(leaf)}
+        given = args, tuple((kwargs or {}).values())
+        before = {_storage_key(tensor) for tensor in tensors_in(given) if _is_real(tensor)}
         if func.namespace == "e3va":
             with self:
                 out = FUNCTIONS[func._schema.name.removeprefix("e3va::")](*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if _is_real(leaf) and _storage_key(leaf) not in before:
-                self._track(leaf.untyped_storage())
+        for tensor in tensors_in((out,)):
+            if _is_real(tensor) and _storage_key(tensor) not in before:
+                self._track(tensor.untyped_storage())
         return out
 
     def _track(self, storage: torch.UntypedStorage) -> None:
@@ -359,8 +359,17 @@ def step_seconds(steps: Mapping[str, Callable[[], Tensor]], repeats: int) -> dic
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def _is_real(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.layout == torch.strided
+def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, and in lists of them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_in(value)
+
+
+def _is_real(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided
 
 
 def _storage_key(tensor: Tensor) -> int:

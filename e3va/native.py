@@ -62,6 +62,7 @@ def load_error() -> str | None:
         torch.ops.load_library(_FOLDER / "_C.abi3.so")
     except (OSError, RuntimeError) as error:
         return f"the extension was built but does not load: {error.__cause__ or error}"
+    _register_fakes()
     return None
 
 
@@ -221,3 +222,32 @@ def _weight(tensor: Tensor) -> Tensor:
 
 def _given(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _weight(tensor)
+
+
+def _register_fakes() -> None:
+    """What comes of the kernels, on shapes alone: they run within the ops, whose own fakes PyTorch
+    knows."""
+    fake = torch.library.register_fake
+
+    @fake("e3va_native::window_attention")
+    def _(qkv, qkv_bias, position_bias, window, shift):
+        return qkv.new_empty(*qkv.shape[:-1], qkv.shape[-1] // 3)
+
+    @fake("e3va_native::sublayer_epilogue")
+    def _(x, y, *others):
+        return torch.empty_like(y)
+
+    @fake("e3va_native::adapters")
+    def _(t, carry, D, gamma, Q, b, U, height, width):
+        adapters, tokens, rank = t.shape
+        u = (adapters + 1, tokens, rank) if gamma is not None else (0,)
+        return t.new_empty(tokens, adapters * rank), t.new_empty(u)
+
+    @fake("e3va_native::adapters_backward")
+    def _(dS, dcarry, u, D, gamma, Q, b, U, height, width, *sums):
+        before = u.shape[1:] if gamma is not None else (0,)
+        return torch.empty_like(dS), dS.new_empty(u.shape), dS.new_empty(before)
+
+    @fake("e3va_native::tap_gradient")
+    def _(tap, scale, taps, dt, channels, like):
+        return like.new_empty(len(dt), channels, dt.shape[2])

@@ -102,7 +102,7 @@ def make_plan(
     Raises:
         ValueError: no such model, it is for another task, or it has no weights.
     """
-    detector, variant = _model(model or DEFAULT_TRUNK, data.task)
+    detector, variant = model_of(model or DEFAULT_TRUNK, data.task)
     weights = weights or source_of(variant)
     if weights is None:
         raise ValueError(f"{variant} has no published weights: name them by --weights")
@@ -138,24 +138,30 @@ def make_plan(
     )
 
 
-def _model(name: str, task: str) -> tuple[str, str]:
+def model_of(name: str, task: str | None = None) -> tuple[str, str]:
+    """The detector and the trunk that ``name`` means, for a task (default: any; a trunk alone is
+    then under the detector of masks).
+
+    Raises:
+        ValueError: no such model, or it is for another task.
+    """
+    fitting = DETECTORS[task] if task else tuple(d for known in DETECTORS.values() for d in known)
     variants = [variant for family in FAMILIES.values() for variant in family.variants]
     for known in DETECTORS.values():
         for detector in known:
             if name.startswith(f"{detector}_"):
-                if detector not in DETECTORS[task]:
+                if detector not in fitting:
                     raise ValueError(
-                        f"the model {name!r} is not for {task}; for these are "
-                        f"{', '.join(DETECTORS[task])}"
+                        f"the model {name!r} is not for {task}; for these are {', '.join(fitting)}"
                     )
                 trunk_config(name.removeprefix(f"{detector}_"))
                 return detector, name.removeprefix(f"{detector}_")
     if name not in variants:
         raise ValueError(
             f"unknown model {name!r}: a trunk ({', '.join(variants)}), or a detector and a trunk "
-            f"(such as {DETECTORS[task][-1]}_{DEFAULT_TRUNK})"
+            f"(such as {fitting[-1]}_{DEFAULT_TRUNK})"
         )
-    return DETECTORS[task][0], name
+    return DETECTORS[task or "masks"][0], name
 
 
 def _sizes(split: Any) -> tuple[int, int]:

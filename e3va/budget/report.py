@@ -1,0 +1,217 @@
+"""Whether a training step fits, how much would, and what to switch on where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from e3va.budget.cards import Card
+from e3va.files import atomic_path
+from e3va.methods import METHODS
+
+MIB = 2**20
+MOST, WIDEST = 256, 4
+"""Images of a step, and times the size asked for, beyond which nobody looks."""
+
+STEP = 32
+"""Pixels that sizes are multiples of, as the coarsest map wants them."""
+
+Size = tuple[int, int]
+
+
+class Setup(Protocol):
+    """What a shell knows how to build and to trace.
+
+    Attributes:
+        method: how the backbone is tuned.
+        batch: images of an optimizer step, as it is configured.
+    """
+
+    method: str
+    batch: int
+
+    def split(self, images: int, size: Size) -> dict[str, int]:
+        """The bytes of a step of as many images of that size at once, see
+        :func:`e3va.measure.step_split`."""
+
+    def changed(self, method: str) -> Setup:
+        """The same, tuned otherwise."""
+
+    def savings(self) -> Iterator[tuple[str, Setup]]:
+        """What makes a step smaller, each in words and as it would be."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a step needs.
+
+    Attributes:
+        method: how the backbone is tuned. images: those computed at once. size: theirs.
+        total_bytes: at the peak of a step, with weights, gradients and the optimizer's state.
+        split: the same by what they are of, see :data:`e3va.measure.SPLIT`.
+        card, card_bytes, usable_bytes, fits: what it has to fit in; None without a card.
+        largest_batch: images that fit at once, traced at ``images`` and at one more, and taken to
+            grow so.
+        largest_size: height and width of the same shape that fit, by the pixels of ``size`` and of
+            half of it; at most :data:`WIDEST` times ``size``; None: not even the smallest.
+        accumulate: the least SOLVER.ACCUMULATE by which the configured batch fits; None: no one.
+        advice: what makes it smaller, where it does not fit: words, and the bytes then.
+    """
+
+    method: str
+    images: int
+    size: Size
+    total_bytes: int
+    split: Mapping[str, int]
+    card: str | None = None
+    card_bytes: int | None = None
+    usable_bytes: int | None = None
+    fits: bool | None = None
+    largest_batch: int | None = None
+    largest_size: Size | None = None
+    accumulate: int | None = None
+    advice: tuple[tuple[str, int], ...] = ()
+
+    def describe(self) -> str:
+        """For reading."""
+        height, width = self.size
+        lines = [
+            f"{self.method}, {self.images} × {height}×{width}: {_mib(self.total_bytes)} at the peak"
+        ]
+        lines += [f"  {name.replace('_', ' '):20}{_mib(n):>12}" for name, n in self.split.items()]
+        if self.usable_bytes is None:
+            return "\n".join([*lines, "name a --card to see what fits"])
+        verdict = "fits in" if self.fits else "does not fit in"
+        lines.append(f"{verdict} the {_mib(self.usable_bytes)} that {self.card} has for tensors")
+        lines.append(f"largest batch at this size: {self.largest_batch}")
+        side = "×".join(map(str, self.largest_size)) if self.largest_size else "none"
+        lines.append(f"largest image at this batch: {side}")
+        if self.accumulate is not None and self.accumulate > 1:
+            lines.append(f"the configured batch: by SOLVER.ACCUMULATE {self.accumulate}")
+        for words, total in self.advice:
+            fits = "fits" if total <= self.usable_bytes else "too large still"
+            lines.append(f"  {words}: {_mib(total)}, {fits}")
+        return "\n".join(lines)
+
+    def content(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "advice": [{"change": w, "total_bytes": n} for w, n in self.advice]}
+
+
+def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> Budget:
+    """What a step of ``setup`` needs, and whether it fits on ``card``.
+
+    Args:
+        images: computed at once. size: height and width of each, padded as in training.
+    """
+    split = setup.split(images, size)
+    total = sum(split.values())
+    known = {
+        "method": setup.method,
+        "images": images,
+        "size": size,
+        "total_bytes": total,
+        "split": split,
+    }
+    if card is None:
+        return Budget(**known)
+    usable = card.usable
+    most = _largest_batch(setup, images, size, usable, total)
+    fits = total <= usable
+    largest = _largest_size(setup, images, size, usable, total)
+    advice: list[tuple[str, int]] = []
+    if not fits:
+        advice = [(words, sum(s.split(images, size).values())) for words, s in setup.savings()]
+        advice = [(words, saved) for words, saved in advice if saved < total]
+        if images > 1 and most:
+            parts = next(n for n in range(2, images + 1) if -(-images // n) <= most)
+            part = sum(setup.split(-(-images // parts), size).values())
+            advice.append((f"in {parts} parts (SOLVER.ACCUMULATE)", part))
+        if largest:
+            words = f"images of {largest[0]}×{largest[1]}"
+            advice.append((words, sum(setup.split(images, largest).values())))
+    return Budget(
+        **known,
+        card=card.name,
+        card_bytes=card.memory,
+        usable_bytes=usable,
+        fits=fits,
+        largest_batch=most,
+        largest_size=largest,
+        accumulate=_accumulate(setup.batch, most),
+        advice=tuple(advice),
+    )
+
+
+def _largest_batch(setup: Setup, images: int, size: Size, usable: int, total: int) -> int:
+    each = max(1, sum(setup.split(images + 1, size).values()) - total)
+    return max(0, min(MOST, images + (usable - total) // each))
+
+
+def _largest_size(setup: Setup, images: int, size: Size, usable: int, total: int) -> Size | None:
+    short = min(size)
+    half = max(STEP, short // 2 // STEP * STEP)
+    saved = total - sum(setup.split(images, _shaped(size, half)).values())
+    if short == half or saved <= 0:
+        return size if total <= usable else None
+    pixels = short**2 + (usable - total) * (short**2 - half**2) / saved
+    side = min(int(max(0.0, pixels) ** 0.5), WIDEST * short) // STEP * STEP
+    return _shaped(size, side) if side else None
+
+
+def _shaped(size: Size, short: int) -> Size:
+    """The size of the same shape of a shorter side."""
+    long = max(STEP, round(max(size) * short / min(size) / STEP) * STEP)
+    return (short, long) if size[0] <= size[1] else (long, short)
+
+
+def _accumulate(batch: int, most: int) -> int | None:
+    return next((n for n in range(1, batch + 1) if batch % n == 0 and batch // n <= most), None)
+
+
+def compare(setup: Setup, images: int, size: Size, card: Card | None, path: Path) -> list[str]:
+    """Draw every method's bytes as a bar, against the line of the card, into the PNG ``path``.
+
+    Returns:
+        The methods that could not be traced, and why.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("--compare needs matplotlib: pip install 'e3va[train]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    splits, missing = {}, []
+    for method in METHODS:
+        try:
+            splits[method] = setup.changed(method).split(images, size)
+        except ImportError as error:
+            missing.append(f"{method}: {error}")
+    order = sorted(splits, key=lambda method: sum(splits[method].values()), reverse=True)
+    figure, axes = plt.subplots(figsize=(9, 0.4 * len(order) + 1.6))
+    left = dict.fromkeys(order, 0.0)
+    colours = plt.get_cmap("tab20")
+    for index, part in enumerate(next(iter(splits.values()))):
+        sizes = [splits[method][part] / MIB for method in order]
+        starts = [left[method] for method in order]
+        axes.barh(order, sizes, left=starts, label=part.replace("_", " "), color=colours(index))
+        left = {m: left[m] + size for m, size in zip(order, sizes, strict=True)}
+    if card is not None:
+        axes.axvline(card.usable / MIB, color="black", linestyle="--", label=f"fits in {card.name}")
+    axes.set(xlabel="MiB at the peak of a step", title=f"{images} × {size[0]}×{size[1]}")
+    axes.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    plt.close(figure)
+    return missing
+
+
+def _mib(number: int) -> str:
+    return f"{number / MIB:.0f} MiB"

@@ -1,0 +1,177 @@
+"""Traces a training step of a Detectron2 config on shapes alone, for ``e3va plan``."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
+from detectron2.utils.events import EventStorage
+from torch import Tensor, nn
+
+from e3va.budget import ShapesOnly
+from e3va.detectron2.config import CONFIGS, dtype_of, load_config
+from e3va.detectron2.engine import BASES, SMALL_BASES
+from e3va.detectron2.solver import build_optimizer
+from e3va.measure import bottom_up, step_split
+from e3va.methods import HIGHWAYS, METHODS
+from e3va.runs.plan import SMALL_TRUNKS, model_of
+
+INSTANCES = 8
+"""Of an image, where nobody says."""
+
+
+class Setup:
+    """A config, built without weights; see :class:`e3va.budget.Setup`.
+
+    Args:
+        cfg: the config. instances: of each image.
+    """
+
+    def __init__(self, cfg: CfgNode, instances: int = INSTANCES) -> None:
+        self._cfg = cfg.clone()
+        self._cfg.defrost()
+        self._cfg.MODEL.DEVICE = "cpu"
+        self._cfg.MODEL.WEIGHTS = self._cfg.MODEL.TRUNK.WEIGHTS = ""
+        self._cfg.MODEL.TRUNK.COMPILE = False
+        self._instances = instances
+        self._built: tuple[ShapesOnly, nn.Module, torch.optim.Optimizer] | None = None
+        self.method = cfg.MODEL.TUNING.METHOD
+        self.batch = cfg.SOLVER.IMS_PER_BATCH
+
+    def training_size(self) -> tuple[int, int]:
+        """Height and width of the largest image that is trained on.
+
+        Raises:
+            ValueError: images stay as they are.
+        """
+        given, crop = self._cfg.INPUT, self._cfg.INPUT.CROP
+        if crop.ENABLED and crop.TYPE == "absolute" and not crop.RESIZE:
+            height, width = crop.SIZE
+            return int(height), int(width)
+        shorter = max(given.MIN_SIZE_TRAIN)
+        if shorter == 0:
+            raise ValueError("INPUT.MIN_SIZE_TRAIN is 0, images stay as they are: give --size")
+        return shorter, max(shorter, given.MAX_SIZE_TRAIN)
+
+    def changed(self, method: str) -> Setup:
+        return self._with({"MODEL.TUNING.METHOD": method})
+
+    def savings(self) -> Iterator[tuple[str, Setup]]:
+        cfg = self._cfg
+        frozen = not METHODS[self.method].trains_trunk
+        changes: dict[str, Any] = {}
+        if not cfg.SOLVER.AMP.ENABLED:
+            changes["SOLVER.AMP.ENABLED"] = True
+        if frozen and cfg.MODEL.TRUNK.DTYPE == "float32" and not cfg.MODEL.TRUNK.PRECISION:
+            changes["MODEL.TRUNK.DTYPE"] = "bfloat16"
+        if self.method in HIGHWAYS and cfg.MODEL.HIGHWAY.STORAGE != "int4":
+            changes["MODEL.HIGHWAY.STORAGE"] = "int4"
+        if self.method not in ("e3va", "frozen"):
+            changes["MODEL.TUNING.METHOD"] = "e3va"
+        for key, value in changes.items():
+            yield f"{key} {value}", self._with({key: value})
+        if len(changes) > 1:
+            yield "all of these", self._with(changes)
+
+    def split(self, images: int, size: tuple[int, int]) -> dict[str, int]:
+        shapes, model, optimizer = self._built = self._built or self._build()
+        batch = sample_batch(self._cfg, *size, self._instances) * images
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            with shapes:
+                return step_split(model, lambda: loss(model, batch, self._cfg), optimizer)["peak"]
+
+    def _build(self) -> tuple[ShapesOnly, nn.Module, torch.optim.Optimizer]:
+        shapes = ShapesOnly()
+        logger = logging.getLogger("e3va")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # random weights are meant
+        try:
+            with shapes, shapes.unseen():
+                model = build_model(self._cfg).train()
+                shapes.forget(*model.parameters())
+        finally:
+            logger.setLevel(level)
+        shapes.never_look_in(bottom_up(model))
+        return shapes, model, build_optimizer(self._cfg, model)
+
+    def _with(self, changes: dict[str, Any]) -> Setup:
+        cfg = self._cfg.clone()
+        cfg.merge_from_list([word for pair in changes.items() for word in pair])
+        return Setup(cfg, self._instances)
+
+
+def open_setup(
+    config: str | None,
+    model: str | None,
+    method: str | None,
+    overrides: Sequence[str],
+    instances: int = INSTANCES,
+) -> Setup:
+    """What ``e3va plan`` is asked about.
+
+    Args:
+        config: a YAML file; or model: a trunk, or a detector and a trunk, as ``e3va train`` makes
+            it on a GPU.
+        method: how the backbone is tuned (default: the config's).
+        overrides: of the config: KEY, VALUE, …. instances: of an image.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: no such config, key, model or value.
+    """
+    words: list[Any] = ["MODEL.TUNING.METHOD", method] if method else []
+    if config is None:
+        assert model is not None
+        detector, variant = model_of(model)
+        bases = SMALL_BASES if variant in SMALL_TRUNKS else BASES
+        config = str(CONFIGS / f"Base-{bases[detector]}.yaml")
+        words += ["MODEL.TRUNK.VARIANT", variant, "SOLVER.AMP.ENABLED", True]
+        words += ["MODEL.MASK_ON", detector == "mask_rcnn"]
+    return Setup(load_config(config, [*words, *overrides]), instances)
+
+
+def loss(model: nn.Module, batch: list[dict[str, Any]], cfg: CfgNode) -> Tensor:
+    """The loss of a step, in the precision that is configured."""
+    device, amp = next(model.parameters()).device.type, cfg.SOLVER.AMP
+    dtype = dtype_of("SOLVER.AMP.DTYPE", amp.DTYPE, ("bfloat16", "float16"))
+    with EventStorage(), torch.autocast(device, dtype, enabled=amp.ENABLED):
+        return sum(model(batch).values())
+
+
+def sample_batch(
+    cfg: CfgNode, height: int, width: int, instances: int = INSTANCES
+) -> list[dict[str, Any]]:
+    """One image of noise with regular 16-gons of different sizes, seeded, as the mapper of ``cfg``
+    would give it; of semantic segmentation, with a map of one class."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    sample: dict[str, Any] = {"image": image, "height": height, "width": width}
+    if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
+        return [{**sample, "sem_seg": torch.zeros(height, width, dtype=torch.int64)}]
+    generator.manual_seed(0)
+    polygons, boxes = [], []
+    for i in range(instances):
+        radius = min(height, width) * (0.05 + 0.04 * (i % 8)) / 2
+        cx = radius + (width - 2 * radius) * torch.rand((), generator=generator).item()
+        cy = radius + (height - 2 * radius) * torch.rand((), generator=generator).item()
+        angles = [2 * math.pi * k / 16 for k in range(16)]
+        points = [(cx + radius * math.cos(a), cy + radius * math.sin(a)) for a in angles]
+        polygons.append([[value for point in points for value in point]])
+        boxes.append([cx - radius, cy - radius, cx + radius, cy + radius])
+    retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    classes = cfg.MODEL.RETINANET.NUM_CLASSES if retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
+    target = Instances((height, width))
+    target.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))
+    target.gt_classes = torch.arange(instances) % classes
+    if cfg.MODEL.MASK_ON:
+        masks = PolygonMasks(polygons)
+        if cfg.INPUT.MASK_FORMAT == "bitmask":
+            masks = BitMasks.from_polygon_masks(masks, height, width)
+        target.gt_masks = masks
+    return [{**sample, "instances": target}]
