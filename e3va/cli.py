@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import platform
 import sys
@@ -60,7 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
         return 130
-    except (FloatingPointError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
+    except (
+        FloatingPointError,
+        ImportError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+        torch.OutOfMemoryError,
+    ) as error:
         if os.environ.get("E3VA_TRACEBACK"):
             raise
         print(f"error: {_message(error)}", file=sys.stderr)
@@ -117,7 +124,11 @@ def _add_runs(commands: Any) -> None:
     what.add_argument("--model", help="a trunk, or a detector and a trunk: retinanet_swin_b")
     plan.add_argument("--method", choices=METHODS, help="(default: the config's)")
     plan.add_argument(
-        "--size", nargs=2, type=_positive, metavar=("H", "W"), help="(default: the config's largest)"
+        "--size",
+        nargs=2,
+        type=_positive,
+        metavar=("H", "W"),
+        help="(default: the config's largest)",
     )
     plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="images (default 1)")
     plan.add_argument("--instances", type=_positive, default=8, help="of an image (default 8)")
@@ -217,11 +228,11 @@ def _plan(options: argparse.Namespace) -> None:
     from e3va.budget import budget, card
     from e3va.budget.cards import own_card
     from e3va.budget.report import compare
+    from e3va.runs import commands
 
     own = card(options.card) if options.card else own_card()
-    shell = importlib.import_module("e3va.detectron2.budget")
     given = options.config, options.model, options.method, options.overrides
-    setup = shell.open_setup(*given, instances=options.instances)
+    setup = commands.engine("detectron2").open_setup(*given, options.instances)
     size = tuple(options.size or setup.training_size())
     found = budget(setup, options.batch, size, own)
     print(found.describe())

@@ -89,6 +89,24 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
+class CappedBytes(LiveBytes):
+    """Has no more memory than ``limit`` bytes: on any device a GPU that is full.
+
+    Raises:
+        torch.OutOfMemoryError: from the operation whose result no longer fits.
+    """
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def _made(self, key: int, size: int) -> None:
+        super()._made(key, size)
+        if self.live > self._limit:
+            self._freed(key, size)
+            raise torch.OutOfMemoryError(f"{size} bytes more than the {self._limit} that there are")
+
+
 class PartsBytes(LiveBytes):
     """Knows of each storage which part of a detector made it: in the forward by the innermost of
     the parts that runs, in the backward by the part whose forward made the node of the graph.

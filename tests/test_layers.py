@@ -15,6 +15,7 @@ CORE = {
     "native": {"ops"},
     "triton": {"ops", "kernels"},
     "measure": {"checkpoint", "ops"},
+    "budget": {"files", "measure", "methods"},
     "config": {"ops"},
     "trunks": {"config", "ops"},
     "weights": {"files", "trunks"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 
@@ -93,6 +94,11 @@ def own_card() -> Card | None:
         return None
     properties = torch.cuda.get_device_properties(0)
     return Card(properties.name, properties.total_memory)
+
+
+def own_memory() -> int:
+    """Bytes of this machine's own memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _plain(name: str) -> str:

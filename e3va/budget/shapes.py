@@ -105,9 +105,7 @@ class ShapesOnly(TorchDispatchMode):
         return self._leave_out(func, args, kwargs)
 
     def _is_unknown(self, tensor: Tensor) -> bool:
-        return (
-            tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._unknown
-        )
+        return tensor.layout == torch.strided and tensor.untyped_storage()._cdata in self._unknown
 
     def _looks(self, func: Any, tensors: list[Tensor]) -> bool:
         name = func._schema.name.partition("::")[2]

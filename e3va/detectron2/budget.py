@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,16 +14,21 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from e3va.budget import ShapesOnly
-from e3va.detectron2.config import CONFIGS, dtype_of, load_config
-from e3va.detectron2.engine import BASES, SMALL_BASES
+from e3va.budget import Card, ShapesOnly, budget
+from e3va.budget.cards import own_card, own_memory
+from e3va.detectron2.config import dtype_of
 from e3va.detectron2.solver import build_optimizer
 from e3va.measure import bottom_up, step_split
 from e3va.methods import HIGHWAYS, METHODS
-from e3va.runs.plan import SMALL_TRUNKS, model_of
 
 INSTANCES = 8
 """Of an image, where nobody says."""
+
+
+Record = tuple[int | None, int | None, int]
+"""Height, width and number of instances of an image of the data; None: not known."""
+
+logger = logging.getLogger(__name__)
 
 
 class Setup:
@@ -89,17 +94,22 @@ class Setup:
 
     def _build(self) -> tuple[ShapesOnly, nn.Module, torch.optim.Optimizer]:
         shapes = ShapesOnly()
-        logger = logging.getLogger("e3va")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # random weights are meant
+        package = logging.getLogger("e3va")
+        level = package.level
+        package.setLevel(logging.ERROR)  # random weights are meant
         try:
             with shapes, shapes.unseen():
                 model = build_model(self._cfg).train()
                 shapes.forget(*model.parameters())
+                optimizer = build_optimizer(self._cfg, model)
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+                optimizer.step()  # makes its state
         finally:
-            logger.setLevel(level)
+            package.setLevel(level)
         shapes.never_look_in(bottom_up(model))
-        return shapes, model, build_optimizer(self._cfg, model)
+        return shapes, model, optimizer
 
     def _with(self, changes: dict[str, Any]) -> Setup:
         cfg = self._cfg.clone()
@@ -107,33 +117,58 @@ class Setup:
         return Setup(cfg, self._instances)
 
 
-def open_setup(
-    config: str | None,
-    model: str | None,
-    method: str | None,
-    overrides: Sequence[str],
-    instances: int = INSTANCES,
-) -> Setup:
-    """What ``e3va plan`` is asked about.
+def largest(cfg: CfgNode, records: Iterable[Record]) -> tuple[tuple[int, int], int]:
+    """Height and width that a batch of ``records`` may be padded to, and the most instances of an
+    image."""
+    records = list(records)
+    instances = max((number for _, _, number in records), default=INSTANCES)
+    crop = cfg.INPUT.CROP
+    if not all(height and width for height, width, _ in records) or (
+        crop.ENABLED and crop.TYPE == "absolute" and not crop.RESIZE
+    ):
+        return Setup(cfg).training_size(), instances
+    found: dict[bool, tuple[int, int]] = {}
+    for height, width, _ in records:
+        scale = 1.0
+        if shorter := max(cfg.INPUT.MIN_SIZE_TRAIN):
+            longest = cfg.INPUT.MAX_SIZE_TRAIN / max(height, width)
+            scale = min(shorter / min(height, width), longest)
+        wide = cfg.DATALOADER.ASPECT_RATIO_GROUPING and width > height
+        size = round(height * scale), round(width * scale)
+        before = found.get(wide, (0, 0))
+        found[wide] = max(before[0], size[0]), max(before[1], size[1])
+    return max(found.values(), key=lambda size: size[0] * size[1]), max(1, instances)
+
+
+def warning(cfg: CfgNode, images: int, records: Iterable[Record]) -> str | None:
+    """What to say before a training whose largest step is not going to fit; None: nothing.
 
     Args:
-        config: a YAML file; or model: a trunk, or a detector and a trunk, as ``e3va train`` makes
-            it on a GPU.
-        method: how the backbone is tuned (default: the config's).
-        overrides: of the config: KEY, VALUE, …. instances: of an image.
-
-    Raises:
-        FileNotFoundError, KeyError, ValueError: no such config, key, model or value.
+        images: computed at once.
     """
-    words: list[Any] = ["MODEL.TUNING.METHOD", method] if method else []
-    if config is None:
-        assert model is not None
-        detector, variant = model_of(model)
-        bases = SMALL_BASES if variant in SMALL_TRUNKS else BASES
-        config = str(CONFIGS / f"Base-{bases[detector]}.yaml")
-        words += ["MODEL.TRUNK.VARIANT", variant, "SOLVER.AMP.ENABLED", True]
-        words += ["MODEL.MASK_ON", detector == "mask_rcnn"]
-    return Setup(load_config(config, [*words, *overrides]), instances)
+    size, instances = largest(cfg, records)
+    card = own_card() or Card("this machine", own_memory())
+    total = sum(Setup(cfg, instances).split(images, size).values())
+    usable = card.usable if torch.cuda.is_available() else card.memory
+    if total <= usable:
+        return None
+    needed, there = total / 2**20, usable / 2**20
+    return (
+        f"a step of {images} images of {size[0]}×{size[1]} takes about {needed:.0f} MiB, and "
+        f"{card.name} has {there:.0f} MiB for it: {advice(cfg, images, size, instances)}"
+    )
+
+
+def advice(cfg: CfgNode, images: int, size: tuple[int, int], instances: int) -> str:
+    """What to do where a step does not fit, in a line."""
+    card = own_card() or Card("this machine", own_memory())
+    try:
+        found = budget(Setup(cfg, instances), images, size, card)
+        changes = [f"{words} ({total / 2**20:.0f} MiB)" for words, total in found.advice]
+    except (RuntimeError, ValueError, ImportError) as error:  # it is an error's message anyway
+        logger.debug("nothing is advised: %s", error)
+        changes = []
+    return "try " + ", or ".join(changes or ["SOLVER.ACCUMULATE auto", "smaller images"])
 
 
 def loss(model: nn.Module, batch: list[dict[str, Any]], cfg: CfgNode) -> Tensor:

@@ -132,7 +132,8 @@ def add_e3va_config(cfg: CfgNode) -> None:
 
     # Into how many parts the batch of a step, IMS_PER_BATCH, is divided on each process, to be
     # computed one after the other in less memory. Gradients and losses are averaged over the parts
-    # as they are over processes.
+    # as they are over processes. "auto", which is 0: the fewest parts whose largest fits in the
+    # memory, found by trying before the first step.
     cfg.SOLVER.ACCUMULATE = 1
     # Decay of an exponential moving average of what is trained, such as 0.999; 0: none. Where there
     # is one it is what is evaluated. Checkpoints keep both.
@@ -163,11 +164,16 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     if len(words) % 2:
         raise ValueError(f"overrides come as KEY VALUE, got {' '.join(map(str, words))}")
     words[::2] = _translated(words[::2])
+    pairs = zip(words[::2], words[1::2], strict=True)
+    words[1::2] = [_AUTO if (k, v) == (_ACCUMULATE, "auto") else v for k, v in pairs]
     try:
         cfg.merge_from_list(words)
     except AssertionError as error:  # yacs tells of an unknown key by it
         raise KeyError(f"unknown key among the overrides: {error}") from None
     return cfg
+
+
+_ACCUMULATE, _AUTO = "SOLVER.ACCUMULATE", 0
 
 
 class _Files(CfgNode):
@@ -176,6 +182,9 @@ class _Files(CfgNode):
     @classmethod
     def load_yaml_with_base(cls, filename: str, allow_unsafe: bool = False) -> dict[str, Any]:
         loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
+        solver = loaded.get("SOLVER", {})
+        if solver.get("ACCUMULATE") == "auto":
+            solver["ACCUMULATE"] = _AUTO
         values = loaded.get("MODEL", {}).pop("E3VA", {})
         names = _translated([f"MODEL.E3VA.{key}" for key in values])
         for name, value in zip(names, values.values(), strict=True):

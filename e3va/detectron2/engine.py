@@ -21,6 +21,7 @@ from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
 
 from e3va.data.folder import Data
+from e3va.detectron2 import budget
 from e3va.detectron2.config import CONFIGS, load_config
 from e3va.detectron2.data import FORMATS, register_datasets
 from e3va.detectron2.inference import class_names, load_model
@@ -29,7 +30,7 @@ from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
 from e3va.runs.folder import CONFIG, LOG, METRICS, Found, History, rank, write_data
-from e3va.runs.plan import Plan
+from e3va.runs.plan import SMALL_TRUNKS, Plan, model_of
 
 BASES = {
     "mask_rcnn": "MaskRCNN-E3VA-Swin-FPN",
@@ -82,9 +83,39 @@ def train(
         with atomic_path(folder / CONFIG) as temporary:
             temporary.write_text(cfg.dump(), encoding="utf-8")
         cfg.freeze()
+        _warn_of_memory(trainer)
         trainer.begin_metrics()
         trainer.train()
     return trainer.metrics
+
+
+def open_setup(
+    config: str | None,
+    model: str | None,
+    method: str | None,
+    overrides: Sequence[str],
+    instances: int,
+) -> budget.Setup:
+    """What ``e3va plan`` is asked about.
+
+    Args:
+        config: a YAML file; or model: a trunk, or a detector and a trunk, as ``e3va train`` makes
+            it on a GPU.
+        method: how the backbone is tuned (default: the config's).
+        overrides: of the config: KEY, VALUE, …. instances: of an image.
+
+    Raises:
+        FileNotFoundError, KeyError, ValueError: no such config, key, model or value.
+    """
+    words: list[Any] = ["MODEL.TUNING.METHOD", method] if method else []
+    if config is None:
+        assert model is not None
+        detector, variant = model_of(model)
+        bases = SMALL_BASES if variant in SMALL_TRUNKS else BASES
+        config = str(CONFIGS / f"Base-{bases[detector]}.yaml")
+        words += ["MODEL.TRUNK.VARIANT", variant, "SOLVER.AMP.ENABLED", True]
+        words += ["MODEL.MASK_ON", detector == "mask_rcnn"]
+    return budget.Setup(load_config(config, [*words, *overrides]), instances)
 
 
 def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) -> CfgNode:
@@ -244,6 +275,15 @@ class _Bar(HookBase):
 
     def after_train(self) -> None:
         self._bar.close()
+
+
+def _warn_of_memory(trainer: Trainer) -> None:
+    try:
+        loader = trainer.data_loader
+        if words := budget.warning(trainer.cfg, trainer.images_at_once, loader.records):
+            logging.getLogger(__name__).warning(words)
+    except Exception as error:  # a plan must never be in the way of what is planned
+        logging.getLogger(__name__).info("The memory of a step is not known: %r", error)
 
 
 def _data_keys(task: str, folder: Path) -> dict[str, str]:

@@ -24,12 +24,15 @@ from detectron2.engine import (
 from detectron2.engine.hooks import EvalHook, HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from e3va.budget.probe import probe
 from e3va.checkpoint import find_trunk, frozen_hash, frozen_names
 from e3va.detectron2.average import WeightAverage
+from e3va.detectron2.budget import advice, largest, sample_batch
 from e3va.detectron2.checkpoint import CompleteCheckpointer, SafeCheckpointer
 from e3va.detectron2.config import dtype_of, load_config
 from e3va.detectron2.data import build_evaluator, register_datasets
@@ -155,9 +158,45 @@ class Trainer(DefaultTrainer):
         """Train, and return the metrics of the last evaluation by task ("bbox", "segm",
         "sem_seg"); {} where there was none, or another process has them."""
         self._trainer.seed = self.data_loader.seed = self.seed
+        self._fit()
         self.data_loader.start = self.start_iter
         super().train()
         return getattr(self, "_last_eval_results", {})
+
+    @property
+    def images_at_once(self) -> int:
+        """Of each process."""
+        return batch_share(self.cfg) // (self._trainer.accumulate or 1)
+
+    def _fit(self) -> None:
+        """Take the largest step that the data can give once before the first, on a GPU or where its
+        parts are to be found; see :func:`e3va.budget.probe`.
+
+        Raises:
+            torch.OutOfMemoryError: it does not fit; says what would.
+        """
+        auto = not self._trainer.accumulate
+        if not auto and not next(self.model.parameters()).is_cuda:
+            return
+        size, instances = largest(self.cfg, self.data_loader.records)
+        share = batch_share(self.cfg)
+        parts = [n for n in range(1, share + 1) if share % n == 0]
+        for number in parts if auto else [self._trainer.accumulate]:
+            images = share // number
+            error = self._trainer.probe(sample_batch(self.cfg, *size, instances) * images)
+            if not any(comm.all_gather(error is not None)):
+                self._trainer.accumulate = number
+                if auto:
+                    logger.info("SOLVER.ACCUMULATE auto is %d: %d images at once", number, images)
+                return
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        what = f"a step of {images} images of {size[0]}×{size[1]} with {instances} instances each"
+        reason = "on another process" if error is None else " ".join(str(error).split())
+        raise torch.OutOfMemoryError(
+            f"{what} does not fit in the memory ({reason}): "
+            f"{advice(self.cfg, images, size, instances)}"
+        ) from None
 
     def run_step(self) -> None:
         super().run_step()
@@ -178,7 +217,11 @@ class Trainer(DefaultTrainer):
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        state = super().state_dict() | {"seed": self.seed, "trained": self._trained}
+        state = super().state_dict() | {
+            "seed": self.seed,
+            "trained": self._trained,
+            "accumulate": self._trainer.accumulate,
+        }
         # RetinaNet divides its losses by a running mean that is not in the model's state. Several
         # processes, each of which has its own, all go on from the first one's.
         if hasattr(self.checkpointer.model, _NORMALIZER):
@@ -190,6 +233,8 @@ class Trainer(DefaultTrainer):
         trained then."""
         if self.cfg.SEED < 0:
             self.seed = state.get("seed", self.seed)
+        if not self._trainer.accumulate:  # as it was found then
+            self._trainer.accumulate = state.get("accumulate", 0)
         if _NORMALIZER in state:
             setattr(self.checkpointer.model, _NORMALIZER, state[_NORMALIZER])
         # A checkpoint of Detectron2's own trainer does not tell.
@@ -242,7 +287,8 @@ class StepTrainer(SimpleTrainer):
     Args:
         model, data_loader, optimizer: as for ``SimpleTrainer``.
         dtype: what autocast computes in; under float16 the loss is scaled (default: no autocast).
-        accumulate: the parts, of equal size, whose gradients are averaged (default 1).
+        accumulate: the parts, of equal size, whose gradients are averaged (default 1); 0: to be
+            set before the first step.
         seed: of what is random in the model, with the number of the process (default 0).
     """
 
@@ -259,7 +305,7 @@ class StepTrainer(SimpleTrainer):
         self.seed = seed
         self._device = next(model.parameters()).device.type
         self._dtype = dtype
-        self._accumulate = accumulate
+        self.accumulate = accumulate
         self._scaler = torch.amp.GradScaler(self._device, enabled=dtype == torch.float16)
 
     def run_step(self) -> None:
@@ -269,18 +315,37 @@ class StepTrainer(SimpleTrainer):
         reseed(self.seed, 1 + comm.get_rank(), self.iter)
         self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
-        for part in range(self._accumulate):
-            size = len(data) // self._accumulate
-            with self._sync(part == self._accumulate - 1):
+        for part in range(self.accumulate):
+            size = len(data) // self.accumulate
+            with self._sync(part == self.accumulate - 1):
                 with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
                     losses = self.model(data[part * size : (part + 1) * size])
-                self._scaler.scale(sum(losses.values()) / self._accumulate).backward()
+                self._scaler.scale(sum(losses.values()) / self.accumulate).backward()
             for name, loss in losses.items():
-                means[name] = means.get(name, 0) + loss.detach() / self._accumulate
+                means[name] = means.get(name, 0) + loss.detach() / self.accumulate
         self.after_backward()
         self._write_metrics(means, data_time)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+
+    def probe(self, batch: list[dict[str, Any]]) -> torch.OutOfMemoryError | None:
+        """Whether a part fits: None, or why not. Nothing is changed by it."""
+        model = self.model
+        if isinstance(model, DistributedDataParallel):
+            model = model.module
+
+        def loss() -> Tensor:
+            with (
+                EventStorage(),
+                torch.autocast(self._device, self._dtype, enabled=self._dtype is not None),
+            ):
+                return sum(model(batch).values())
+
+        try:
+            probe(model, loss, self.optimizer)
+        except torch.OutOfMemoryError as error:
+            return error.with_traceback(None)  # whose frames hold what did not fit
+        return None
 
     def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
         """Processes exchange gradients once per step."""

@@ -34,6 +34,7 @@ class TrainLoader:
     Attributes:
         start: the first iteration to load (0).
         seed: of the augmentations (SEED, or 0 where that is negative).
+        records: height, width (None: not known) and number of instances of each image.
 
     Raises:
         ValueError: SOLVER.IMS_PER_BATCH does not divide among the processes.
@@ -51,6 +52,10 @@ class TrainLoader:
         group = parts["aspect_ratio_grouping"]
         # Records of semantic segmentation need not tell their size: they are all together.
         self._wide = [group and r.get("width", 0) > r.get("height", 0) for r in parts["dataset"]]
+        self.records = [
+            (r.get("height"), r.get("width"), len(r.get("annotations", ())))
+            for r in parts["dataset"]
+        ]
         self._samples = MapDataset(DatasetFromList(parts["dataset"], copy=False), parts["mapper"])
 
     def __iter__(self) -> Iterator[list[Sample]]:
@@ -97,7 +102,7 @@ def batch_share(cfg: CfgNode) -> int:
             into SOLVER.ACCUMULATE micro-batches.
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    accumulate = cfg.SOLVER.ACCUMULATE
+    accumulate = cfg.SOLVER.ACCUMULATE or 1  # 0: it is yet to be found
     if accumulate < 1 or images < 1 or images % (processes * accumulate):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH ({images}) must be a multiple of SOLVER.ACCUMULATE "

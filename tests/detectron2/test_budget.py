@@ -1,0 +1,157 @@
+"""What is traced on shapes alone is what a real step takes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from detectron2.modeling import build_model
+
+from e3va.cli import main
+from e3va.detectron2 import load_config
+from e3va.detectron2.budget import Setup, loss, sample_batch
+from e3va.detectron2.solver import build_optimizer
+from e3va.measure import SPLIT, step_split
+from tests.detectron2.factories import DIGITS, FOLDER, SMALL, flat
+
+MIB = 2**20
+MASKS = FOLDER / "coco/mask_rcnn_e3va_swin_b_1x.yaml"
+CASCADE = FOLDER / "coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml"
+BOXES = FOLDER / "voc/faster_rcnn_e3va_swin_b.yaml"
+RETINANET = FOLDER / "voc/retinanet_e3va_swin_b.yaml"
+MAPS = FOLDER / "ade20k/upernet_e3va_swin_b.yaml"
+FULL_TAPS = ("MODEL.HIGHWAY.STORAGE", "full")
+WIDE = ("MODEL.FPN.OUT_CHANNELS", 128)
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "size", "images", "more"),
+    [
+        (MASKS, "e3va", (160, 224), 1, ()),
+        (MASKS, "e3va", (97, 131), 2, FULL_TAPS),
+        (MASKS, "frozen", (160, 224), 1, ()),
+        (MASKS, "full", (128, 192), 1, ()),
+        (MASKS, "bitfit", (128, 128), 1, WIDE),
+        (CASCADE, "e3va", (128, 160), 1, ()),
+        (CASCADE, "partial1", (128, 160), 1, ("SOLVER.OPTIMIZER", "SGD")),
+        (BOXES, "mona", (160, 160), 1, ()),
+        (RETINANET, "e3va_paper", (160, 256), 1, ()),
+        (RETINANET, "full", (160, 96), 2, ("SOLVER.AMP.ENABLED", False)),
+        (MAPS, "e3va", (96, 96), 2, ("MODEL.SEM_SEG_HEAD.NORM", "BN")),
+        (DIGITS, "adapter", (160, 160), 1, ()),
+    ],
+)
+def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, more):
+    words = [*flat({**SMALL, "MODEL.TUNING.METHOD": method}), *more]
+    cfg = load_config(str(config), words)
+    torch.manual_seed(1)
+    model = build_model(cfg).train()
+    optimizer = build_optimizer(cfg, model)
+    batch = sample_batch(cfg, *size) * images
+    real = step_split(model, lambda: loss(model, batch, cfg), optimizer)["peak"]
+    traced = Setup(cfg).split(images, size)
+    assert traced.keys() == set(SPLIT)
+    assert sum(traced.values()) == pytest.approx(sum(real.values()), rel=0.05)
+    for part in ("trunk_weights", "other_weights", "gradients", "optimizer"):
+        assert traced[part] == real[part]
+    # How many of a handful of regions are positive, and so the heads, is a matter of chance.
+    for part in ("backbone_saved", "neck", "proposals"):
+        assert traced[part] == pytest.approx(real[part], rel=0.05, abs=2**16)
+
+
+# Measured by python -m bench.step, which rounded to whole MiB, in bfloat16 on a CPU.
+@pytest.mark.parametrize(
+    ("config", "method", "size", "measured"),
+    [
+        (MASKS, "frozen", (800, 1344), 797),
+        (MASKS, "e3va", (800, 1344), 895),
+        (MASKS, "full", (800, 1344), 4660),
+        (CASCADE, "frozen", (800, 1344), 1300),
+        (CASCADE, "e3va", (800, 1344), 1396),
+        (CASCADE, "partial1", (800, 1344), 1534),
+        (CASCADE, "full", (800, 1344), 5164),
+        (FOLDER / "coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", "frozen", (800, 1344), 1526),
+        (FOLDER / "coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", "e3va", (800, 1344), 1664),
+        (FOLDER / "voc/retinanet_e3va_swin_l.yaml", "frozen", (608, 1008), 794),
+        (FOLDER / "voc/retinanet_e3va_swin_l.yaml", "e3va", (608, 1008), 900),
+        (FOLDER / "voc/retinanet_e3va_swin_l.yaml", "full", (608, 1008), 5983),
+    ],
+)
+def test_big_steps_are_what_was_measured(config, method, size, measured):
+    cfg = load_config(str(config), ["MODEL.TUNING.METHOD", method])
+    total = sum(Setup(cfg).split(1, size).values())
+    assert total / MIB == pytest.approx(measured, rel=0.05)
+
+
+def test_a_trace_leaves_the_random_numbers_and_the_memory_alone():
+    code = (
+        "import resource, torch\n"
+        "from e3va.detectron2 import load_config\n"
+        "from e3va.detectron2.budget import Setup\n"
+        f"cfg = load_config({str(MASKS)!r}, ['MODEL.TUNING.METHOD', 'full'])\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "state = torch.get_rng_state()\n"
+        "total = sum(Setup(cfg).split(1, (800, 1344)).values())\n"
+        "assert torch.equal(torch.get_rng_state(), state)\n"
+        "taken = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)\n"
+        "assert taken < total / 5, (taken, total)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def plan(*words):
+    return main(["plan", *map(str, words)])
+
+
+def test_plan_says_what_fits_and_what_would(tmp_path, capsys):
+    target, picture = tmp_path / "plan.json", tmp_path / "methods.png"
+    small = flat({**SMALL, "MODEL.HIGHWAY.STORAGE": "full", "SOLVER.IMS_PER_BATCH": 16})
+    words = "--config", MASKS, "--size", 256, 384, "--json", target
+    assert plan(*words, "--card", "1GB", "--compare", picture, *small) == 0
+    content = json.loads(target.read_text())
+    assert content["fits"]
+    assert content["total_bytes"] == sum(content["split"].values())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    most, usable = content["largest_batch"], content["usable_bytes"]
+    assert most >= 1
+    setup = Setup(load_config(str(MASKS), small))
+    assert sum(setup.split(most, (256, 384)).values()) <= 1.05 * usable
+    assert sum(setup.split(most + 2, (256, 384)).values()) > 0.95 * usable
+    side = content["largest_size"]
+    if side[0] < 4 * 256:
+        assert sum(setup.split(1, side).values()) == pytest.approx(usable, rel=0.2)
+    assert content["accumulate"] == next(n for n in (1, 2, 4, 8, 16) if 16 // n <= most)
+
+    assert plan(*words, "--card", "0.65GB", "--batch", 8, *small) == 0
+    content = json.loads(target.read_text())
+    assert not content["fits"]
+    changes = {entry["change"]: entry["total_bytes"] for entry in content["advice"]}
+    assert changes["MODEL.HIGHWAY.STORAGE int4"] < content["total_bytes"]
+    assert "does not fit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--config", "nowhere.yaml"), "no config file"),
+        (("--config", str(MASKS), "--card", "RTX 1"), "unknown card"),
+        (("--model", "swin_x"), "unknown model"),
+        (("--config", DIGITS), "give --size"),
+        (("--config", str(MASKS), "MODEL.NOTHING", "1"), "unknown key"),
+        (("--config", str(MAPS), "--size", "64", "64", "MODEL.SEM_SEG_HEAD.NORM", "BN"), "images"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(words, message, capsys):
+    assert plan(*words) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("error:") == 1
+
+
+def test_without_detectron2_a_line_says_so(monkeypatch, capsys):
+    for name in [n for n in sys.modules if n.startswith("e3va.detectron2")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "detectron2", None)
+    assert plan("--model", "swin_b") == 2
+    assert "needs Detectron2" in capsys.readouterr().err
