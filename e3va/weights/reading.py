@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import re
+import urllib.parse
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,11 +31,12 @@ PACKAGED = "e3va://"
 
 def resolve(source: str) -> Path | str:
     """The file that a name of weights stands for: a path, a URL (downloaded once, into PyTorch's
-    hub folder), or e3va://NAME, which ships with the package; timm:NAME stays as it is.
+    hub folder, and compared with the hash that its name tells, if any), or e3va://NAME, which
+    ships with the package; timm:NAME stays as it is.
 
     Raises:
         FileNotFoundError: no such weights ship with the package.
-        ValueError: the URL cannot be reached.
+        ValueError: the URL cannot be reached, or brings another file than its name says.
     """
     if source.startswith(TIMM):
         return source
@@ -45,12 +48,18 @@ def resolve(source: str) -> Path | str:
             raise FileNotFoundError(f"no weights {source!r} ship with e3va; known: {known}")
         return folder / name
     if source.startswith(("http://", "https://")):
-        target = Path(torch.hub.get_dir()) / "checkpoints" / source.rpartition("/")[2]
+        name = Path(urllib.parse.urlsplit(source).path).name
+        # Files of one name are published at many places.
+        place = hashlib.sha256(source.encode()).hexdigest()[:12]
+        target = Path(torch.hub.get_dir()) / "checkpoints" / f"{place}-{name}"
         if not target.is_file():
+            told = re.search(r"-([a-f0-9]{8,})\.", name)  # as in swin_t-704ceda3.pth
             try:
                 with atomic_path(target) as temporary:
-                    torch.hub.download_url_to_file(source, str(temporary))
-            except OSError as error:
+                    torch.hub.download_url_to_file(
+                        source, str(temporary), hash_prefix=told and told[1]
+                    )
+            except (OSError, RuntimeError) as error:
                 raise ValueError(
                     f"cannot download {source}; the path of a file that is here needs no network: "
                     f"{error}"

@@ -1,6 +1,9 @@
 import functools
+import hashlib
+import http.server
 import pickle
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,7 @@ from e3va import (
     save_trunk,
     trunk_config,
 )
-from e3va.weights import convert_weights, read_weights, trunk_hash
+from e3va.weights import convert_weights, read_weights, resolve, trunk_hash
 from tests import libraries
 from tests.weights.files import CONFIG, SIZE, WRITERS, assert_loads, official, prefixed
 
@@ -210,3 +213,43 @@ def test_tells_what_stands_where_weights_should_be(start, what, suffix, tmp_path
     path.write_bytes(start)
     with pytest.raises(ValueError, match=f"{path} is no weights but {what}"):
         read_weights(path)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """The address of a server on this machine, and the folder that it shows."""
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    folder = tmp_path / "shown"
+    folder.mkdir()
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}", folder
+        running.shutdown()
+
+
+def test_two_urls_of_one_name_are_two_files(server, tmp_path):
+    address, folder = server
+    for place in ("a", "b"):
+        (folder / place).mkdir()
+        (folder / place / "swin.pth").write_text(place)
+    found = [resolve(f"{address}/{place}/swin.pth?download=true") for place in ("a", "b")]
+    assert [path.read_text() for path in found] == ["a", "b"]
+    assert all(path.suffix == ".pth" for path in found)
+    (folder / "a/swin.pth").unlink()  # it was downloaded once, for good
+    assert resolve(f"{address}/a/swin.pth?download=true") == found[0]
+
+
+def test_a_download_is_compared_with_the_hash_in_its_name(server, tmp_path):
+    address, folder = server
+    content = b"weights"
+    right = f"swin-{hashlib.sha256(content).hexdigest()[:8]}.pth"
+    for name in (right, "swin-b.pth", "swin-00000000.pth"):
+        (folder / name).write_bytes(content)
+    for name in (right, "swin-b.pth"):
+        assert resolve(f"{address}/{name}").read_bytes() == content
+    with pytest.raises(ValueError, match=r"swin-00000000\.pth.*invalid hash"):
+        resolve(f"{address}/swin-00000000.pth")
+    with pytest.raises(ValueError, match=r"cannot download .*gone\.pth"):
+        resolve(f"{address}/gone.pth")
+    assert len(list((tmp_path / "hub").rglob("*.pth"))) == 2
