@@ -41,6 +41,71 @@ def tracks() -> str:
     return "\n".join(lines)
 
 
+def kernels() -> str:
+    """How many times as fast the CPU kernels are as what they replace, in two dtypes."""
+    rows = {
+        "frozen trunk, forward, against timm's": ("trunk_forward", "timm"),
+        "window attention, stage 3, against roll, pad, mask": ("window_attention", "eager"),
+        "… around SDPA": ("window_attention", "sdpa"),
+        "highway, stage 3, forward and backward, against one adapter at a time": (
+            "highway",
+            "eager",
+        ),
+        "… through torch.compile": ("highway", "compile"),
+        "`sublayer_epilogue` alone, against eager": ("sublayer_epilogue", "eager"),
+        "`highway_backward` alone, against eager": ("highway_backward", "eager"),
+    }
+    dtypes = ("fp32", "bf16")
+    ratios = _ratios("kernels_cpu.json", "dtype")
+    lines = [_row("", *dtypes), "|---" * (1 + len(dtypes)) + "|"]
+    for title, (op, other) in rows.items():
+        lines.append(_row(title, *(f"{ratios[op, dtype][other]:.2f}" for dtype in dtypes)))
+    return "\n".join(lines)
+
+
+def h100() -> str:
+    """How many times as fast as PyTorch the GPU kernels are on each stage of Swin-B."""
+    rows = {
+        "window attention": ("window_attention", "eager"),
+        "`adapters`": ("adapters", "eager"),
+        "`adapters_backward`": ("adapters_backward", "eager"),
+        "`tap_gradient`": ("tap_gradient", "eager"),
+        "`sublayer_epilogue`": ("sublayer_epilogue", "eager"),
+        "highway, forward and backward": ("highway", "eager"),
+        "… against torch.compile": ("highway", "compile"),
+    }
+    stages = (0, 1, 2)
+    ratios = _ratios("gpu_h100.json", "stage")
+    lines = [_row("", *(f"stage {s + 1}" for s in stages)), "|---" * (1 + len(stages)) + "|"]
+    for title, (op, other) in rows.items():
+        lines.append(_row(title, *(f"{ratios[op, stage][other]:.1f}" for stage in stages)))
+    return "\n".join(lines)
+
+
+def _ratios(name: str, key: str) -> dict[tuple[str, object], dict[str, float]]:
+    """Of each op of Swin-B in a result file of bench.kernels, by what tells its cases apart."""
+    cases = json.loads((RESULTS / name).read_text())["cases"]
+    return {(c["op"], c[key]): c["ratios"] for c in cases if c["variant"] == "swin_b"}
+
+
+def precision() -> str:
+    """What a trunk in fewer bits does to the features of each stage, and to the demo's mask AP."""
+    found = json.loads((RESULTS / "precision_cpu.json").read_text())
+    titles = {
+        "fp32": "fp32",
+        "bf16": "bf16",
+        "int8": "int8 (weights and activations)",
+        "fp8": "fp8 (weights alone, on a CPU)",
+    }
+    stages = [f"stage {stage}" for stage in range(1, 5)]
+    lines = [_row("trunk", *stages, "mask AP"), "|---" * (2 + len(stages)) + "|"]
+    for name, title in titles.items():
+        errors = found["feature_error"].get(name)
+        cells = [f"{error:.1%}".replace("%", " %") for error in errors] if errors else ["0"] * 4
+        lines.append(_row(title, *cells, f"{found['demo'][name]['mask_ap']:.1f}"))
+    return "\n".join(lines)
+
+
 def _score(runs: list[dict[str, float]], rate: float) -> str:
     """Mean and deviation over the seeds; one seed has no deviation."""
     scores = [run["score"] for run in runs if run["rate"] == rate]
@@ -54,7 +119,12 @@ def _row(*cells: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-TABLES: dict[str, Callable[[], str]] = {"tracks": tracks}
+TABLES: dict[str, Callable[[], str]] = {
+    "kernels": kernels,
+    "h100": h100,
+    "precision": precision,
+    "tracks": tracks,
+}
 
 
 def rendered(text: str) -> str:
