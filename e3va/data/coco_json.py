@@ -161,8 +161,9 @@ def find_images(path: str | os.PathLike[str], content: dict[str, Any] | None = N
             except (FileNotFoundError, ValueError):
                 continue
             return place
+    missing = [n for n in names if not any(os.path.isfile(place / n) for place in tried)]
     raise FileNotFoundError(
-        f"the images that {path} lists, such as {names[0]}, are in none of "
+        f"the images that {path} lists, such as {(missing or names)[0]!r:.200}, are in none of "
         f"{', '.join(map(str, tried))}: name their folder (--images)"
     )
 
@@ -228,7 +229,8 @@ def _key(value: Any) -> str:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+    """JSON can hold half of a character, which no file can."""
+    return isinstance(value, str) and bool(value) and not re.search("[\ud800-\udfff]", value)
 
 
 def _is_side(value: Any) -> bool:

@@ -22,6 +22,8 @@ CELL = 320
 COLUMNS = 4
 EXAMPLES = 12
 OPACITY = 0.45
+LONGEST_NAME = 80
+"""Letters of a name that are drawn."""
 BACKGROUND = "background"
 """Name, in small letters, of a class that is drawn as no colour: it would veil the picture."""
 
@@ -218,6 +220,7 @@ def _label(
     pen: Any, corner: tuple[float, float], text: str, ink: Any, font: Any, below: bool = False
 ) -> int:
     """Text on a plate of ``ink`` above or below ``corner``; returns where it ends."""
+    text = text[:LONGEST_NAME]
     left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
     width, height = right - left + 4, bottom - top + 4
     x = max(0, corner[0])

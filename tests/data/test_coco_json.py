@@ -255,6 +255,7 @@ def test_categories_of_one_name(read):
         ({"categories": [{"id": "²", "name": "cat"}]}, r"categories\[0\] has the id"),
         ({"categories": [{"id": True, "name": "cat"}]}, r"categories\[0\] has the id True"),
         ({"categories": [{"id": 1, "name": 5}]}, r"categories\[0\] has the name 5"),
+        ({"categories": [{"id": 1, "name": "\ud800"}]}, r"categories\[0\] has the name '.ud800'"),
         ({"categories": [{"id": 1}]}, r"categories\[0\] has no 'name'"),
     ],
 )
@@ -316,7 +317,7 @@ def test_images_are_found_by_their_last_part(tmp_path, name):
 def test_images_that_are_not_found(tmp_path):
     path = write_text(tmp_path / "set/a.json", json.dumps(coco()))
     write_image(tmp_path / "other/1.png")  # nothing to do with it
-    with pytest.raises(FileNotFoundError, match=r"a\.json lists, such as 1\.png.*--images"):
+    with pytest.raises(FileNotFoundError, match=r"a\.json lists, such as '1\.png'.*--images"):
         read_json(path)
 
 
@@ -339,3 +340,11 @@ def test_real_masks_of_nuclei(real_data):
     for entry in found.annotations[::50]:
         x, y, w, h = mask.toBbox(entry["segmentation"])
         assert np.abs(np.subtract(entry["bbox"], [x, y, w, h])).max() <= 1
+
+
+def test_the_image_that_is_not_there_is_named(tmp_path):
+    images = [{"id": i, "file_name": f"{i}.png", "height": 30, "width": 40} for i in (1, 2)]
+    path = write_coco(tmp_path, coco([annotation()], images=images))
+    (tmp_path / "images/2.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"such as '2\.png', are in none of"):
+        find_images(path)
