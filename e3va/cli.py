@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import platform
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -55,9 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     options.overrides = more
     try:
-        return options.run(options) or 0
-    except KeyboardInterrupt:
-        print("error: interrupted; --resume goes on from the last checkpoint", file=sys.stderr)
+        with warnings.catch_warnings():
+            if not sys.warnoptions:  # libraries warn those who write programs
+                warnings.simplefilter("ignore")
+                warnings.filterwarnings("default", module=r"e3va\b")
+            logging.getLogger("torch.fx").setLevel(logging.ERROR)
+            return options.run(options) or 0
+    except KeyboardInterrupt as stop:
+        print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     except (
         FloatingPointError,
@@ -90,7 +97,7 @@ def _add_runs(commands: Any) -> None:
     data.set_defaults(run=_data)
     train = commands.add_parser(
         "train",
-        help="train on a folder of data",
+        help="train on a folder of data, or by the config.yaml of a RUN",
         epilog="KEY VALUE pairs at the end override the engine's own settings.",
     )
     _add_data(train)
@@ -101,7 +108,12 @@ def _add_runs(commands: Any) -> None:
     train.add_argument("--iterations", type=int, help="(default: by the number of images)")
     train.add_argument("--output", type=Path, default=Path("output/run"), metavar="RUN")
     train.add_argument("--resume", action="store_true", help="go on where RUN has stopped")
-    train.set_defaults(run=_train)
+    train.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="write RUN with its config.yaml, to be looked at and edited, and train nothing",
+    )
+    train.set_defaults(run=_train, default=train.get_default)
     evaluate = commands.add_parser("eval", help="score a trained model")
     evaluate.add_argument("folder", type=Path, metavar="RUN", help="the training's output")
     _add_data(evaluate, optional=True)
@@ -173,24 +185,45 @@ def _data(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     from e3va.runs import commands
+    from e3va.runs.folder import is_run
     from e3va.runs.plan import make_plan
 
-    data = _open(options)
-    print(commands.describe(data))
-    plan = make_plan(
-        data,
-        model=options.model,
-        weights=options.weights,
-        method=options.method,
-        iterations=options.iterations,
-        seed=options.seed,
-    )
-    name = options.engine or commands.default_engine()
-    print(f"trained by {name}, into {options.output}:\n{plan.describe()}")
-    metrics = commands.train(
-        data, plan, name, options.output, resume=options.resume, overrides=options.overrides
-    )
-    _print_metrics(metrics)
+    folder = Path(options.data)
+    if is_run(folder):
+        told = [n for n in _OF_DATA if getattr(options, n) != options.default(n)]
+        if told:
+            raise ValueError(
+                f"{folder} is a run, whose config.yaml tells what is trained: change it there, or "
+                f"by KEY VALUE, and not by --{told[0].replace('_', '-')}"
+            )
+        config = commands.read(folder, options.overrides)
+    else:
+        data = _open(options)
+        print(commands.describe(data))
+        plan = make_plan(
+            data,
+            model=options.model,
+            weights=options.weights,
+            method=options.method,
+            iterations=options.iterations,
+            seed=options.seed,
+        )
+        name, folder = options.engine or commands.default_engine(), options.output
+        config = commands.prepare(
+            data, plan, name, folder, resume=options.resume, overrides=options.overrides
+        )
+        print(f"trained by {name}, into {folder}:\n{plan.describe()}")
+        if options.dry_run:
+            print(f"settings: {folder / 'config.yaml'}; train by: {commands.command(folder)}")
+            return
+    _print_metrics(commands.train(folder, config, resume=options.resume))
+
+
+_OF_DATA = (
+    *("val", "images", "task", "classes", "seed", "model", "weights", "method", "engine"),
+    *("iterations", "output", "dry_run"),
+)
+"""Options of ``e3va train`` on data, which a run has settled."""
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +20,6 @@ from detectron2.engine.hooks import EvalHook, HookBase, PeriodicCheckpointer
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import CommonMetricPrinter, EventWriter
 from detectron2.utils.logger import setup_logger
-from tqdm import tqdm
 
 from e3va.data.folder import Data
 from e3va.detectron2 import budget
@@ -30,7 +31,9 @@ from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
 from e3va.runs.folder import CONFIG, LOG, METRICS, Found, History, rank, write_data
+from e3va.runs.interrupt import held_back
 from e3va.runs.plan import SMALL_TRUNKS, Plan, model_of
+from e3va.runs.progress import Bar, peak_bytes
 
 BASES = {
     "mask_rcnn": "MaskRCNN-E3VA-Swin-FPN",
@@ -55,38 +58,6 @@ _SCORES = {
     ("sem_seg", "pACC"): "pixel_accuracy",
 }
 """Detectron2's names of metrics, and ours."""
-
-
-def train(
-    data: Data, plan: Plan, folder: Path, *, resume: bool, overrides: Sequence[str]
-) -> dict[str, float]:
-    """Train ``plan`` on ``data`` into ``folder``.
-
-    Args:
-        overrides: of the config: KEY, VALUE, ….
-
-    Returns:
-        The last evaluation's metrics.
-
-    Raises:
-        KeyError, ValueError: a key or a value of the config is wrong.
-    """
-    cfg = config_of(data, plan, folder, overrides)
-    if resume and (folder / CONFIG).is_file():
-        _check_same(cfg, load_config(str(folder / CONFIG)), folder)
-    write_data(data, folder / "data")
-    with _log(folder):
-        register_datasets(cfg)
-        seed_all_rng(cfg.SEED)
-        trainer = RunTrainer(cfg)
-        trainer.resume_or_load(resume=resume)
-        with atomic_path(folder / CONFIG) as temporary:
-            temporary.write_text(cfg.dump(), encoding="utf-8")
-        cfg.freeze()
-        _warn_of_memory(trainer)
-        trainer.begin_metrics()
-        trainer.train()
-    return trainer.metrics
 
 
 def open_setup(
@@ -160,6 +131,59 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     return load_config(str(base), [*pairs, *overrides])
 
 
+def read_config(folder: Path, overrides: Sequence[str] = ()) -> CfgNode:
+    """The config of the run that lies in ``folder``, wherever that has been moved, and its data
+    with it.
+
+    Args:
+        overrides: KEY, VALUE, ….
+
+    Raises:
+        KeyError, ValueError: a key or a value of the config is wrong.
+    """
+    cfg = load_config(str(folder / CONFIG), overrides)
+    cfg.OUTPUT_DIR = str(folder.absolute())
+    if cfg.MODEL.DEVICE == "cuda" and not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    if (folder / "data").is_dir():
+        task = "semantic" if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor" else "boxes"
+        cfg.merge_from_list([w for pair in _data_keys(task, folder / "data").items() for w in pair])
+    return cfg
+
+
+def write_config(cfg: CfgNode, folder: Path) -> None:
+    """Write config.yaml, with what the data in ``folder`` say: the classes."""
+    with _log(folder):
+        register_datasets(cfg)
+    _write(cfg, folder)
+
+
+def _write(cfg: CfgNode, folder: Path) -> None:
+    with atomic_path(folder / CONFIG) as temporary:
+        temporary.write_text(cfg.dump(), encoding="utf-8")
+
+
+def train(cfg: CfgNode, folder: Path, *, resume: bool) -> dict[str, float]:
+    """Train what ``cfg`` says into ``folder``, and write it there as config.yaml when it begins.
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        KeyError, ValueError: a value of the config is wrong.
+    """
+    with _log(folder):
+        register_datasets(cfg)
+        seed_all_rng(cfg.SEED)
+        trainer = RunTrainer(cfg)
+        trainer.resume_or_load(resume=resume)
+        _write(cfg, folder)
+        cfg.freeze()
+        _warn_of_memory(trainer)
+        trainer.train()
+    return trainer.metrics
+
+
 def classes_of(folder: Path) -> list[str]:
     """Names of the classes that the run has trained."""
     return class_names(load_config(str(folder / CONFIG)))
@@ -206,75 +230,112 @@ def scores(results: dict[str, Any]) -> dict[str, float]:
 
 
 class RunTrainer(Trainer):
-    """A trainer that tells of itself by one bar, and keeps metrics.json and the best model.
+    """A trainer that tells of itself by one bar, keeps metrics.json and the best model, and stops
+    at Ctrl-C after the iteration at hand, with a checkpoint.
 
     Attributes:
         metrics: of the last evaluation.
         history: metrics.json.
+        done: iterations that have been done, as a whole.
     """
 
     history: History
     metrics: dict[str, float]
+    done: int
 
-    def begin_metrics(self) -> None:
-        """Keep the lines of metrics.json up to where the training goes on."""
+    def train(self) -> dict[str, Any]:
+        """Train from ``start_iter`` on, with the lines of metrics.json up to there, and make up an
+        evaluation that was interrupted."""
         self.history = History(Path(self.cfg.OUTPUT_DIR) / METRICS, self.start_iter)
-        self.metrics = {}
+        self.metrics, self.done = {}, self.start_iter
+        period = self.cfg.TEST.EVAL_PERIOD
+        if period and self.start_iter % period == 0 and 0 < self.start_iter < self.max_iter:
+            self._evaluate()
+        try:
+            return super().train()
+        except KeyboardInterrupt:
+            self._save()
+            raise
 
     def build_hooks(self) -> list[HookBase]:
         hooks = super().build_hooks()
         for hook in hooks:
             if isinstance(hook, EvalHook):
-                hook._func = self._scored(hook._func)
+                self._score, hook._func = hook._func, self._evaluate
             elif isinstance(hook, PeriodicCheckpointer):
                 hook.max_to_keep = 1
-        return [*hooks, _Bar()]
+        # Before checkpoints are written and what was trained is evaluated: an iteration ends there.
+        hooks.insert(2, _Step())
+        return hooks
 
     def build_writers(self) -> list[EventWriter]:
         return [CommonMetricPrinter(self.max_iter)]  # to the log
 
-    def _scored(self, evaluate: Callable[[], Any]) -> Callable[[], Any]:
-        def evaluate_and_keep() -> Any:
-            results = evaluate()
+    def after_train(self) -> None:
+        try:
+            if sys.exception() is None:
+                super().after_train()
+        finally:
+            for hook in self._hooks:
+                if isinstance(hook, _Step):
+                    hook.close()
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Detectron2's results, or none if the model has been evaluated as it is."""
+        if before := self.history.evaluation(self.done):
+            self.metrics = before
+            return {}
+        results = self._score()
+        with held_back():
             self.metrics = scores(results)
-            done = min(self.iter + 1, self.max_iter)  # after the last step iter is max_iter
             better = rank(self.metrics) > self.history.best()
-            self.history.add(iteration=done, **self.metrics)
+            self.history.add(iteration=self.done, **self.metrics)
             if better:
                 more = {"ema": self.average.state_dict()} if self.average else {}
-                self.checkpointer.save_model("model_best", iteration=done - 1, **more)
-            return results
+                self.checkpointer.save_model("model_best", iteration=self.done - 1, **more)
+        return results
 
-        return evaluate_and_keep
+    def _save(self) -> None:
+        """Write a checkpoint of the iterations that have been done, instead of the last one."""
+        if self.done == self.start_iter:
+            return
+        before = Path(self.checkpointer.get_checkpoint_file())
+        self.iter = self.done - 1
+        name = "model_final" if self.done == self.max_iter else f"model_{self.iter:07d}"
+        self.checkpointer.save(name, iteration=self.iter)
+        if re.fullmatch(r"model_\d+", before.stem) and before.stem != name:
+            before.unlink(missing_ok=True)
 
 
-class _Bar(HookBase):
-    """One bar: loss, learning rate, memory, time left; a line of metrics.json an iteration."""
+class _Step(HookBase):
+    """One bar, and a line of metrics.json an iteration, in which Ctrl-C is held back."""
 
     trainer: Any
 
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+
     def before_train(self) -> None:
-        start, end = self.trainer.start_iter, self.trainer.max_iter
-        self._bar = tqdm(total=end, initial=start, unit="it", disable=None)
+        self._bar = Bar(self.trainer.start_iter, self.trainer.max_iter)
+        self._device = torch.device(self.trainer.cfg.MODEL.DEVICE)
 
     def before_step(self) -> None:
+        self._stack.enter_context(held_back())
         self._began = time.perf_counter()
         self._lr = max(group["lr"] for group in self.trainer.optimizer.param_groups)
 
     def after_step(self) -> None:
         loss = self.trainer.storage.history("total_loss").latest()
-        lr = self._lr
         seconds = time.perf_counter() - self._began
-        self.trainer.history.add(iteration=self.trainer.iter + 1, loss=loss, lr=lr, seconds=seconds)
-        shown = {"loss": f"{loss:.3f}", "lr": f"{lr:.1e}"}
-        shown |= {name: f"{value:.1f}" for name, value in self.trainer.metrics.items()}
-        if torch.cuda.is_available():
-            shown["memory"] = f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB"
-        self._bar.set_postfix(shown, refresh=False)
-        self._bar.update()
+        done = self.trainer.iter + 1
+        self.trainer.history.add(iteration=done, loss=loss, lr=self._lr, seconds=seconds)
+        self._bar.step(loss, self._lr, self.trainer.metrics, peak_bytes(self._device))
+        self.trainer.done = done
+        self._stack.close()
 
-    def after_train(self) -> None:
+    def close(self) -> None:
         self._bar.close()
+        self._stack.close()
 
 
 def _warn_of_memory(trainer: Trainer) -> None:
@@ -313,13 +374,8 @@ def _trained(folder: Path) -> CfgNode:
         weights = folder / last.read_text().strip()
     if not weights.is_file():
         raise FileNotFoundError(f"{folder} has no trained weights: there is no {weights}")
-    cfg = load_config(str(folder / CONFIG), ["MODEL.WEIGHTS", str(weights)])
+    cfg = read_config(folder, ["MODEL.WEIGHTS", str(weights)])
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-    cfg.OUTPUT_DIR = str(folder)
-    # Its own data, wherever the folder has been moved.
-    if (folder / "data").is_dir():
-        task = "semantic" if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor" else "boxes"
-        cfg.merge_from_list([w for pair in _data_keys(task, folder / "data").items() for w in pair])
     return cfg
 
 
@@ -339,7 +395,15 @@ _FIXED = (
 """Keys in which a run must not differ when it is resumed."""
 
 
-def _check_same(cfg: CfgNode, was: CfgNode, folder: Path) -> None:
+def check_same(cfg: CfgNode, folder: Path) -> None:
+    """That ``cfg`` goes on with the run that lies in ``folder``, if there is one.
+
+    Raises:
+        ValueError: it is of another run, or a shorter one.
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    was = load_config(str(folder / CONFIG))
     for key in _FIXED:
         then, now = was, cfg
         for part in key.split("."):

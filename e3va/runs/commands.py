@@ -6,6 +6,7 @@ import glob
 import importlib
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from e3va.runs.folder import (
     check_same_data,
     engine_of,
     read_metrics,
+    validation_images,
+    write_data,
 )
 from e3va.runs.plan import Plan
 
@@ -69,27 +72,81 @@ def show(data: Data, output: Path, json_file: Path | None) -> None:
     print(f"pictures: {output}")
 
 
-def train(
+def prepare(
     data: Data, plan: Plan, name: str, folder: Path, *, resume: bool, overrides: Sequence[str]
-) -> dict[str, float]:
-    """Train ``plan`` on ``data`` into ``folder`` by the engine ``name``; returns the last
-    evaluation's metrics.
+) -> Any:
+    """Make ``folder`` the folder of a run that :func:`train` can begin with, or, to be resumed, see
+    that it is of such a run: config.yaml, the data as they are trained on, and data.png.
+
+    Args:
+        plan: what is trained; name: of the engine; overrides: of its settings: KEY, VALUE, ….
+
+    Returns:
+        The config, as the engine has it.
 
     Raises:
-        ValueError: the folder holds a run and is not to be resumed, or a setting is wrong.
+        KeyError, ValueError: the folder holds a run already, and it is not to be resumed or is
+            another; or a setting is wrong.
     """
+    by = engine(name)
+    config = by.config_of(data, plan, folder, overrides)
     if resume:
         check_same_data(data, folder / "data")
+        by.check_same(config, folder)
     elif (folder / CONFIG).exists():
+        go_on = f"{command(folder)}{' --resume' * _has_begun(folder)}"
         raise ValueError(
-            f"{folder} holds a run already: go on with it by --resume, or name another by --output"
+            f"{folder} holds a run already: go on with it by {go_on}, or name another by --output"
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    metrics = engine(name).train(data, plan, folder, resume=resume, overrides=overrides)
+    write_data(data, folder / "data")
+    if not (folder / CONFIG).exists():
+        by.write_config(config, folder)
     pictures.data_page(data, folder / DATA_PAGE)
-    pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
-    draw_examples(folder, _validation_images(data))
+    return config
+
+
+def read(folder: Path, overrides: Sequence[str]) -> Any:
+    """The config of the run that lies in ``folder``, as its engine has it.
+
+    Raises:
+        KeyError, ValueError: the config is damaged, or a setting is wrong.
+    """
+    return engine(engine_of(folder)).read_config(folder, overrides)
+
+
+def train(folder: Path, config: Any, *, resume: bool) -> dict[str, float]:
+    """Train the run in ``folder``; returns the last evaluation's metrics.
+
+    Args:
+        folder: as :func:`prepare` made it.
+        config: as :func:`prepare` or :func:`read` gave it; config.yaml tells it when it begins.
+        resume: go on where it has stopped.
+
+    Raises:
+        KeyError, ValueError: the run has begun and is not to be resumed, or a setting is wrong.
+        KeyboardInterrupt: Ctrl-C; what was trained is kept, and the message says how to go on.
+    """
+    by = engine(engine_of(folder))
+    if resume:
+        by.check_same(config, folder)
+    elif _has_begun(folder):
+        raise ValueError(f"{folder} holds a run that has begun: go on with it by --resume")
+    try:
+        metrics = by.train(config, folder, resume=resume)
+        pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
+        draw_examples(folder, validation_images(folder / "data"))
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"go on by {command(folder)} --resume") from None
     return metrics
+
+
+def _has_begun(folder: Path) -> bool:
+    return (folder / METRICS).exists()
+
+
+def command(folder: Path) -> str:
+    """What trains the run in ``folder``, to be typed."""
+    return f"e3va train {shlex.quote(str(folder))}"
 
 
 def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
@@ -108,7 +165,7 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
     metrics = by.evaluate(folder, data)
     write_json(folder / "evaluation.json", metrics)
     if data is not None:
-        draw_examples(folder, _validation_images(data))
+        draw_examples(folder, validation_images(folder / "evaluation"))
     return metrics
 
 
@@ -224,13 +281,6 @@ def _expand(source: str) -> Iterator[tuple[Path, Path]]:
                 yield Path(name), Path(Path(name).name)
     else:
         raise FileNotFoundError(f"no image at {source}")
-
-
-def _validation_images(data: Data) -> list[Path]:
-    split = data.splits["val"]
-    if data.task == "semantic":
-        return [image for image, _ in split.pairs]
-    return [Path(image["file_name"]) for image in split.images]
 
 
 def _sizes(data: Data) -> str:

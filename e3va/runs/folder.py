@@ -23,6 +23,7 @@ CURVES = "curves.png"
 PREDICTIONS = "predictions.png"
 DATA_PAGE = "data.png"
 LOG = "log.txt"
+MAPS = "maps.json"
 
 
 def engine_of(folder: str | os.PathLike[str]) -> str:
@@ -48,6 +49,14 @@ def engine_of(folder: str | os.PathLike[str]) -> str:
     return "detectron2" if "MODEL" in content else "torchvision"
 
 
+def is_run(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is the folder of a run that ``e3va train`` has prepared, with its data."""
+    data = Path(path) / "data"
+    return (Path(path) / CONFIG).is_file() and any(
+        (data / name).is_file() for name in (MAPS, "train.json")
+    )
+
+
 def rank(metrics: Mapping[str, float]) -> float:
     """The metric by which the best model is told: of masks, maps or boxes."""
     for name in ("mask_ap", "miou", "box_ap"):
@@ -62,7 +71,7 @@ def check_same_data(data: Data, folder: Path) -> None:
     Raises:
         ValueError: it has other classes, or other numbers of images or instances.
     """
-    path = folder / ("maps.json" if data.task == "semantic" else "train.json")
+    path = folder / (MAPS if data.task == "semantic" else "train.json")
     if not path.is_file():
         return
     was = json.loads(path.read_text(encoding="utf-8"))
@@ -88,10 +97,19 @@ def write_data(data: Data, folder: Path) -> None:
     files ``train.json`` and ``val.json``, or ``maps.json``."""
     folder.mkdir(parents=True, exist_ok=True)
     if data.task == "semantic":
-        write_json(folder / "maps.json", _index(data))
+        write_json(folder / MAPS, _index(data))
         return
     for name in ("train", "val"):
         write_json(folder / f"{name}.json", _absolute(data.splits[name]).content())
+
+
+def validation_images(folder: Path) -> list[Path]:
+    """The images to validate on of the data that :func:`write_data` wrote into ``folder``."""
+    if (folder / MAPS).is_file():
+        content = json.loads((folder / MAPS).read_text(encoding="utf-8"))
+        return [Path(image) for image, _ in content["splits"]["val"]]
+    content = json.loads((folder / "val.json").read_text(encoding="utf-8"))
+    return [Path(image["file_name"]) for image in content["images"]]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -128,6 +146,13 @@ class History:
         self.entries.append(entry)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+    def evaluation(self, iteration: int) -> dict[str, float] | None:
+        """The metrics of the evaluation after ``iteration`` iterations, if there has been one."""
+        for entry in self.entries:
+            if entry["iteration"] == iteration and "loss" not in entry:
+                return {name: value for name, value in entry.items() if name != "iteration"}
+        return None
 
     def best(self) -> float:
         """The highest :func:`rank` of an evaluation so far."""

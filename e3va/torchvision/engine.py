@@ -14,11 +14,13 @@ from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
 from e3va.data.geometry import encode_mask
 from e3va.methods import HIGHWAYS
-from e3va.runs.folder import Found, write_data
+from e3va.runs.folder import CONFIG, Found, write_data
 from e3va.runs.plan import Plan
-from e3va.torchvision.config import ModelConfig, TrainConfig, set_fields
+from e3va.torchvision.config import ModelConfig, TrainConfig, fixed_settings, set_fields
 from e3va.torchvision.evaluation import evaluate as score
+from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import Run, build_model, load_run
+from e3va.torchvision.train import check_settings
 from e3va.torchvision.train import train as train_model
 
 SMALL_HEADS = {
@@ -33,16 +35,11 @@ SMALL_HEADS = {
 """Of two-stage detectors over a trunk so small that wider ones would outweigh it."""
 
 
-def train(
-    data: Data, plan: Plan, folder: Path, *, resume: bool, overrides: Sequence[str]
-) -> dict[str, float]:
-    """Train ``plan`` on ``data`` into ``folder``.
+def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) -> TrainConfig:
+    """The settings of a plan on data that lie in ``folder``.
 
     Args:
         overrides: of :class:`TrainConfig` and :class:`ModelConfig`: NAME, VALUE, ….
-
-    Returns:
-        The last evaluation's metrics.
 
     Raises:
         ValueError: the task is semantic segmentation, or a setting is unknown or out of range.
@@ -52,22 +49,6 @@ def train(
             "semantic segmentation is trained by Detectron2 alone: install it, and give "
             "--engine detectron2"
         )
-    config = set_fields(config_of(plan), overrides)
-    write_data(data, folder / "data")
-    masks = plan.task == "masks"
-    train_data, val_data = (
-        CocoInstances(folder / f"data/{split}.json", folder / "data", masks=masks)
-        for split in ("train", "val")
-    )
-    torch.manual_seed(config.seed)
-    assert config.model is not None
-    model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
-    result = train_model(model, train_data, val_data, folder, config, resume=resume)
-    return {name: value for name, value in result.items() if "_ap" in name}
-
-
-def config_of(plan: Plan) -> TrainConfig:
-    """The settings of a plan."""
     small = plan.is_small
     options: dict[str, Any] = {}
     if small and plan.detector != "retinanet":
@@ -88,7 +69,7 @@ def config_of(plan: Plan) -> TrainConfig:
         max_size=plan.max_size,
         detector_options=options,
     )
-    return TrainConfig(
+    config = TrainConfig(
         iterations=plan.iterations,
         batch_size=plan.batch_size,
         lr=plan.lr,
@@ -99,6 +80,64 @@ def config_of(plan: Plan) -> TrainConfig:
         amp="bfloat16" if torch.cuda.is_available() else None,
         model=model,
     )
+    return set_fields(config, overrides)
+
+
+def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """The settings of the run that lies in ``folder``, with ``overrides`` as :func:`config_of`.
+
+    Raises:
+        ValueError: config.yaml is damaged, or a setting is unknown or out of range.
+    """
+    return set_fields(Run.read(folder).config, overrides)
+
+
+def write_config(config: TrainConfig, folder: Path) -> None:
+    """Write config.yaml."""
+    Run.of(config, *_data(config, folder)).write(folder)
+
+
+def check_same(config: TrainConfig, folder: Path) -> None:
+    """That ``config`` goes on with the run that lies in ``folder``, if there is one.
+
+    Raises:
+        ValueError: it is of another run, or a shorter one.
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    was = Run.read(folder).config
+    check_settings(fixed_settings(config), fixed_settings(was), folder)
+    if config.iterations < was.iterations:
+        raise ValueError(
+            f"{folder} is of a run of {was.iterations} iterations, not {config.iterations}: a run "
+            "may become longer (--iterations), not shorter"
+        )
+
+
+def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float]:
+    """Train what ``config`` says into ``folder``, and write it there as config.yaml when it begins.
+
+    Returns:
+        The last evaluation's metrics.
+
+    Raises:
+        ValueError: a setting does not fit the data.
+    """
+    train_data, val_data = _data(config, folder)
+    torch.manual_seed(config.seed)
+    assert config.model is not None
+    model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
+    result = train_model(model, train_data, val_data, folder, config, resume=resume)
+    return {name: value for name, value in result.items() if "_ap" in name}
+
+
+def _data(config: TrainConfig, folder: Path) -> tuple[CocoInstances, CocoInstances]:
+    """What a run in ``folder`` trains and validates on."""
+    assert config.model is not None
+    masks = DETECTORS[config.model.detector].masks
+    files = (folder / f"data/{split}.json" for split in ("train", "val"))
+    train_data, val_data = (CocoInstances(file, folder / "data", masks=masks) for file in files)
+    return train_data, val_data
 
 
 def classes_of(folder: Path) -> list[str]:

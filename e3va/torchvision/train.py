@@ -9,7 +9,6 @@ import logging
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import MaskRCNN
-from tqdm import tqdm
 
 from e3va.backbone import Backbone
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.measure import trainable_parameters
 from e3va.optim import Rates, parameter_groups
 from e3va.runs.folder import CONFIG, METRICS, History, rank
+from e3va.runs.interrupt import held_back, ignore_interrupts
+from e3va.runs.progress import Bar, peak_bytes, reset_peak_bytes
 from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
 from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
@@ -54,8 +54,9 @@ def train(
     """Train with AdamW: linear warm-up, cosine decay to zero, clipped gradients.
 
     ``config.yaml`` is written to ``output_dir`` at first: the settings, the classes' names and
-    where the data are. Every ``checkpoint_period`` iterations, and before and after each
-    evaluation, ``checkpoint.pt`` is; ``metrics.json`` gets a line for each iteration
+    where the data are. Every ``checkpoint_period`` iterations, before and after each evaluation,
+    and when Ctrl-C stops the training, after the iteration at hand, ``checkpoint.pt`` is;
+    ``metrics.json`` gets a line for each iteration
     (``iteration``, ``loss``, ``lr``, ``seconds``) and each evaluation (``iteration``, ``box_ap``,
     …). ``model_best.pt`` is the best model (by AP of masks, else of boxes), ``model_final.pt`` the
     last one. Those of an earlier run are kept as ``config.previous.yaml`` and
@@ -103,7 +104,7 @@ def train(
     start, metrics, evaluated = 0, {}, 0
     if resume and (output / CHECKPOINT).is_file():
         state = load_checkpoint(output / CHECKPOINT, model)
-        _check_same(settings, state["settings"], output / CHECKPOINT)
+        check_settings(settings, state["settings"], output / CHECKPOINT)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, metrics, evaluated = state["iteration"], state["metrics"], state["evaluated"]
@@ -122,6 +123,7 @@ def train(
         batch_size=None,
         sampler=range(start, config.iterations),
         num_workers=config.workers,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),
     )
 
@@ -142,59 +144,70 @@ def train(
         nonlocal metrics, evaluated
         save(iteration)  # what was trained outlives a failed evaluation
         if val_data is not None:
-            metrics = evaluate(model, val_data, device, amp_dtype=config.amp_dtype)
-            evaluated = iteration
-            if rank(metrics) > history.best():
-                save_checkpoint(output / BEST, model, iteration=iteration, metrics=metrics)
-            history.add(iteration=iteration, **metrics)
-            save(iteration)
+            found = evaluate(model, val_data, device, amp_dtype=config.amp_dtype)
+            with held_back():
+                metrics, evaluated = found, iteration
+                if rank(metrics) > history.best():
+                    save_checkpoint(output / BEST, model, iteration=iteration, metrics=metrics)
+                history.add(iteration=iteration, **metrics)
+                save(iteration)
 
-    peak = 0
-    _reset_peak_bytes(device)
-    with tqdm(batches, initial=start, total=config.iterations, unit="it") as progress:
-        for iteration, batch in enumerate(progress, start=start):
-            began = time.perf_counter()
-            reseed(config.seed, _MODEL, iteration)
-            factor = schedule(iteration, config.iterations, config.warmup)
-            for group, rate in zip(optimizer.param_groups, highest, strict=True):
-                group["lr"] = rate * factor
-            images = [image.to(device) for image, _ in batch]
-            targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-            with torch.autocast(
-                device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
-            ):
-                loss = sum(model(images, targets).values())
-            if not math.isfinite(loss.item()):
-                raise FloatingPointError(
-                    f"the loss is {loss.item()} at iteration {iteration + 1}: lower lr "
-                    f"({config.lr}), lengthen warmup ({config.warmup}), or do without float16"
-                )
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            peak = max(peak, peak_bytes(device))
-            done = iteration + 1
-            history.add(
-                iteration=done,
-                loss=loss.item(),
-                lr=config.lr * factor,
-                seconds=time.perf_counter() - began,
+    def is_due(iteration: int) -> bool:
+        return config.eval_period is not None and iteration % config.eval_period == 0
+
+    if is_due(start) and evaluated < start < config.iterations:
+        score(start)  # it was interrupted
+    peak, done = 0, start
+    reset_peak_bytes(device)
+
+    def step(iteration: int, batch: list[tuple[Tensor, Target]]) -> None:
+        nonlocal peak
+        began = time.perf_counter()
+        reseed(config.seed, _MODEL, iteration)
+        factor = schedule(iteration, config.iterations, config.warmup)
+        for group, rate in zip(optimizer.param_groups, highest, strict=True):
+            group["lr"] = rate * factor
+        images = [image.to(device) for image, _ in batch]
+        targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
+        with torch.autocast(
+            device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
+        ):
+            total = sum(model(images, targets).values())
+        loss = total.item()
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"the loss is {loss} at iteration {iteration + 1}: lower lr ({config.lr}), "
+                f"lengthen warmup ({config.warmup}), or do without float16"
             )
-            if config.eval_period and done % config.eval_period == 0:
+        optimizer.zero_grad()
+        scaler.scale(total).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        peak, lr = max(peak, peak_bytes(device)), config.lr * factor
+        seconds = time.perf_counter() - began
+        history.add(iteration=iteration + 1, loss=loss, lr=lr, seconds=seconds)
+        bar.step(loss, lr, metrics, peak)
+
+    bar = Bar(start, config.iterations)
+    try:
+        for iteration, batch in enumerate(batches, start=start):
+            with held_back():
+                step(iteration, batch)
+                done = iteration + 1
+            if is_due(done):
                 score(done)
-                _reset_peak_bytes(device)
+                reset_peak_bytes(device)
             elif done % config.checkpoint_period == 0:
                 save(done)
-            progress.set_postfix(
-                loss=f"{loss.item():.3f}",
-                **{name: f"{value:.1f}" for name, value in metrics.items() if name[-3:] == "_ap"},
-                memory=f"{peak / 2**20:.0f} MiB",
-            )
-    if evaluated < config.iterations:
-        score(config.iterations)
+        if evaluated < done:
+            score(done)
+    except KeyboardInterrupt:
+        save(done)
+        raise
+    finally:
+        bar.close()
     save_checkpoint(output / FINAL, model, iteration=config.iterations, metrics=metrics)
     return {
         **metrics,
@@ -211,21 +224,6 @@ def schedule(iteration: int, iterations: int, warmup: int) -> float:
     if iteration < warmup:
         return (iteration + 1) / (warmup + 1)
     return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / (iterations - warmup)))
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most GPU memory allocated since the last reset; on a CPU, resident in this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _reset_peak_bytes(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
 
 
 class _Batches(Dataset[list[tuple[Tensor, Target]]]):
@@ -303,7 +301,12 @@ def _settings(config: TrainConfig, model: nn.Module, data: CocoInstances) -> dic
     return json.loads(json.dumps(settings))
 
 
-def _check_same(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+def check_settings(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
+    """That settings are those of the run that ``path`` is of.
+
+    Raises:
+        ValueError: one is another.
+    """
     for name, value in settings.items():
         if saved.get(name) != value:
             raise ValueError(

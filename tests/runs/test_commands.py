@@ -163,6 +163,33 @@ def test_resume_goes_on_and_nothing_is_overwritten(engine, tmp_path, capsys):
     assert steps == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_a_plan_is_written_edited_and_trained(engine, tmp_path, capsys):
+    data, out = write_coco(tmp_path / "data"), tmp_path / "out"
+    assert train(data, out, engine, "swin_digits", "--dry-run") == 0
+    assert f"train by: e3va train {out}" in capsys.readouterr().out
+    config = (out / "config.yaml").read_text()
+    assert "red" in config and (out / "data.png").is_file()
+    assert not list(out.glob("model*")) and not (out / "metrics.json").exists()
+    assert train(data, out, engine, "swin_digits") == 2  # what has been edited is not overwritten
+    assert f"go on with it by e3va train {out}, or" in capsys.readouterr().err
+    before, after = {
+        "detectron2": ("MAX_ITER: 2", "MAX_ITER: 3"),
+        "torchvision": ("iterations: 2", "iterations: 3"),
+    }[engine]
+    assert before in config
+    (out / "config.yaml").write_text(config.replace(before, after))
+    assert main(["train", str(out), "--method", "frozen"]) == 2
+    assert "and not by --method" in capsys.readouterr().err
+    lr = {"detectron2": "SOLVER.BASE_LR", "torchvision": "lr"}[engine]
+    assert main(["train", str(out), lr, "0.0005"]) == 0
+    steps = [line for line in lines(out) if "loss" in line]
+    assert [line["iteration"] for line in steps] == [1, 2, 3]
+    assert max(line["lr"] for line in steps) == pytest.approx(5e-4)
+    assert main(["train", str(out)]) == 2
+    assert "has begun" in capsys.readouterr().err
+
+
 def test_overrides_reach_the_engine(tmp_path, capsys):
     data = write_yolo(tmp_path / "data")
     more = ["method", "frozen", "lr", "0.5"]

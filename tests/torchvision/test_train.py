@@ -33,8 +33,12 @@ def history(folder):
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
 
+class Killed(BaseException):
+    """Ends a run that has no time to write anything."""
+
+
 def interrupted(data, reads):
-    """The same data, whose reading ends with Ctrl-C after so many items."""
+    """The same data, whose reading ends the run after so many items."""
 
     class Interrupted(CocoInstances):
         left = reads
@@ -42,7 +46,7 @@ def interrupted(data, reads):
         def __getitem__(self, index):
             self.left -= 1
             if self.left < 0:
-                raise KeyboardInterrupt
+                raise Killed
             return super().__getitem__(index)
 
     return Interrupted(data.path, data.folder, masks=data.masks)
@@ -78,7 +82,7 @@ def test_resumed_run_repeats_the_uninterrupted_one(tmp_path, kind, method):
     moved = {k for k, v in whole.state_dict().items() if not torch.equal(v, before[k])}
     assert moved <= trained and any(name.startswith("backbone.body") for name in moved)
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(detector(method, kind), interrupted(data, 8), data, tmp_path / "parts", settings())
     assert len(history(tmp_path / "parts")) == 5  # four steps, one of them after the checkpoint
     torch.rand(7)  # the state of the global generator must not matter

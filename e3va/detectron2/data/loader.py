@@ -13,6 +13,7 @@ from detectron2.data.common import DatasetFromList, MapDataset
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset
 
+from e3va.runs.interrupt import ignore_interrupts
 from e3va.seeding import reseed
 
 Sample = dict[str, Any]
@@ -65,6 +66,7 @@ class TrainLoader:
                 batch_sampler=itertools.islice(self._batches(), self.start, None),
                 collate_fn=list,
                 num_workers=self._workers,
+                worker_init_fn=ignore_interrupts,
             )
         )
 

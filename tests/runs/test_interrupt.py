@@ -1,0 +1,122 @@
+"""Ctrl-C, at any moment: nothing is lost, and the resumed run is the uninterrupted one."""
+
+import contextlib
+import json
+import signal
+import threading
+
+import pytest
+import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+pytest.importorskip("torchvision")
+pytest.importorskip("pycocotools")
+
+from e3va.backbone import Backbone
+from e3va.cli import main
+from e3va.runs.interrupt import held_back
+from tests.runs.factories import write_coco
+
+PERIODS = {
+    "detectron2": ["TEST.EVAL_PERIOD", "2", "SOLVER.CHECKPOINT_PERIOD", "3"],
+    "torchvision": ["eval_period", "2", "checkpoint_period", "3"],
+}
+FINAL = {"detectron2": "model_final.pth", "torchvision": "model_final.pt"}
+
+
+@contextlib.contextmanager
+def ctrl_c(at, training):
+    """Ctrl-C in the forward pass number ``at``, from 1, of those in training or in evaluation."""
+    count = 0
+
+    def stop(module, inputs):
+        nonlocal count
+        if isinstance(module, Backbone) and module.training == training:
+            count += 1
+            if count == at:
+                signal.raise_signal(signal.SIGINT)
+
+    hook = register_module_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def lines(folder):
+    found = [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in found]
+
+
+def weights(folder, engine):
+    return torch.load(folder / FINAL[engine], weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("engine", PERIODS)
+def test_a_run_that_is_stopped_again_and_again_repeats_the_whole_one(engine, tmp_path, capsys):
+    if engine == "detectron2":
+        pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    data = str(write_coco(tmp_path / "data"))
+    new = ["train", data, "--engine", engine, "--model", "swin_digits", "--iterations", "4"]
+    assert main([*new, "--output", str(tmp_path / "whole"), *PERIODS[engine]]) == 0
+
+    parts = tmp_path / "parts"
+    again = ["train", str(parts), "--resume"]
+    first = [*new, "--output", str(parts), *PERIODS[engine]]
+    moments = [
+        (first, 1, True, 1),  # the first step, which is done to its end
+        (again, 2, False, 2),  # the evaluation after the second
+        (again, 1, False, 2),  # the same, while it is made up
+        (again, 1, True, 3),
+        (again, 3, False, 4),  # the last evaluation
+    ]
+    for words, at, training, done in moments:
+        capsys.readouterr()
+        with ctrl_c(at, training):
+            assert main(words) == 130
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error == f"interrupted: go on by e3va train {parts} --resume"
+        assert max(line["iteration"] for line in lines(parts)) == done
+    assert main(again) == 0
+    assert lines(parts) == lines(tmp_path / "whole")
+    mine, whole = weights(parts, engine), weights(tmp_path / "whole", engine)
+    assert mine.keys() == whole.keys()
+    assert all(torch.equal(mine[name], whole[name]) for name in whole)
+    before = (parts / "metrics.json").read_bytes()
+    assert main(again) == 0  # it had finished: nothing is trained or scored again
+    assert (parts / "metrics.json").read_bytes() == before
+
+
+def test_ctrl_c_is_held_back_to_the_end_of_the_block():
+    reached = False
+    with pytest.raises(KeyboardInterrupt), held_back():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(ValueError, match="mine"), held_back():
+        signal.raise_signal(signal.SIGINT)
+        raise ValueError("mine")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_who_ignores_ctrl_c_goes_on_ignoring_it():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with held_back():
+            signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_other_threads_get_no_signals():
+    passed = []
+
+    def work():
+        with held_back():
+            passed.append(1)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert passed
