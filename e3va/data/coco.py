@@ -97,6 +97,21 @@ class CocoInstances:
             target = {name: values[visible] for name, values in target.items()}
         return self.image(index), target
 
+    def largest(self, shorter: int, longer: int) -> tuple[int, int]:
+        """Positions of the image that has the most pixels once its shorter side is brought to
+        ``shorter``, its longer one to ``longer`` at the most, and of that with the most
+        instances."""
+
+        def pixels(index: int) -> float:
+            sides = self._images[index]["height"], self._images[index]["width"]
+            return sides[0] * sides[1] * min(shorter / min(sides), longer / max(sides)) ** 2
+
+        def instances(index: int) -> int:
+            return len(self._instances[self._images[index]["id"]])
+
+        every = range(len(self))
+        return max(every, key=pixels), max(every, key=instances)
+
     def image(self, index: int) -> Tensor:
         """The image alone: [3, H, W] float32 in [0, 1]; see :func:`e3va.data.images.read_image`."""
         pixels = read_image(self._images[index]["file_name"])

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import MaskRCNN
 
 from e3va.backbone import Backbone
+from e3va.budget.probe import probe
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.measure import trainable_parameters
 from e3va.optim import Rates, parameter_groups
@@ -157,6 +158,8 @@ def train(
 
     if is_due(start) and evaluated < start < config.iterations:
         score(start)  # it was interrupted
+    if device.type == "cuda":
+        try_largest(model, train_data, config, optimizer)
     peak, done = 0, start
     reset_peak_bytes(device)
 
@@ -217,6 +220,42 @@ def train(
         ),
         "peak_bytes": peak,
     }
+
+
+def try_largest(
+    model: Any, data: CocoInstances, config: TrainConfig, optimizer: torch.optim.Optimizer
+) -> None:
+    """Take the largest step of ``data`` once, see :func:`e3va.budget.probe.probe`: of the images
+    with the most pixels and the most instances, at the largest of the sizes that are drawn.
+
+    Raises:
+        torch.OutOfMemoryError: it does not fit; says what to do.
+    """
+    device, transform = next(model.parameters()).device, model.transform
+    side = max(transform.min_size)
+    samples = [data[i] for i in data.largest(side, transform.max_size)]
+    batch = [samples[i % len(samples)] for i in range(config.batch_size)]
+    images = [image.to(device) for image, _ in batch]
+    targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
+
+    def loss() -> Tensor:
+        with torch.autocast(
+            device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
+        ):
+            return sum(model(images, targets).values())
+
+    sizes, transform.min_size = transform.min_size, (side,)
+    try:
+        probe(model, loss, optimizer)
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split())
+        raise torch.OutOfMemoryError(
+            f"a step of {config.batch_size} of the largest images does not fit in the memory "
+            f"({reason}): lower batch_size ({config.batch_size}) or min_size ({side}), train "
+            "by the method e3va, or in amp"
+        ) from None
+    finally:
+        transform.min_size = sizes
 
 
 def schedule(iteration: int, iterations: int, warmup: int) -> float:
