@@ -205,7 +205,7 @@ def compare(setup: Setup, images: int, size: Size, card: Card | None, path: Path
     if card is not None:
         axes.axvline(card.usable / MIB, color="black", linestyle="--", label=f"fits in {card.name}")
     axes.set(xlabel="MiB at the peak of a step", title=f"{images} × {size[0]}×{size[1]}")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper right")  # beside the short bars
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
