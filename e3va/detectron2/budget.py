@@ -85,10 +85,10 @@ class Setup:
             yield "all of these", self._with(changes)
 
     def split(self, images: int, size: tuple[int, int]) -> dict[str, int]:
-        shapes, model, optimizer = self._built = self._built or self._build()
         batch = sample_batch(self._cfg, *size, self._instances) * images
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            shapes, model, optimizer = self._built = self._built or self._build()
             with shapes:
                 return step_split(model, lambda: loss(model, batch, self._cfg), optimizer)["peak"]
 
