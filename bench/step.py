@@ -1,17 +1,19 @@
-"""One real training step of Mask R-CNN through Detectron2: live activation bytes, time.
+"""What real training steps of a detector cost through Detectron2: live bytes, and time.
 
     python -m bench.step [--config-file YAML] [--methods stock full frozen e3va] [--json FILE]
 
-One 800×1344 image with eight polygon-mask instances, random weights, bf16 autocast, on the CPU or
-on a GPU. The peak counts every tensor storage made by the step and still alive (e3va.measure);
-gradients of parameters exist before the step, as from the second step on, and are not activations.
-``stock`` is Detectron2's own Swin, frozen, its weights in fp32. Times are medians of interleaved
-steps, as a ratio to the first method.
+Images of noise, by default one of 800×1344, with eight polygon-mask instances each, or with a
+semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak counts every tensor
+storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
+step, as from the second step on, and are not activations. ``stock`` is Detectron2's own Swin,
+frozen, its weights in fp32. Times are medians of interleaved forwards and backwards, as a ratio to
+the first method. ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,25 +21,47 @@ from typing import Any
 import torch
 
 from bench.environment import environment
+from e3va.budget import ShapesOnly
 from e3va.files import write_json
-from e3va.measure import peak_live_bytes, saved_bytes, step_seconds, trainable_parameters
+from e3va.measure import bottom_up, saved_bytes, step_seconds, step_split, trainable_parameters
 
 MIB = 2**20
 DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FIXED = ("trunk_weights", "other_weights", "gradients", "optimizer")
+"""What of a step's bytes is there before it."""
 
 
-def build(config_file: str, method: str, overrides: list[str]) -> Any:
-    from detectron2.modeling import build_model
-
+def config_of(config_file: str, method: str, overrides: Sequence[Any]) -> Any:
     from e3va.detectron2.config import load_config
 
     ours = "frozen" if method == "stock" else method
     cfg = load_config(config_file, ["MODEL.TUNING.METHOD", ours, *overrides])
-    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+    cfg.MODEL.DEVICE = DEVICE
+    return cfg
+
+
+def build(
+    config_file: str, method: str, overrides: Sequence[Any], shapes: ShapesOnly | None = None
+) -> Any:
+    """The detector, in training; for steps within ``shapes`` where that is given."""
+    from detectron2.modeling import build_model
+
+    if shapes is not None:
+        with shapes, shapes.unseen():
+            model = build(config_file, method, overrides)
+            shapes.forget(*model.parameters())
+        shapes.never_look_in(bottom_up(model))
+        return model
+    cfg = config_of(config_file, method, overrides)
     torch.manual_seed(0)
     model = build_model(cfg).train()
     if method == "stock":
-        model.backbone.bottom_up = stock_swin(model.backbone.bottom_up).to(cfg.MODEL.DEVICE)
+        stock = stock_swin(bottom_up(model)).to(DEVICE)
+        if bottom_up(model) is model.backbone:
+            model.backbone = stock
+        else:
+            model.backbone.bottom_up = stock
     return model
 
 
@@ -55,28 +79,49 @@ def stock_swin(ours: Any) -> Any:
         drop_path_rate=0.0,
         out_indices=tuple(range(config.num_stages)),
     )
+    theirs._size_divisibility = 0  # as ours; theirs misspells it, and has none without an FPN
     return theirs.requires_grad_(False).eval()
 
 
-def measure(model: Any, batch: list[dict[str, object]], device: str) -> dict[str, int]:
+def measure(
+    model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
     """Bytes: peak of live activations in a step, saved for backward in the backbone, and the peak
-    with weights, gradients and AdamW state."""
-    images = model.preprocess_image(batch).tensor
+    with weights, gradients and the optimizer's state, which is also split by what it is of, see
+    :func:`e3va.measure.step_split`. On a GPU also what its allocator has given and held."""
+    from detectron2.structures import ImageList
 
-    def backbone() -> object:
-        with torch.autocast(device, torch.bfloat16):
-            return model.backbone.bottom_up(images)
+    backbone = bottom_up(model)
+    images = ImageList.from_tensors(
+        [item["image"].float().to(DEVICE) for item in batch],
+        model.backbone.size_divisibility,
+        padding_constraints=model.backbone.padding_constraints,
+    ).tensor
 
-    saved = saved_bytes(model, backbone)
+    def run_backbone() -> object:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            return backbone(images)
+
+    saved = saved_bytes(model, run_backbone)
     torch.manual_seed(0)
-    peak = peak_live_bytes(model, lambda: loss(model, batch, device))
-    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    return {
-        "backbone_trainable_params": trainable_parameters(model.backbone.bottom_up),
+    split = step_split(model, partial(loss, model, batch, DEVICE), optimizer)
+    total = sum(split["peak"].values())
+    costs = {
+        "trainable_params": trainable_parameters(model),
+        "backbone_trainable_params": trainable_parameters(backbone),
         "saved_bytes": saved,
-        "peak_live_bytes": peak,
-        "total_bytes": peak + sum(p.nbytes for p in model.parameters()) + 3 * trained,
+        "peak_live_bytes": total - sum(split["peak"][key] for key in FIXED),
+        "total_bytes": total,
+        "split": split["peak"],
+        "split_after": split["end"],
     }
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        loss(model, batch, DEVICE).backward()
+        costs["allocated_bytes"] = torch.cuda.max_memory_allocated()
+        costs["reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return costs
 
 
 def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tensor:
@@ -86,7 +131,7 @@ def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tenso
         return sum(model(batch).values())
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config-file", default=DEFAULT_CONFIG)
     parser.add_argument("--methods", nargs="+", default=["stock", "full", "frozen", "e3va"])
@@ -94,39 +139,41 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (default 3)")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs for the config")
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
 
     from e3va.detectron2.budget import sample_batch
-    from e3va.detectron2.config import load_config
+    from e3va.detectron2.solver import build_optimizer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    batch = sample_batch(load_config(arguments.config_file, arguments.overrides), *arguments.size)
-    models = {m: build(arguments.config_file, m, arguments.overrides) for m in arguments.methods}
+    file, overrides = options.config_file, options.overrides
+    batch = sample_batch(config_of(file, options.methods[0], overrides), *options.size)
+    models = {method: build(file, method, overrides) for method in options.methods}
     results: dict[str, dict[str, Any]] = {}
     for method, model in models.items():
-        results[method] = measure(model, batch, device)
+        optimizer = build_optimizer(config_of(file, method, overrides), model)
+        results[method] = measure(model, batch, optimizer)
+        del optimizer
         print(
             f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "
             f"with weights, gradients, AdamW {results[method]['total_bytes'] / MIB:7.1f} MiB   "
             f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
             flush=True,
         )
-    losses = {method: partial(loss, model, batch, device) for method, model in models.items()}
-    for method, seconds in step_seconds(losses, arguments.repeats).items():
-        results[method]["seconds_per_step"] = seconds
-    first = arguments.methods[0]
+    losses = {method: partial(loss, model, batch, DEVICE) for method, model in models.items()}
+    for method, seconds in step_seconds(losses, options.repeats).items():
+        results[method]["seconds_per_step"] = seconds.step
+    first = options.methods[0]
     for method, result in results.items():
         ratio = result["seconds_per_step"] / results[first]["seconds_per_step"]
         print(f"{method:8} time {ratio:.2f} × {first}")
-    if arguments.json:
+    if options.json:
         report = {
             "environment": environment(),
-            "config": arguments.config_file,
-            "overrides": arguments.overrides,
-            "size": list(arguments.size),
+            "config": options.config_file,
+            "overrides": options.overrides,
+            "size": list(options.size),
             "methods": results,
         }
-        write_json(arguments.json, report)
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

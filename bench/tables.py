@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bench.environment import RESULTS
+from bench.train_step import MIB, saving, savings_table
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -39,6 +40,22 @@ def tracks() -> str:
         saved = f"{cost['saved_bytes'] / 2**20:.1f} MiB"
         lines.append(_row(f"`{method}`", *scores, trained, saved))
     return "\n".join(lines)
+
+
+def costs() -> str:
+    """Bytes of a training step of every setup at their peak, by method, and E³VA's saving."""
+    setups = json.loads((RESULTS / "train_step.json").read_text())["setups"]
+    names = {method: None for methods in setups.values() for method in methods}
+    titles = [f"`{method}`" for method in names]
+    lines = [_row("MiB", *titles, "saved"), "|---" * (2 + len(titles)) + "|"]
+    for setup, methods in setups.items():
+        found = (methods.get(method) for method in names)
+        totals = [f"{result['total_bytes'] / MIB:.0f}" if result else "–" for result in found]
+        percent = saving(methods, "total_bytes")
+        saved = "–" if percent is None else f"{percent:.1f} %"
+        lines.append(_row(f"`{setup}`", *totals, saved))
+    memory, _ = savings_table(setups).splitlines()
+    return "\n".join([*lines, "", f"{memory}."])
 
 
 def kernels() -> str:
@@ -120,6 +137,7 @@ def _row(*cells: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "costs": costs,
     "kernels": kernels,
     "h100": h100,
     "precision": precision,

@@ -30,7 +30,7 @@ from bench.environment import environment
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import coco_overrides, detectron2_loss
 from e3va.files import write_json
-from e3va.measure import step_costs, step_seconds
+from e3va.measure import bottom_up, step_costs, step_seconds
 from e3va.methods import METHODS
 
 CONFIGS = Path(__file__).parents[1] / "detectron2_configs"
@@ -147,14 +147,13 @@ def measure(setting: Setting, methods: list[str]) -> dict[str, dict[str, float]]
         model = Trainer.build_model(cfg).train()
         batch = next(iter(Trainer.build_train_loader(cfg)))
         losses[method] = partial(detectron2_loss, model, batch)
-        backbone, seen = model.backbone, []
-        backbone = getattr(backbone, "bottom_up", backbone)
+        backbone, seen = bottom_up(model), []
         hook = backbone.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
         losses[method]()
         hook.remove()
         costs[method] = {**step_costs(model, backbone, seen[0], losses[method])}
     for method, seconds in step_seconds(losses, TIMED_STEPS).items():
-        costs[method]["seconds_per_iter"] = seconds
+        costs[method]["seconds_per_iter"] = seconds.step
     return costs
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import itertools
 import statistics
 import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 from e3va.checkpoint import find_trunk
 from e3va.ops.library import FUNCTIONS
@@ -308,12 +310,9 @@ def step_split(
     Args:
         model: a detector of Detectron2 or torchvision, or a semantic segmentor of Detectron2.
         step: gives the loss, whose backward runs.
-        optimizer: of the model. Where it has no state yet it takes a step of zero gradients.
+        optimizer: of the model. Where it has no state yet :func:`make_state` makes it.
     """
-    _make_gradients(model)
-    if not optimizer.state:
-        optimizer.zero_grad(set_to_none=False)
-        optimizer.step()
+    make_state(model, optimizer)
     trunk = find_trunk(model)[1] or bottom_up(model)
     trunk_weights = sum(p.nbytes for p in trunk.parameters())
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -334,6 +333,15 @@ def step_split(
         when: {part: fixed.get(part, made[part]) for part in SPLIT}
         for when, made in (("peak", memory.at_peak()), ("end", memory.now()))
     }
+
+
+def make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """What there is from the second step of a training on: gradients, and, where there is none, the
+    optimizer's state, by a step of zero gradients."""
+    _make_gradients(model)
+    if not optimizer.state:
+        optimizer.zero_grad(set_to_none=False)
+        optimizer.step()
 
 
 def _make_gradients(module: nn.Module) -> None:
@@ -363,18 +371,62 @@ def step_costs(
     }
 
 
-def step_seconds(steps: Mapping[str, Callable[[], Tensor]], repeats: int) -> dict[str, float]:
+class Seconds(NamedTuple):
+    """Of a training step: in all, and of its parts. Medians, so that the parts need not sum up."""
+
+    step: float
+    forward: float
+    backward: float
+    optimizer: float
+
+
+def step_seconds(
+    steps: Mapping[str, Callable[[], Tensor]],
+    repeats: int,
+    optimizers: Mapping[str, torch.optim.Optimizer] | None = None,
+) -> dict[str, Seconds]:
     """Seconds of training steps, by name: each gives the loss, whose backward runs. Medians of
-    interleaved ``repeats``."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
+    interleaved ``repeats``; on a GPU by its own clock.
+
+    Args:
+        steps: by name.
+        repeats: steps of each.
+        optimizers: what takes a step after each backward, and forgets the gradients (default:
+            nothing).
+    """
+    measured: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
+    for _ in tqdm(range(repeats), desc="steps", unit="round", disable=None):
         for name, step in steps.items():
-            start = time.perf_counter()
-            step().backward()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            moments = [_moment()]
+            loss = step()
+            moments.append(_moment())
+            loss.backward()
+            moments.append(_moment())
+            if optimizers:
+                optimizers[name].step()
+                optimizers[name].zero_grad()
+            moments.append(_moment())
+            parts = [_between(*pair) for pair in itertools.pairwise(moments)]
+            measured[name].append((sum(parts), *parts))
+    return {
+        name: Seconds(*map(statistics.median, zip(*rounds, strict=True)))
+        for name, rounds in measured.items()
+    }
+
+
+def _moment() -> Any:
+    if not torch.cuda.is_available():
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: Any, end: Any) -> float:
+    if isinstance(start, float):
+        return end - start
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -72,7 +72,7 @@ def measure(runs: dict[str, Trained]) -> dict[str, dict[str, Any]]:
     }
     seconds = step_seconds({method: run.loss for method, run in runs.items()}, TIMED_STEPS)
     for method, result in results.items():
-        result["seconds_per_iter"] = seconds[method]
+        result["seconds_per_iter"] = seconds[method].step
     return results
 
 

@@ -18,7 +18,7 @@ from e3va.budget import Card, ShapesOnly, budget
 from e3va.budget.cards import own_card, own_memory
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.solver import build_optimizer
-from e3va.measure import bottom_up, step_split
+from e3va.measure import bottom_up, make_state, step_split
 from e3va.methods import HIGHWAYS, METHODS
 
 INSTANCES = 8
@@ -102,10 +102,7 @@ class Setup:
                 model = build_model(self._cfg).train()
                 shapes.forget(*model.parameters())
                 optimizer = build_optimizer(self._cfg, model)
-                for parameter in model.parameters():
-                    if parameter.requires_grad:
-                        parameter.grad = torch.zeros_like(parameter)
-                optimizer.step()  # makes its state
+                make_state(model, optimizer)
         finally:
             package.setLevel(level)
         shapes.never_look_in(bottom_up(model))

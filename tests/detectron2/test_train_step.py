@@ -1,0 +1,152 @@
+"""What bench.step and bench.train_step measure, on detectors small enough for it."""
+
+import contextlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2", reason="Detectron2 is not installed: its steps are not measured")
+
+from bench import growth, step, train_step
+from e3va.budget import ShapesOnly
+from e3va.measure import SPLIT, LiveBytes
+
+SMALL = {
+    "digits/mask_rcnn_e3va": (64, 96),
+    "digits/retinanet_e3va": (64, 96),
+    "digits/upernet_e3va": (64, 96),
+}
+PARTS = ("forward", "backward", "optimizer")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(train_step, "SETUPS", SMALL)
+
+
+def count(trainee):
+    """Live bytes of a step, and what is there before it: as bench.step has always counted them."""
+    for p in trainee.model.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    torch.manual_seed(0)
+    with LiveBytes() as memory:
+        trainee.loss().backward()
+    weights = [(p.numel() * p.element_size(), p.requires_grad) for p in trainee.model.parameters()]
+    return memory.peak, sum(size * (4 if trained else 1) for size, trained in weights)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("method", ["stock", "full", "e3va"])
+def test_split_sums_to_an_independent_count(name, method):
+    trainee = train_step.Trainee(name, method, SMALL[name], 2)
+    costs = step.measure(trainee.model, trainee.batch, trainee.optimizer)
+    peak, before = count(train_step.Trainee(name, method, SMALL[name], 2))
+    split = costs["split"]
+    assert costs["peak_live_bytes"] == peak
+    assert costs["total_bytes"] == sum(split.values()) == peak + before
+    assert tuple(split) == SPLIT and min(split.values()) >= 0
+    assert split["gradients"] * 2 == split["optimizer"]
+    assert bool(split["neck"]) == bool(split["proposals"]) == (name != "digits/upernet_e3va")
+    if method == "e3va":  # its maps are among what it saves, and nothing else outlives its forward
+        assert split["backbone_saved"] >= costs["saved_bytes"] > 0
+        assert split["backbone_saved"] < costs["saved_bytes"] * 1.05
+    assert sum(costs["split_after"].values()) == pytest.approx(before, abs=2**12)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("method", ["stock", "full", "lora", "e3va"])
+def test_the_bytes_are_the_same_without_the_arithmetic(name, method):
+    results = []
+    for shapes in (None, ShapesOnly()):
+        trainee = train_step.Trainee(name, method, SMALL[name], 1, shapes)
+        with shapes or contextlib.nullcontext():
+            results.append(step.measure(trainee.model, trainee.batch, trainee.optimizer))
+    real, counted = results
+    assert counted["trainable_params"] == real["trainable_params"]
+    for key in ("neck", "gradients", "optimizer", "trunk_weights", "other_weights"):
+        assert counted["split"][key] == real["split"][key]
+    # A kernel may keep the statistics of a norm in another dtype.
+    assert counted["saved_bytes"] == pytest.approx(real["saved_bytes"], rel=3e-3)
+    # How many regions are positive depends on values.
+    real, counted = (r["total_bytes"] - r["split"]["heads"] for r in (real, counted))
+    assert counted == pytest.approx(real, rel=3e-3)
+
+
+def test_results_are_kept_and_continued(small, tmp_path, monkeypatch, capsys):
+    file, picture = tmp_path / "steps.json", tmp_path / "steps.png"
+    options = ["--setup", *list(SMALL)[:1], "--json", str(file), "--repeats", "1"]
+    train_step.main([*options, "--methods", "full"])
+    full = json.loads(file.read_text())["setups"]["digits/mask_rcnn_e3va"]["full"]
+    built = []
+    trainee = train_step.Trainee
+    monkeypatch.setattr(train_step, "Trainee", lambda *a, **k: built.append(a) or trainee(*a, **k))
+    train_step.main([*options, "--methods", "full"])
+    assert not built, "what is there is measured again"
+    report = train_step.main([*options, "--methods", "full", "e3va", "--plot", str(picture)])
+    assert json.loads(file.read_text()) == report
+    assert report["batch"] == 1 and "device" in report["environment"]
+    methods = report["setups"]["digits/mask_rcnn_e3va"]
+    assert {**methods["full"], "seconds_per_step": 0} | {
+        f"{part}_seconds": 0 for part in PARTS
+    } == {**full, "seconds_per_step": 0} | {f"{part}_seconds": 0 for part in PARTS}
+    for result in methods.values():
+        assert result["seconds_per_step"] > max(result[f"{part}_seconds"] for part in PARTS) > 0
+        assert sum(result["split"].values()) == result["total_bytes"] > result["peak_live_bytes"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "Memory that e3va saves" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="name another file with --json"):
+        train_step.main([*options, "--batch", "2"])
+    for garbage in ("", "[]", "{}"):
+        file.write_text(garbage)
+        with pytest.raises(SystemExit, match="holds no results to go on from"):
+            train_step.main(options)
+
+
+def test_average_saving_is_the_papers():
+    """Its table: 17061 and 7639 MB on COCO, 15679 and 4819 on VOC; its abstract says 62.2 %."""
+    coco, voc, ade20k = train_step.BENCHMARKS
+    setups = {
+        coco: {"full": {"total_bytes": 17061}, "e3va": {"total_bytes": 7639}},
+        voc: {"full": {"total_bytes": 15679}, "e3va": {"total_bytes": 4819}},
+    }
+    average = train_step.average_saving(setups, "total_bytes", (coco, voc))
+    assert round(average, 1) == train_step.PUBLISHED["total_bytes"]
+    assert train_step.average_saving(setups, "total_bytes") is None
+    setups[ade20k] = {"full": {"total_bytes": 200}, "e3va": {"total_bytes": 150}}
+    by_hand = (55.2253 + 69.2646 + 25) / 3
+    assert train_step.average_saving(setups, "total_bytes") == pytest.approx(by_hand, abs=1e-3)
+    assert train_step.average_saving(setups, "seconds_per_step") is None
+    assert "the paper says 62.2 %" in train_step.savings_table(setups)
+
+
+def test_growth(tmp_path, monkeypatch):
+    """A square of twice the side, or four images, take four times what an image adds."""
+    points = [growth.Point(side, (side, side)) for side in (64, 128)]
+    monkeypatch.setattr(growth, "AXES", {"side": points, "images": [growth.Point(4, (64, 64), 4)]})
+    monkeypatch.setattr(growth, "CONFIG", "digits/upernet_e3va")  # whose steps no value changes
+    file, picture = tmp_path / "growth.json", tmp_path / "growth.png"
+    options = ["--methods", "full", "e3va", "--json", str(file), "--plot", str(picture)]
+    report = growth.main(options)
+    assert json.loads(file.read_text()) == report
+    axes = report["axes"]
+    for method in ("full", "e3va"):
+        (_, small), (_, large) = axes["side"][method]
+        ((_, four),) = axes["images"][method]
+        assert small < large == pytest.approx(four, rel=0.05)
+    assert axes["side"]["e3va"][1][1] < axes["side"]["full"][1][1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_step_alone(tmp_path):
+    file = tmp_path / "step.json"
+    config = str(train_step.CONFIGS / "digits/mask_rcnn_e3va.yaml")
+    options = ["--config-file", config, "--methods", "stock", "e3va", "--size", "64", "96"]
+    options += ["--repeats", "1", "--json", str(file)]
+    step.main([*options, "MODEL.TRUNK.WEIGHTS", ""])
+    report = json.loads(file.read_text())
+    assert report["size"] == [64, 96] and report["config"] == config
+    keys = ("backbone_trainable_params", "saved_bytes", "peak_live_bytes", "total_bytes")
+    for result in report["methods"].values():
+        assert all(key in result for key in keys) and result["seconds_per_step"] > 0
+    assert report["methods"]["stock"]["saved_bytes"] == 0
