@@ -73,5 +73,5 @@ def test_tables_of_results_are_those_of_the_files():
 
     text = tables.README.read_text()
     assert tables.rendered(text) == text
-    with pytest.raises(ValueError, match="README has 0 places for the table kernels"):
+    with pytest.raises(ValueError, match="README has 0 places for the table"):
         tables.rendered("")
