@@ -25,13 +25,19 @@ from e3va.detectron2.data.maps import register_semantic_maps
 from e3va.detectron2.data.voc import register_voc_tree
 from e3va.detectron2.evaluation import VOCTreeEvaluator
 from e3va.detectron2.inference import SemanticInference
+from e3va.detectron2.roi_heads import LeanCascadeROIHeads, LeanROIAlign, LeanROIHeads
+from e3va.detectron2.rpn import SampledRPN
 from e3va.detectron2.train import Trainer
 from e3va.detectron2.upernet import UPerNetHead
 
 __all__ = [
     "CompleteCheckpointer",
     "E3VASwinBackbone",
+    "LeanCascadeROIHeads",
+    "LeanROIAlign",
+    "LeanROIHeads",
     "SafeCheckpointer",
+    "SampledRPN",
     "SemanticInference",
     "Trainer",
     "UPerNetHead",

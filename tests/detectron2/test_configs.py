@@ -95,7 +95,7 @@ def test_cascade_configs_follow_the_recipe():
         cfg = load_config(str(FOLDER / f"coco/cascade_mask_rcnn_e3va_swin_{variant}_3x.yaml"))
         epoch = 117266 / cfg.SOLVER.IMS_PER_BATCH
         assert [round(s / epoch) for s in cfg.SOLVER.STEPS] == pytest.approx([27, 33], abs=1)
-        assert cfg.MODEL.ROI_HEADS.NAME == "CascadeROIHeads"
+        assert cfg.MODEL.ROI_HEADS.NAME == "LeanCascadeROIHeads"
         assert (cfg.INPUT.MIN_SIZE_TRAIN[0], cfg.INPUT.MIN_SIZE_TRAIN[-1]) == (480, 800)
         assert cfg.INPUT.CROP.ENABLED
 
