@@ -5,7 +5,9 @@
 Images of noise, by default one of 800×1344, with eight polygon-mask instances each, or with a
 semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak counts every tensor
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
-step, as from the second step on, and are not activations. ``stock`` is Detectron2's own Swin,
+step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole step
+as the trainer takes it, everything included: there gradients are made and freed along the backward
+(e3va.optim.stepping). ``stock`` is Detectron2's own Swin,
 frozen, its weights in fp32. Times are medians of interleaved forwards and backwards, as a ratio to
 the first method. ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
@@ -23,7 +25,15 @@ import torch
 from bench.environment import environment
 from e3va.budget import ShapesOnly
 from e3va.files import write_json
-from e3va.measure import bottom_up, saved_bytes, step_seconds, step_split, trainable_parameters
+from e3va.measure import (
+    bottom_up,
+    saved_bytes,
+    step_seconds,
+    step_split,
+    trainable_parameters,
+    whole_step_bytes,
+)
+from e3va.optim import stepping
 
 MIB = 2**20
 DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
@@ -86,9 +96,9 @@ def stock_swin(ours: Any) -> Any:
 def measure(
     model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any]:
-    """Bytes: peak of live activations in a step, saved for backward in the backbone, and the peak
-    with weights, gradients and the optimizer's state, which is also split by what it is of, see
-    :func:`e3va.measure.step_split`. On a GPU also what its allocator has given and held."""
+    """Bytes: peak of live activations in a step, saved for backward in the backbone, the peak with
+    weights, all gradients and the optimizer's state, which is also split by what it is of, see
+    :func:`e3va.measure.step_split`, and that of a whole step. On a GPU also what its allocator has given and held."""
     from detectron2.structures import ImageList
 
     backbone = bottom_up(model)
@@ -112,6 +122,7 @@ def measure(
         "saved_bytes": saved,
         "peak_live_bytes": total - sum(split["peak"][key] for key in FIXED),
         "total_bytes": total,
+        "step_bytes": whole_step_bytes(model, optimizer, partial(step, model, optimizer, batch)),
         "split": split["peak"],
         "split_after": split["end"],
     }
@@ -122,6 +133,13 @@ def measure(
         costs["allocated_bytes"] = torch.cuda.max_memory_allocated()
         costs["reserved_bytes"] = torch.cuda.max_memory_reserved()
     return costs
+
+
+def step(model: Any, optimizer: torch.optim.Optimizer, batch: list[dict[str, Any]]) -> None:
+    """A whole step: forward, backward, and that of the optimizer."""
+    torch.manual_seed(0)
+    with stepping(optimizer):
+        loss(model, batch, DEVICE).backward()
 
 
 def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tensor:
@@ -155,6 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(
             f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "
             f"with weights, gradients, AdamW {results[method]['total_bytes'] / MIB:7.1f} MiB   "
+            f"a whole step {results[method]['step_bytes'] / MIB:7.1f} MiB   "
             f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
             flush=True,
         )

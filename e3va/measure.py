@@ -350,6 +350,40 @@ def _make_gradients(module: nn.Module) -> None:
             parameter.grad = torch.zeros_like(parameter)
 
 
+def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that stay between two training steps: parameters, buffers, the optimizer's state."""
+    state = [v for values in optimizer.state.values() for v in values.values()]
+    tensors = (*model.parameters(), *model.buffers(), *tensors_in(state))
+    storages = {_storage_key(t): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def whole_step_bytes(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Callable[[], Any],
+    limit: int | None = None,
+) -> int:
+    """Most bytes alive at once in a training step, everything included: weights, the optimizer's
+    state, gradients while they exist, activations.
+
+    Args:
+        step: forward, backward and the optimizer's step; begins and ends without gradients.
+        limit: of these bytes, see :class:`CappedBytes` (default: none).
+    """
+    if not optimizer.state:  # as from the second step on
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    optimizer.zero_grad()
+    before = resident_bytes(model, optimizer)
+    memory = LiveBytes() if limit is None else CappedBytes(limit - before)
+    with memory:
+        step()
+    return before + memory.peak
+
+
 def saved_bytes(module: nn.Module, run: Callable[[], Any]) -> int:
     """Bytes that ``run`` makes autograd save beyond the parameters and buffers of ``module``."""
     with SavedBytes([module]) as saved:

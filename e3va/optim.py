@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from e3va.highway import NO_DECAY, OUTPUTS, PARAMETERS, HighwayStage
 from e3va.trunks import FAMILIES
@@ -16,6 +18,9 @@ NORMS = (
     nn.LocalResponseNorm,
     nn.modules.batchnorm._NormBase,
 )
+
+READY = 2**22
+"""Bytes of gradients with which :func:`stepping` steps: few steps, and yet a bound."""
 
 
 class Rates(NamedTuple):
@@ -84,3 +89,37 @@ def _rates_of(module: nn.Module, name: str, rates: Rates) -> tuple[float, float]
     elif any(name in family.no_decay for family in FAMILIES.values()):
         decay = 0.0
     return lr, decay
+
+
+@contextmanager
+def stepping(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Step ``optimizer`` while the backward inside runs: gradients are used and freed as they are
+    ready, some MiB at a time, where they would otherwise all wait for its end.
+
+    Parameters and state become what one step after the backward makes of them, to the last bit, if
+    the optimizer treats every parameter by itself. Not for gradients that something has to see
+    together, or changed before: a norm over all, a loss scale, an exchange between processes.
+    """
+    ready = 0
+
+    def step(parameter: Tensor) -> None:
+        nonlocal ready
+        assert parameter.grad is not None
+        ready += parameter.grad.nbytes
+        if ready >= READY:
+            finish()
+
+    def finish() -> None:
+        nonlocal ready
+        optimizer.step()
+        optimizer.zero_grad()
+        ready = 0
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    hooks = [p.register_post_accumulate_grad_hook(step) for p in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    finish()

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -7,9 +8,11 @@ from e3va.measure import (
     LiveBytes,
     SavedBytes,
     peak_live_bytes,
+    resident_bytes,
     saved_bytes,
     step_split,
     trainable_parameters,
+    whole_step_bytes,
 )
 
 MIB = 2**18  # float32 values in a MiB
@@ -135,3 +138,21 @@ def test_what_the_backbone_makes_is_saved_only_if_it_outlives_the_forward():
     assert split["backbone_transient"] == 2**24
     assert split["backbone_saved"] == split["neck"] == split["proposals"] == 0
     assert split["optimizer"] == split["gradients"] == 32
+
+
+def test_whole_step_bytes_count_gradients_while_they_are_there():
+    layer = nn.Linear(512, 512, bias=False)  # a MiB
+    adam = torch.optim.Adam(layer.parameters(), lr=0.0, fused=True)
+    x = torch.zeros(1, 512)
+
+    def step():
+        layer(x).sum().backward()
+        adam.step()
+        adam.zero_grad()
+
+    total = whole_step_bytes(layer, adam, step)
+    assert resident_bytes(layer, adam) == 3 * 2**20 + 4  # weight, two moments, the number of steps
+    assert 4 * 2**20 <= total < 4.1 * 2**20
+    assert whole_step_bytes(layer, adam, step, limit=total) == total
+    with pytest.raises(torch.OutOfMemoryError):
+        whole_step_bytes(layer, adam, step, limit=total - 1)

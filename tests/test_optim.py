@@ -1,9 +1,12 @@
 """Which of a detector's parameters decay, and which learn faster."""
 
 import pytest
+import torch
 
 import e3va
-from e3va.optim import Rates, parameter_groups
+from e3va import optim
+from e3va.measure import LiveBytes
+from e3va.optim import Rates, parameter_groups, stepping
 from tests.torchvision.conftest import TINY, detector
 
 pytest.importorskip("torchvision")
@@ -37,3 +40,45 @@ def test_the_highway_may_learn_faster():
         if parameter.requires_grad:
             factor = (10 if name.endswith((".V", ".c")) else 2) if ".highway." in name else 1
             assert rates[id(parameter)] == pytest.approx(factor * 1e-3)
+
+
+@pytest.mark.parametrize("ready", [0, 1000, 2**24])
+def test_stepping_within_the_backward_is_a_step_after_it(ready, monkeypatch):
+    """To the last bit, over steps, a weight used twice and one not at all among them; and most of
+    the gradients are never there at once."""
+    monkeypatch.setattr(optim, "READY", ready)
+    results = []
+    for early in (True, False):
+        torch.manual_seed(0)
+        layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(9))
+        adamw = torch.optim.AdamW(layers.parameters(), lr=0.1)
+        for _ in range(3):
+            x = torch.randn(4, 16)
+            for layer in (*layers[:-1], layers[2]):
+                x = layer(x).tanh()
+            with LiveBytes() as memory:
+                if early:
+                    with stepping(adamw):
+                        x.square().sum().backward()
+                else:
+                    x.square().sum().backward()
+                    adamw.step()
+                    adamw.zero_grad()
+            assert all(p.grad is None for p in layers.parameters())
+        results.append((layers.state_dict(), adamw.state_dict()["state"], memory.peak))
+    (ours, state, peak), (theirs, their_state, their_peak) = results
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), name
+    assert state.keys() == their_state.keys()
+    for key, values in their_state.items():
+        assert all(torch.equal(state[key][name], value) for name, value in values.items())
+    assert peak < their_peak / 2 or ready > 1000
+
+
+def test_stepping_ends_with_a_backward_that_fails():
+    parameter = torch.nn.Parameter(torch.ones(2))
+    sgd = torch.optim.SGD([parameter], lr=1.0)
+    with pytest.raises(RuntimeError, match="halfway"), stepping(sgd):
+        raise RuntimeError("halfway")
+    parameter.sum().backward()  # no hook is left
+    assert torch.equal(parameter, torch.ones(2)) and torch.equal(parameter.grad, torch.ones(2))

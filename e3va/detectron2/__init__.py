@@ -25,7 +25,13 @@ from e3va.detectron2.data.maps import register_semantic_maps
 from e3va.detectron2.data.voc import register_voc_tree
 from e3va.detectron2.evaluation import VOCTreeEvaluator
 from e3va.detectron2.inference import SemanticInference
-from e3va.detectron2.roi_heads import LeanCascadeROIHeads, LeanROIAlign, LeanROIHeads
+from e3va.detectron2.retinanet import LeanRetinaNet
+from e3va.detectron2.roi_heads import (
+    LeanCascadeROIHeads,
+    LeanConvFCHead,
+    LeanROIAlign,
+    LeanROIHeads,
+)
 from e3va.detectron2.rpn import SampledRPN
 from e3va.detectron2.train import Trainer
 from e3va.detectron2.upernet import UPerNetHead
@@ -34,8 +40,10 @@ __all__ = [
     "CompleteCheckpointer",
     "E3VASwinBackbone",
     "LeanCascadeROIHeads",
+    "LeanConvFCHead",
     "LeanROIAlign",
     "LeanROIHeads",
+    "LeanRetinaNet",
     "SafeCheckpointer",
     "SampledRPN",
     "SemanticInference",

@@ -196,7 +196,7 @@ def sample_batch(
         points = [(cx + radius * math.cos(a), cy + radius * math.sin(a)) for a in angles]
         polygons.append([[value for point in points for value in point]])
         boxes.append([cx - radius, cy - radius, cx + radius, cy + radius])
-    retinanet = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    retinanet = cfg.MODEL.META_ARCHITECTURE in ("LeanRetinaNet", "RetinaNet")
     classes = cfg.MODEL.RETINANET.NUM_CLASSES if retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     target = Instances((height, width))
     target.gt_boxes = Boxes(torch.tensor(boxes).reshape(-1, 4))

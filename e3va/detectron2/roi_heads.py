@@ -1,4 +1,5 @@
-"""Detectron2's RoI heads, pooling maps of 16 bits without copies of them in 32."""
+"""Detectron2's RoI heads in 16 bits: no copies in 32 of the maps that they pool, none in 16 of
+weights that stay."""
 
 from __future__ import annotations
 
@@ -8,11 +9,15 @@ import torch
 from detectron2.layers import ROIAlign
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.poolers import ROIPooler
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
-from torch import Tensor
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, StandardROIHeads
+from detectron2.modeling.roi_heads.box_head import ROI_BOX_HEAD_REGISTRY
+from torch import Tensor, nn
 
 CHANNELS = 64
 """Channels that are widened to float32 at a time."""
+
+ROWS, COLUMNS = 128, 2048
+"""Rows of a weight's gradient that are made, and columns of a weight that are cast, at a time."""
 
 
 class LeanROIAlign(ROIAlign):
@@ -87,3 +92,40 @@ class LeanROIHeads(_LeanPoolers, StandardROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class LeanCascadeROIHeads(_LeanPoolers, CascadeROIHeads):
     """Detectron2's ``CascadeROIHeads`` in less memory, see :class:`LeanROIAlign`."""
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class LeanConvFCHead(FastRCNNConvFCHead):
+    """Detectron2's ``FastRCNNConvFCHead``. Under autocast its linear layers cast their weights anew
+    for the backward, where autocast would keep the copies, tens of MiB each, from the forward on,
+    and cast the gradients of weights a part at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pooled maps [n, C, H, W] → [n, fc_dim]."""
+        device = x.device.type
+        for layer in self:
+            if isinstance(layer, nn.Linear) and torch.is_autocast_enabled(device):
+                x = x.to(torch.get_autocast_dtype(device))
+                x = _Linear.apply(x, layer.weight, layer.bias)
+            else:
+                x = layer(x)
+        return x
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return nn.functional.linear(x, weight.to(x.dtype), bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        (G,), (x, weight) = grads, ctx.saved_tensors
+        with torch.autocast(x.device.type, enabled=False):
+            dx, dW = torch.empty_like(x), torch.empty_like(weight)
+            for dx_i, W_i in zip(dx.split(COLUMNS, 1), weight.split(COLUMNS, 1), strict=True):
+                dx_i.copy_(G @ W_i.to(G.dtype))
+            for dW_i, G_i in zip(dW.split(ROWS), G.split(ROWS, 1), strict=True):
+                dW_i.copy_(G_i.t() @ x)
+            return dx, dW, G.sum(0, dtype=weight.dtype)

@@ -40,6 +40,7 @@ class SampledRPN(RPN):
                 "SampledRPN needs StandardRPNHead with one 3×3 convolution, MODEL.RPN.CONV_DIMS "
                 "[-1]: for any other set MODEL.PROPOSAL_GENERATOR.NAME RPN"
             )
+        head.conv.activation = nn.ReLU(inplace=True)
 
     def forward(
         self,
@@ -75,15 +76,7 @@ class SampledRPN(RPN):
         positive = labels[image, anchor] == 1
         boxes = Boxes.cat(anchors).tensor[anchor[positive]]
         targets = torch.stack(gt_boxes)[image[positive], anchor[positive]]
-        localization = _dense_box_regression_loss(
-            [Boxes(boxes)],
-            self.box2box_transform,
-            [deltas[positive][None]],
-            [targets],
-            torch.ones(1, len(boxes), dtype=torch.bool, device=boxes.device),
-            box_reg_loss_type=self.box_reg_loss_type,
-            smooth_l1_beta=self.smooth_l1_beta,
-        )
+        localization = regression_loss(self, boxes, deltas[positive], targets)
         objectness = F.binary_cross_entropy_with_logits(logits, positive.float(), reduction="sum")
         storage, sampled = get_event_storage(), len(anchor)
         storage.put_scalar("rpn/num_pos_anchors", len(boxes) / len(labels))
@@ -105,9 +98,21 @@ class SampledRPN(RPN):
         return self.predict_proposals(anchors, logits, deltas, images.image_sizes)
 
 
-def neighbourhoods(
-    maps: Sequence[Tensor], image: Tensor, anchor: Tensor, cells: int
-) -> Tensor:
+def regression_loss(net: Any, boxes: Tensor, deltas: Tensor, targets: Tensor) -> Tensor:
+    """The sum of the box losses, as ``net``, an RPN or a RetinaNet, has them, of some anchors
+    ``boxes`` [n, 4], what is predicted of them and what they should become."""
+    return _dense_box_regression_loss(
+        [Boxes(boxes)],
+        net.box2box_transform,
+        [deltas[None]],
+        [targets],
+        torch.ones(1, len(boxes), dtype=torch.bool, device=boxes.device),
+        box_reg_loss_type=net.box_reg_loss_type,
+        smooth_l1_beta=net.smooth_l1_beta,
+    )
+
+
+def neighbourhoods(maps: Sequence[Tensor], image: Tensor, anchor: Tensor, cells: int) -> Tensor:
     """What a 3×3 convolution sees at the positions of anchors, zero beyond the maps' ends.
 
     Args:

@@ -9,6 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier, WarmupParamScheduler
 from detectron2.solver import build_lr_scheduler as build_default_lr_scheduler
 from detectron2.solver.build import maybe_add_gradient_clipping
+from detectron2.utils import comm
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
@@ -36,7 +37,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     options: dict[str, Any]
     kind: type[torch.optim.Optimizer]
     if solver.OPTIMIZER == "ADAMW":
-        kind, options = torch.optim.AdamW, {"betas": tuple(solver.BETAS)}
+        # Fused it makes nothing of a weight's size; but it would clip before it unscales.
+        options = {"betas": tuple(solver.BETAS), "fused": not _is_scaled(cfg)}
+        kind = torch.optim.AdamW
     elif solver.OPTIMIZER == "SGD":
         kind = torch.optim.SGD
         options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
@@ -54,6 +57,18 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     optimizer.register_step_pre_hook(clip_gradients)
     return optimizer
+
+
+def steps_early(cfg: CfgNode) -> bool:
+    """Whether gradients need not wait for each other, see :func:`e3va.optim.stepping`: one process,
+    no scaled loss, and no norm over the full model."""
+    clip = cfg.SOLVER.CLIP_GRADIENTS
+    together = clip.ENABLED and clip.CLIP_TYPE == "full_model"
+    return comm.get_world_size() == 1 and not _is_scaled(cfg) and not together
+
+
+def _is_scaled(cfg: CfgNode) -> bool:
+    return cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.DTYPE == "float16"
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> Any:

@@ -4,11 +4,11 @@ exact resume, evaluation by task."""
 from __future__ import annotations
 
 import argparse
-import contextlib
 import logging
 import os
 import time
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -39,8 +39,9 @@ from e3va.detectron2.data import build_evaluator, register_datasets
 from e3va.detectron2.data.loader import TrainLoader, batch_share
 from e3va.detectron2.data.mapper import build_mapper
 from e3va.detectron2.inference import semantic_inference
-from e3va.detectron2.solver import build_lr_scheduler, build_optimizer
+from e3va.detectron2.solver import build_lr_scheduler, build_optimizer, steps_early
 from e3va.measure import trainable_parameters
+from e3va.optim import stepping
 from e3va.seeding import reseed
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,9 @@ class Trainer(DefaultTrainer):
         self.average = WeightAverage(model, cfg.SOLVER.EMA.DECAY) if cfg.SOLVER.EMA.DECAY else None
         self._trained = _layout(cfg, model, optimizer)
         model = distribute(model)
-        self._trainer = StepTrainer(model, loader, optimizer, dtype, cfg.SOLVER.ACCUMULATE)
+        self._trainer = StepTrainer(
+            model, loader, optimizer, dtype, cfg.SOLVER.ACCUMULATE, early=steps_early(cfg)
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         more = {"ema": self.average} if self.average else {}
         self.checkpointer = SafeCheckpointer(
@@ -207,7 +210,7 @@ class Trainer(DefaultTrainer):
         """Detectron2's, evaluating the averaged weights where there are any."""
 
         def evaluate() -> dict[str, Any]:
-            with self.average.applied() if self.average else contextlib.nullcontext():
+            with self.average.applied() if self.average else nullcontext():
                 self._last_eval_results = self.test(self.cfg, self.model)
             return self._last_eval_results
 
@@ -290,6 +293,8 @@ class StepTrainer(SimpleTrainer):
         accumulate: the parts, of equal size, whose gradients are averaged (default 1); 0: to be
             set before the first step.
         seed: of what is random in the model, with the number of the process (default 0).
+        early: whether the optimizer steps while the last part's backward runs, see
+            :func:`e3va.optim.stepping`; not in float16 (default False).
     """
 
     def __init__(
@@ -300,9 +305,11 @@ class StepTrainer(SimpleTrainer):
         dtype: torch.dtype | None = None,
         accumulate: int = 1,
         seed: int = 0,
+        early: bool = False,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.seed = seed
+        self._early = early
         self._device = next(model.parameters()).device.type
         self._dtype = dtype
         self.accumulate = accumulate
@@ -316,17 +323,19 @@ class StepTrainer(SimpleTrainer):
         self.optimizer.zero_grad()
         means: dict[str, Tensor] = {}
         for part in range(self.accumulate):
-            size = len(data) // self.accumulate
-            with self._sync(part == self.accumulate - 1):
+            size, last = len(data) // self.accumulate, part == self.accumulate - 1
+            with self._sync(last):
                 with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
                     losses = self.model(data[part * size : (part + 1) * size])
-                self._scaler.scale(sum(losses.values()) / self.accumulate).backward()
+                with stepping(self.optimizer) if self._early and last else nullcontext():
+                    self._scaler.scale(sum(losses.values()) / self.accumulate).backward()
             for name, loss in losses.items():
                 means[name] = means.get(name, 0) + loss.detach() / self.accumulate
         self.after_backward()
         self._write_metrics(means, data_time)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
+        if not self._early:
+            self._scaler.step(self.optimizer)
+            self._scaler.update()
 
     def probe(self, batch: list[dict[str, Any]]) -> torch.OutOfMemoryError | None:
         """Whether a part fits: None, or why not. Nothing is changed by it."""
@@ -347,11 +356,11 @@ class StepTrainer(SimpleTrainer):
             return error.with_traceback(None)  # whose frames hold what did not fit
         return None
 
-    def _sync(self, last: bool) -> contextlib.AbstractContextManager[None]:
+    def _sync(self, last: bool) -> AbstractContextManager[None]:
         """Processes exchange gradients once per step."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
-        return contextlib.nullcontext()
+        return nullcontext()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"grad_scaler": self._scaler.state_dict()}

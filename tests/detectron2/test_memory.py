@@ -6,14 +6,17 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
 from detectron2.layers import ROIAlign, ShapeSpec
-from detectron2.modeling import build_proposal_generator, build_roi_heads
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.modeling import build_model, build_proposal_generator, build_roi_heads
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 
-from e3va.detectron2 import LeanROIAlign, load_config
-from e3va.measure import LiveBytes
-from tests.detectron2.factories import FOLDER
+from bench.step import build
+from bench.step import step as whole_step
+from e3va.detectron2 import LeanConvFCHead, LeanROIAlign, load_config, retinanet
+from e3va.detectron2.budget import sample_batch
+from e3va.measure import LiveBytes, whole_step_bytes
+from tests.detectron2.factories import FOLDER, SMALL
 
 CHANNELS = 24
 SIZES = {"p2": (17, 21), "p3": (9, 11), "p4": (5, 6), "p5": (3, 3), "p6": (2, 2)}
@@ -102,7 +105,9 @@ def test_sampled_rpn_refuses_heads_that_see_more():
 @pytest.mark.parametrize("channels", [1, 64, 100])
 def test_lean_roi_align_gives_the_same_bits(dtype, channels):
     results = []
-    boxes = torch.tensor([[0, 0.0, 0, 90, 60], [1, 5, 7, 9, 8], [0, -9, 3, 300, 8], [1, 2, 2, 2, 2]])
+    boxes = torch.tensor(
+        [[0, 0.0, 0, 90, 60], [1, 5, 7, 9, 8], [0, -9, 3, 300, 8], [1, 2, 2, 2, 2]]
+    )
     for kind in (LeanROIAlign, ROIAlign):
         torch.manual_seed(0)
         x = torch.randn(2, channels, 20, 30).to(dtype).requires_grad_()
@@ -132,3 +137,107 @@ def test_lean_roi_heads_pool_leanly(name):
     assert isinstance(heads, CascadeROIHeads if "Cascade" in name else StandardROIHeads)
     aligns = [m for m in heads.modules() if isinstance(m, ROIAlign)]
     assert len(aligns) == 8 and {type(m) for m in aligns} == {LeanROIAlign}
+
+
+def test_lean_box_head():
+    """The casts of its weights are not kept, and its gradients are those of autocast."""
+    results = []
+    for kind in (LeanConvFCHead, FastRCNNConvFCHead):
+        torch.manual_seed(0)
+        head = kind(ShapeSpec(channels=64, height=7, width=7), conv_dims=[], fc_dims=[300, 200])
+        x = torch.randn(16, 64, 7, 7).bfloat16().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16), LiveBytes() as memory:
+            out = head(x)
+            weight = 300 * 64 * 49 * 2
+            assert (memory.live < weight) == (kind is LeanConvFCHead)
+        out.float().square().sum().backward()
+        results.append((out, x.grad, *(p.grad for p in head.parameters())))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.std().item())
+    without_autocast = LeanConvFCHead.forward(head.double(), x.double())
+    assert without_autocast.dtype == torch.float64
+
+
+@pytest.mark.parametrize(("values", "counts"), [(2**19, (3,)), (500, (0, 2))])
+def test_lean_retinanet(values, counts, monkeypatch):
+    """Losses and gradients in one part and in many, with images that have nothing on them."""
+    monkeypatch.setattr(retinanet, "VALUES", values)
+    results, peaks = [], []
+    for name in ("LeanRetinaNet", "RetinaNet"):
+        cfg = load_config(
+            str(FOLDER / "Base-RetinaNet-E3VA-Swin-FPN.yaml"),
+            [word for pair in SMALL.items() for word in pair]
+            + ["MODEL.META_ARCHITECTURE", name, "MODEL.RETINANET.NUM_CLASSES", 20],
+        )
+        torch.manual_seed(0)
+        model = build_model(cfg).train()
+        torch.manual_seed(5)
+        images = [torch.randint(0, 256, (3, 68, 84)).float() for _ in counts]
+        batch = [
+            {"image": image, "instances": target}
+            for image, target in zip(images, targets(*counts), strict=True)
+        ]
+        with EventStorage() as storage:
+            losses = model(batch)
+            logged = storage.latest()
+        sum(losses.values()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+        results.append((losses, gradients, logged))
+        anchors, classes = 5000, 20
+        logits = torch.randn(1, anchors, classes, requires_grad=True)
+        labels = torch.randint(-1, classes + 1, (1, anchors))
+        nothing = [torch.zeros(anchors, 4)], [logits], [*labels], [torch.zeros(1, anchors, 4)]
+        boxes = [Boxes(torch.tensor([[0.0, 0, 9, 9]]).repeat(anchors, 1))]
+        _, predicted, labelled, deltas = nothing
+        with EventStorage(), LiveBytes() as memory:
+            made = model.losses(boxes, predicted, labelled, deltas, [boxes[0].tensor])
+            made["loss_cls"].backward()
+        peaks.append(memory.peak)
+    for ours, theirs in zip(*(result[:2] for result in results), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in theirs.items():
+            torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    assert results[0][2] == results[1][2]
+    assert peaks[0] < peaks[1] / 2 or values > 500
+
+
+def bytes_of_a_step(config_file, size, limit, *overrides, images=1):
+    model = build(str(FOLDER / config_file), "e3va", ["MODEL.TRUNK.WEIGHTS", "", *overrides])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, 0.0, fused=True)
+    batch = sample_batch(load_config(str(FOLDER / config_file), overrides), *size) * images
+    return whole_step_bytes(model, adamw, lambda: whole_step(model, adamw, batch, "cpu"), limit)
+
+
+@pytest.mark.parametrize(
+    "config_file",
+    ["coco/mask_rcnn_e3va_swin_t_1x.yaml", "coco/cascade_mask_rcnn_e3va_swin_t_1x.yaml"],
+)
+def test_a_step_takes_less_than_with_detectron2s_own(config_file):
+    """With narrow heads, that all but the maps be small; and not a byte less is enough."""
+    narrow = [word for pair in SMALL.items() for word in pair]
+    own = "CascadeROIHeads" if "cascade" in config_file else "StandardROIHeads"
+    names = ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.NAME", own]
+    ours = bytes_of_a_step(config_file, (128, 160), None, *narrow)
+    theirs = bytes_of_a_step(config_file, (128, 160), None, *narrow, *names)
+    assert ours < theirs
+    bytes_of_a_step(config_file, (128, 160), ours, *narrow)
+    with pytest.raises(torch.OutOfMemoryError):
+        bytes_of_a_step(config_file, (128, 160), ours - 2**16, *narrow)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("config_file", "size", "images", "mib"),
+    [
+        ("coco/mask_rcnn_e3va_swin_b_1x.yaml", (800, 1344), 1, 2048),
+        ("coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml", (800, 1344), 1, 1150),
+        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1344), 1, 1400),
+        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 1, 4096),
+        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 2, 6144),
+        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 4, 11264),
+    ],
+)
+def test_a_step_fits(config_file, size, images, mib):
+    bytes_of_a_step(config_file, size, mib * 2**20, images=images)
