@@ -219,12 +219,12 @@ def test_a_step_takes_less_than_with_detectron2s_own(config_file):
     narrow = [word for pair in SMALL.items() for word in pair]
     own = "CascadeROIHeads" if "cascade" in config_file else "StandardROIHeads"
     names = ["MODEL.PROPOSAL_GENERATOR.NAME", "RPN", "MODEL.ROI_HEADS.NAME", own]
-    ours = bytes_of_a_step(config_file, (128, 160), None, *narrow)
-    theirs = bytes_of_a_step(config_file, (128, 160), None, *narrow, *names)
+    ours = bytes_of_a_step(config_file, (320, 448), None, *narrow)
+    theirs = bytes_of_a_step(config_file, (320, 448), None, *narrow, *names)
     assert ours < theirs
-    bytes_of_a_step(config_file, (128, 160), ours, *narrow)
+    bytes_of_a_step(config_file, (320, 448), ours, *narrow)
     with pytest.raises(torch.OutOfMemoryError):
-        bytes_of_a_step(config_file, (128, 160), ours - 2**16, *narrow)
+        bytes_of_a_step(config_file, (320, 448), ours - 2**16, *narrow)
 
 
 @pytest.mark.long
