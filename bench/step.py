@@ -5,11 +5,11 @@
 Images of noise, by default one of 800×1344, with eight polygon-mask instances each, or with a
 semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak counts every tensor
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
-step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole step
-as the trainer takes it, everything included: there gradients are made and freed along the backward
-(e3va.optim.stepping). ``stock`` is Detectron2's own Swin,
-frozen, its weights in fp32. Times are medians of interleaved forwards and backwards, as a ratio to
-the first method. ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
+step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole
+step as the trainer takes it, everything included: there gradients are made and freed along the
+backward (e3va.optim.stepping). ``stock`` is Detectron2's own Swin, frozen, its weights in fp32.
+Times are medians of interleaved forwards and backwards, as a ratio to the first method.
+``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
 
 from __future__ import annotations
@@ -98,7 +98,8 @@ def measure(
 ) -> dict[str, Any]:
     """Bytes: peak of live activations in a step, saved for backward in the backbone, the peak with
     weights, all gradients and the optimizer's state, which is also split by what it is of, see
-    :func:`e3va.measure.step_split`, and that of a whole step. On a GPU also what its allocator has given and held."""
+    :func:`e3va.measure.step_split`, and that of a whole step. On a GPU also what its allocator has
+    given and held."""
     from detectron2.structures import ImageList
 
     backbone = bottom_up(model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,15 +108,9 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
     """
     split = setup.split(images, size)
     total = sum(split.values())
-    known = {
-        "method": setup.method,
-        "images": images,
-        "size": size,
-        "total_bytes": total,
-        "split": split,
-    }
+    needed = Budget(method=setup.method, images=images, size=size, total_bytes=total, split=split)
     if card is None:
-        return Budget(**known)
+        return needed
     usable = card.usable
     most = _largest_batch(setup, images, size, usable, total)
     fits = total <= usable
@@ -132,8 +126,8 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
         if largest:
             words = f"images of {largest[0]}×{largest[1]}"
             advice.append((words, sum(setup.split(images, largest).values())))
-    return Budget(
-        **known,
+    return replace(
+        needed,
         card=card.name,
         card_bytes=card.memory,
         usable_bytes=usable,

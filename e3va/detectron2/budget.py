@@ -119,13 +119,13 @@ def largest(cfg: CfgNode, records: Iterable[Record]) -> tuple[tuple[int, int], i
     image."""
     records = list(records)
     instances = max((number for _, _, number in records), default=INSTANCES)
+    sizes = [(height, width) for height, width, _ in records if height and width]
     crop = cfg.INPUT.CROP
-    if not all(height and width for height, width, _ in records) or (
-        crop.ENABLED and crop.TYPE == "absolute" and not crop.RESIZE
-    ):
+    cropped = crop.ENABLED and crop.TYPE == "absolute" and not crop.RESIZE
+    if cropped or len(sizes) < len(records):
         return Setup(cfg).training_size(), instances
     found: dict[bool, tuple[int, int]] = {}
-    for height, width, _ in records:
+    for height, width in sizes:
         scale = 1.0
         if shorter := max(cfg.INPUT.MIN_SIZE_TRAIN):
             longest = cfg.INPUT.MAX_SIZE_TRAIN / max(height, width)
