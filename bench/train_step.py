@@ -186,7 +186,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument(
         "--size", nargs=2, type=int, metavar=("H", "W"), help="of the images (default: the setup's)"
     )
-    parser.add_argument("--shapes", action="store_true", help="count without the arithmetic")
+    parser.add_argument(
+        "--shapes", action="store_true", help="count without the arithmetic, and time nothing"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="timed steps; 0: none (default 3)")
     parser.add_argument(
         "--json", type=Path, help="keep the results in this file, and go on from it"
@@ -216,7 +218,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                 gc.collect()  # models have cycles
                 keep()
         timed = [m for m in options.methods if methods[m]["seconds_per_step"] is None]
-        if options.repeats and timed:
+        if options.repeats and timed and not options.shapes:
             trainees = {method: new(method) for method in options.methods}
             losses = {method: trainee.loss for method, trainee in trainees.items()}
             optimizers = {method: trainee.optimizer for method, trainee in trainees.items()}
