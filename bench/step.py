@@ -7,7 +7,8 @@ semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak co
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
 step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole
 step as the trainer takes it, everything included: there gradients are made and freed along the
-backward (e3va.optim.stepping). ``stock`` is Detectron2's own Swin, frozen, its weights in fp32.
+backward (e3va.optim.stepping). ``stock`` is Detectron2's own Swin, frozen, its weights in fp32,
+under Detectron2's own heads, the optimizer stepping after the backward.
 Times are medians of interleaved forwards and backwards, as a ratio to the first method.
 ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
@@ -15,6 +16,7 @@ Times are medians of interleaved forwards and backwards, as a ratio to the first
 from __future__ import annotations
 
 import argparse
+import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -41,6 +43,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIXED = ("trunk_weights", "other_weights", "gradients", "optimizer")
 """What of a step's bytes is there before it."""
 
+STOCK = {
+    "LeanCascadeROIHeads": "CascadeROIHeads",
+    "LeanConvFCHead": "FastRCNNConvFCHead",
+    "LeanROIHeads": "StandardROIHeads",
+    "LeanRetinaNet": "RetinaNet",
+    "SampledRPN": "RPN",
+}
+"""What Detectron2 has of its own for each of our parts."""
+
 
 def config_of(config_file: str, method: str, overrides: Sequence[Any]) -> Any:
     from e3va.detectron2.config import load_config
@@ -48,6 +59,11 @@ def config_of(config_file: str, method: str, overrides: Sequence[Any]) -> Any:
     ours = "frozen" if method == "stock" else method
     cfg = load_config(config_file, ["MODEL.TUNING.METHOD", ours, *overrides])
     cfg.MODEL.DEVICE = DEVICE
+    if method == "stock":
+        model = cfg.MODEL
+        model.META_ARCHITECTURE = STOCK.get(model.META_ARCHITECTURE, model.META_ARCHITECTURE)
+        for part in (model.PROPOSAL_GENERATOR, model.ROI_HEADS, model.ROI_BOX_HEAD):
+            part.NAME = STOCK.get(part.NAME, part.NAME)
     return cfg
 
 
@@ -94,7 +110,7 @@ def stock_swin(ours: Any) -> Any:
 
 
 def measure(
-    model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer
+    model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer, stock: bool = False
 ) -> dict[str, Any]:
     """Bytes: peak of live activations in a step, saved for backward in the backbone, the peak with
     weights, all gradients and the optimizer's state, which is also split by what it is of, see
@@ -123,7 +139,9 @@ def measure(
         "saved_bytes": saved,
         "peak_live_bytes": total - sum(split["peak"][key] for key in FIXED),
         "total_bytes": total,
-        "step_bytes": whole_step_bytes(model, optimizer, partial(step, model, optimizer, batch)),
+        "step_bytes": whole_step_bytes(
+            model, optimizer, partial(step, model, batch, optimizer, early=not stock)
+        ),
         "split": split["peak"],
         "split_after": split["end"],
     }
@@ -136,11 +154,16 @@ def measure(
     return costs
 
 
-def step(model: Any, optimizer: torch.optim.Optimizer, batch: list[dict[str, Any]]) -> None:
-    """A whole step: forward, backward, and that of the optimizer."""
+def step(
+    model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer, early: bool
+) -> None:
+    """A whole step: forward, backward, and that of the optimizer, along the backward or after."""
     torch.manual_seed(0)
-    with stepping(optimizer):
+    with stepping(optimizer) if early else contextlib.nullcontext():
         loss(model, batch, DEVICE).backward()
+    if not early:
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tensor:
@@ -169,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
     results: dict[str, dict[str, Any]] = {}
     for method, model in models.items():
         optimizer = build_optimizer(config_of(file, method, overrides), model)
-        results[method] = measure(model, batch, optimizer)
+        results[method] = measure(model, batch, optimizer, stock=method == "stock")
         del optimizer
         print(
             f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "

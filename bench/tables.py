@@ -1,4 +1,4 @@
-"""Writes README's tables of results from the files that hold them.
+"""Writes the tables of results of README and docs from the files that hold them.
 
     python -m bench.tables
 
@@ -16,7 +16,8 @@ from pathlib import Path
 from bench.environment import RESULTS
 from bench.train_step import MIB, saving, savings_table
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 def tracks() -> str:
@@ -43,15 +44,15 @@ def tracks() -> str:
 
 
 def costs() -> str:
-    """Bytes of a training step of every setup at their peak, by method, and E³VA's saving."""
+    """Bytes of a whole step of every setup at their peak, by method, and E³VA's saving."""
     setups = json.loads((RESULTS / "train_step.json").read_text())["setups"]
     names = {method: None for methods in setups.values() for method in methods}
     titles = [f"`{method}`" for method in names]
     lines = [_row("MiB", *titles, "saved"), "|---" * (2 + len(titles)) + "|"]
     for setup, methods in setups.items():
         found = (methods.get(method) for method in names)
-        totals = [f"{result['total_bytes'] / MIB:.0f}" if result else "–" for result in found]
-        percent = saving(methods, "total_bytes")
+        totals = [f"{result['step_bytes'] / MIB:.0f}" if result else "–" for result in found]
+        percent = saving(methods, "step_bytes")
         saved = "–" if percent is None else f"{percent:.1f} %"
         lines.append(_row(f"`{setup}`", *totals, saved))
     memory, _ = savings_table(setups).splitlines()
@@ -146,15 +147,22 @@ TABLES: dict[str, Callable[[], str]] = {
 
 
 def rendered(text: str) -> str:
-    """``text`` with its tables as the result files have them."""
-    for name, table in TABLES.items():
-        begin, end = f"<!-- {name} -->", "<!-- end -->"
-        whole = f"{begin}\n\n{table()}\n\n{end}"
-        text, found = re.subn(rf"{begin}\n.*?{end}", lambda _, w=whole: w, text, flags=re.S)
-        if found != 1:
-            raise ValueError(f"README has {found} places for the table {name}, not one")
-    return text
+    """A page's ``text`` with its tables as the result files have them.
+
+    Raises:
+        KeyError: no such table.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        begin, end = found["begin"], found["end"]
+        return f"{begin}\n\n{TABLES[found['name']]()}\n\n{end}"
+
+    pattern = r"(?P<begin><!-- (?P<name>\w+) -->)\n.*?(?P<end><!-- end -->)"
+    return re.sub(pattern, table, text, flags=re.S)
 
 
 if __name__ == "__main__":
-    README.write_text(rendered(README.read_text()))
+    for page in PAGES:
+        text = page.read_text()
+        if (new := rendered(text)) != text:
+            page.write_text(new)

@@ -71,7 +71,10 @@ def test_python_is_python(page):
 def test_tables_of_results_are_those_of_the_files():
     from bench import tables
 
-    text = tables.README.read_text()
+    text = "".join(page.read_text() for page in tables.PAGES)
     assert tables.rendered(text) == text
-    with pytest.raises(ValueError, match="README has 0 places for the table"):
-        tables.rendered("")
+    assert all(text.count(f"<!-- {name} -->") == 1 for name in tables.TABLES)
+    stale = text.replace("<!-- tracks -->", "<!-- tracks -->\n\nstale")
+    assert tables.rendered(stale) == text
+    with pytest.raises(KeyError, match="unknown"):
+        tables.rendered("<!-- unknown -->\n<!-- end -->")
