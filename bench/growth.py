@@ -2,8 +2,8 @@
 
     python -m bench.growth [--axes …] [--methods …] [--json FILE] [--plot FILE]
 
-Live bytes at the peak of one step of Mask R-CNN on a Swin-T, with weights, gradients and AdamW's
-state, counted without the arithmetic (e3va.budget.ShapesOnly). Along each axis one thing changes;
+Live bytes at the peak of one whole step of Mask R-CNN on a Swin-T (``step_bytes`` of bench.step),
+counted without the arithmetic (e3va.budget.ShapesOnly). Along each axis one thing changes;
 the others are those of the config, the image 800×1344 and the batch one image. Depth is that of the
 third stage, which Swin-T and Swin-S differ in alone; the rank is LoRA's, and the highway's α.
 """
@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import argparse
 import gc
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from bench.environment import environment
-from bench.step import MIB, measure
+from bench.step import MIB, step
 from bench.train_step import ALL_METHODS, COCO, Trainee
 from e3va.budget import ShapesOnly
 from e3va.files import atomic_path, write_json
+from e3va.measure import whole_step_bytes
 
 CONFIG = "coco/mask_rcnn_e3va_swin_t_1x"
 METHODS = ("full", "stock", "lora", "e3va")
@@ -57,15 +59,16 @@ AXES = {
 """The axes, by name."""
 
 
-def total_bytes(method: str, point: Point) -> int:
-    """Live bytes of a step at their peak."""
+def step_bytes(method: str, point: Point) -> int:
+    """Live bytes of a whole step at their peak."""
     shapes = ShapesOnly()
     trainee = Trainee(CONFIG, method, point.size, point.images, shapes, point.overrides)
+    run = partial(step, trainee.model, trainee.batch, trainee.optimizer, early=method != "stock")
     with shapes:
-        total = measure(trainee.model, trainee.batch, trainee.optimizer)["total_bytes"]
-    del trainee
+        found = whole_step_bytes(trainee.model, trainee.optimizer, run)
+    del trainee, run
     gc.collect()  # models have cycles
-    return total
+    return found
 
 
 def plot(path: Path, axes: dict[str, dict[str, list[list[int]]]]) -> None:
@@ -101,7 +104,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     points = [(a, m, point) for a in options.axes for m in options.methods for point in AXES[a]]
     for axis, method, point in tqdm(points, unit="step", disable=None):
         line = axes.setdefault(axis, {}).setdefault(method, [])
-        line.append([point.value, total_bytes(method, point)])
+        line.append([point.value, step_bytes(method, point)])
         if options.json:
             write_json(options.json, report)
     for axis, methods in axes.items():
