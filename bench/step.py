@@ -59,11 +59,15 @@ def config_of(config_file: str, method: str, overrides: Sequence[Any]) -> Any:
     ours = "frozen" if method == "stock" else method
     cfg = load_config(config_file, ["MODEL.TUNING.METHOD", ours, *overrides])
     cfg.MODEL.DEVICE = DEVICE
-    if method == "stock":
-        model = cfg.MODEL
-        model.META_ARCHITECTURE = STOCK.get(model.META_ARCHITECTURE, model.META_ARCHITECTURE)
-        for part in (model.PROPOSAL_GENERATOR, model.ROI_HEADS, model.ROI_BOX_HEAD):
-            part.NAME = STOCK.get(part.NAME, part.NAME)
+    return with_stock_heads(cfg) if method == "stock" else cfg
+
+
+def with_stock_heads(cfg: Any) -> Any:
+    """``cfg``, changed to what Detectron2 has of its own for our heads."""
+    model = cfg.MODEL
+    model.META_ARCHITECTURE = STOCK.get(model.META_ARCHITECTURE, model.META_ARCHITECTURE)
+    for part in (model.PROPOSAL_GENERATOR, model.ROI_HEADS, model.ROI_BOX_HEAD):
+        part.NAME = STOCK.get(part.NAME, part.NAME)
     return cfg
 
 

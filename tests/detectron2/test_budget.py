@@ -8,6 +8,7 @@ import pytest
 import torch
 from detectron2.modeling import build_model
 
+from bench.step import with_stock_heads
 from e3va.cli import main
 from e3va.detectron2 import load_config
 from e3va.detectron2.budget import Setup, loss, sample_batch
@@ -55,12 +56,14 @@ def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, 
     assert sum(traced.values()) == pytest.approx(sum(real.values()), rel=0.05)
     for part in ("trunk_weights", "other_weights", "gradients", "optimizer"):
         assert traced[part] == real[part]
-    # How many of a handful of regions are positive, and so the heads, is a matter of chance.
-    for part in ("backbone_saved", "neck", "proposals"):
-        assert traced[part] == pytest.approx(real[part], rel=0.05, abs=2**16)
+    # How many of a handful of regions are positive, and so the heads, is a matter of chance; and so
+    # is which level's losses are at the peak.
+    for part, slack in (("backbone_saved", 2**16), ("neck", 2**16), ("proposals", 2**18)):
+        assert traced[part] == pytest.approx(real[part], rel=0.05, abs=slack)
 
 
-# Measured by python -m bench.step, which rounded to whole MiB, in bfloat16 on a CPU.
+# Measured by python -m bench.step, which rounded to whole MiB, in bfloat16 on a CPU, under
+# Detectron2's own heads.
 @pytest.mark.parametrize(
     ("config", "method", "size", "measured"),
     [
@@ -79,7 +82,7 @@ def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, 
     ],
 )
 def test_big_steps_are_what_was_measured(config, method, size, measured):
-    cfg = load_config(str(config), ["MODEL.TUNING.METHOD", method])
+    cfg = with_stock_heads(load_config(str(config), ["MODEL.TUNING.METHOD", method]))
     total = sum(Setup(cfg).split(1, size).values())
     assert total / MIB == pytest.approx(measured, rel=0.05)
 
