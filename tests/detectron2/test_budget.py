@@ -21,6 +21,8 @@ MASKS = FOLDER / "coco/mask_rcnn_e3va_swin_b_1x.yaml"
 CASCADE = FOLDER / "coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml"
 BOXES = FOLDER / "voc/faster_rcnn_e3va_swin_b.yaml"
 RETINANET = FOLDER / "voc/retinanet_e3va_swin_b.yaml"
+CASCADE_L = FOLDER / "coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml"
+RETINANET_L = FOLDER / "voc/retinanet_e3va_swin_l.yaml"
 MAPS = FOLDER / "ade20k/upernet_e3va_swin_b.yaml"
 FULL_TAPS = ("MODEL.HIGHWAY.STORAGE", "full")
 WIDE = ("MODEL.FPN.OUT_CHANNELS", 128)
@@ -67,18 +69,23 @@ def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, 
 @pytest.mark.parametrize(
     ("config", "method", "size", "measured"),
     [
-        (MASKS, "frozen", (800, 1344), 797),
         (MASKS, "e3va", (800, 1344), 895),
-        (MASKS, "full", (800, 1344), 4660),
-        (CASCADE, "frozen", (800, 1344), 1300),
-        (CASCADE, "e3va", (800, 1344), 1396),
         (CASCADE, "partial1", (800, 1344), 1534),
-        (CASCADE, "full", (800, 1344), 5164),
-        (FOLDER / "coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", "frozen", (800, 1344), 1526),
-        (FOLDER / "coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", "e3va", (800, 1344), 1664),
-        (FOLDER / "voc/retinanet_e3va_swin_l.yaml", "frozen", (608, 1008), 794),
-        (FOLDER / "voc/retinanet_e3va_swin_l.yaml", "e3va", (608, 1008), 900),
-        (FOLDER / "voc/retinanet_e3va_swin_l.yaml", "full", (608, 1008), 5983),
+        (RETINANET_L, "e3va", (608, 1008), 900),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (MASKS, "frozen", (800, 1344), 797),
+                (MASKS, "full", (800, 1344), 4660),
+                (CASCADE, "frozen", (800, 1344), 1300),
+                (CASCADE, "e3va", (800, 1344), 1396),
+                (CASCADE, "full", (800, 1344), 5164),
+                (CASCADE_L, "frozen", (800, 1344), 1526),
+                (CASCADE_L, "e3va", (800, 1344), 1664),
+                (RETINANET_L, "frozen", (608, 1008), 794),
+                (RETINANET_L, "full", (608, 1008), 5983),
+            )
+        ),
     ],
 )
 def test_big_steps_are_what_was_measured(config, method, size, measured):
