@@ -136,9 +136,33 @@ def neighbourhoods(maps: Sequence[Tensor], image: Tensor, anchor: Tensor, cells:
         columns = (local % width)[:, None, None] + offset  # [n, 1, 3]
         inside = (rows >= 0) & (rows < height) & (columns >= 0) & (columns < width)
         rows, columns = rows.clamp(0, height - 1), columns.clamp(0, width - 1)
-        patch = x[image[here][:, None, None], :, rows, columns]  # [n, 3, 3, C]
+        patch = _Take.apply(x, image[here][:, None, None], rows, columns)  # [n, 3, 3, C]
         parts.append(torch.where(inside[..., None], patch, 0))
         places.append(here)
         first += height * width
     found = torch.cat(parts)[torch.cat(places).argsort()]
     return found.permute(0, 3, 1, 2)
+
+
+class _Take(torch.autograd.Function):
+    """x[image, :, row, column], whose gradient is the same to the last bit every time: threads of a
+    CPU would otherwise add what overlaps in any order."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        ctx.save_for_backward(image, row, column)
+        ctx.shape = x.shape
+        return x[image, :, row, column]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (G,) = grads
+        dx = G.new_zeros(ctx.shape)
+        before = torch.are_deterministic_algorithms_enabled()
+        warn = torch.is_deterministic_algorithms_warn_only_enabled()
+        torch.use_deterministic_algorithms(True)
+        try:
+            dx.movedim(1, -1).index_put_(ctx.saved_tensors, G, accumulate=True)
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn)
+        return dx, None, None, None

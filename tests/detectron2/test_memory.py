@@ -207,7 +207,9 @@ def bytes_of_a_step(config_file, size, limit, *overrides, images=1):
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, 0.0, fused=True)
     batch = sample_batch(load_config(str(FOLDER / config_file), overrides), *size) * images
-    return whole_step_bytes(model, adamw, lambda: whole_step(model, adamw, batch, "cpu"), limit)
+    return whole_step_bytes(
+        model, adamw, lambda: whole_step(model, batch, adamw, early=True), limit
+    )
 
 
 @pytest.mark.parametrize(
