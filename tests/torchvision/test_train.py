@@ -146,7 +146,7 @@ def test_a_longer_run_repeats_itself_when_it_is_resumed(tmp_path):
         model = detector()
         try:
             train(model, interrupted(data, reads), None, tmp_path / folder, longer, resume=True)
-        except KeyboardInterrupt:
+        except Killed:
             train(model := detector(), data, None, tmp_path / folder, longer, resume=True)
         results.append((history(tmp_path / folder), list(model.state_dict().values())))
     (whole, a), (parts, b) = results
