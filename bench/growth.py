@@ -22,7 +22,8 @@ from bench.environment import environment
 from bench.step import MIB, step
 from bench.train_step import ALL_METHODS, COCO, Trainee
 from e3va.budget import ShapesOnly
-from e3va.files import atomic_path, write_json
+from e3va.figures import pyplot, save
+from e3va.files import write_json
 from e3va.measure import whole_step_bytes
 
 CONFIG = "coco/mask_rcnn_e3va_swin_t_1x"
@@ -73,12 +74,7 @@ def step_bytes(method: str, point: Point) -> int:
 
 def plot(path: Path, axes: dict[str, dict[str, list[list[int]]]]) -> None:
     """A panel for each axis, a line for each method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(axes), figsize=(3.2 * len(axes), 3.4), squeeze=False)
+    figure, panels = pyplot().subplots(1, len(axes), figsize=(3.2 * len(axes), 3.4), squeeze=False)
     for panel, (axis, methods) in zip(panels.flat, axes.items(), strict=True):
         for method, points in methods.items():
             values, totals = zip(*points, strict=True)
@@ -87,9 +83,7 @@ def plot(path: Path, axes: dict[str, dict[str, list[list[int]]]]) -> None:
     panels[0, 0].set_ylabel("MiB of a step")
     panels[0, 0].legend(fontsize=8)
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

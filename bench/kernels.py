@@ -34,7 +34,8 @@ from tqdm import tqdm
 import e3va
 from bench.environment import environment
 from e3va import ops
-from e3va.files import atomic_path, write_json
+from e3va.figures import pyplot, save
+from e3va.files import write_json
 from e3va.highway import HighwayStage, StageRide
 from e3va.ops import dispatch, reference
 from e3va.ops.taps import compress
@@ -425,24 +426,17 @@ def summary(results: list[dict[str, Any]]) -> dict[str, float]:
 
 def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Bars of the ratios, one group for each case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     bars = [
         (f"{r['op']} {r['variant']} {_where(r)} {r['dtype']} vs {other}", ratio)
         for r in results
         for other, ratio in r["ratios"].items()
     ]
-    figure, axes = plt.subplots(figsize=(8, 1 + 0.25 * len(bars)), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(8, 1 + 0.25 * len(bars)), layout="constrained")
     axes.barh([name for name, _ in bars], [ratio for _, ratio in bars])
     axes.axvline(1, color="black", linewidth=1)
     axes.invert_yaxis()
     axes.set_xlabel("times as fast")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:])
-    plt.close(figure)
+    save(figure, path)
 
 
 def _where(result: dict[str, Any]) -> str:

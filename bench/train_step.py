@@ -32,7 +32,8 @@ from tqdm import tqdm
 from bench.environment import environment
 from bench.step import DEVICE, MIB, build, config_of, loss, measure
 from e3va.budget import ShapesOnly
-from e3va.files import atomic_path, write_json
+from e3va.figures import pyplot, save
+from e3va.files import write_json
 from e3va.measure import SPLIT, make_state, step_seconds
 from e3va.methods import METHODS
 
@@ -155,13 +156,8 @@ def _ratios(methods: dict[str, dict[str, Any]], result: dict[str, Any], key: str
 
 def plot(path: Path, setups: dict[str, dict[str, Any]]) -> None:
     """The split of every setup as stacked bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     height = 0.8 + sum(0.5 + 0.3 * len(methods) for methods in setups.values())
-    figure, axes = plt.subplots(len(setups), 1, figsize=(9, height), squeeze=False)
+    figure, axes = pyplot().subplots(len(setups), 1, figsize=(9, height), squeeze=False)
     for axis, (name, methods) in zip(axes.flat, setups.items(), strict=True):
         left = [0.0] * len(methods)
         for key in SPLIT:
@@ -175,9 +171,7 @@ def plot(path: Path, setups: dict[str, dict[str, Any]]) -> None:
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, ncols=5, fontsize=7, loc="upper center")
     figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save(figure, path)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

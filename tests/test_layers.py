@@ -10,12 +10,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CORE = {
     "files": set(),
+    "figures": {"files"},
     "seeding": set(),
     "ops": {"files", "native", "kernels"},
     "native": {"ops"},
     "triton": {"ops", "kernels"},
     "measure": {"checkpoint", "ops"},
-    "budget": {"files", "measure", "methods"},
+    "budget": {"figures", "files", "measure", "methods"},
     "config": {"ops"},
     "trunks": {"config", "ops"},
     "weights": {"files", "trunks"},
@@ -31,7 +32,7 @@ CORE = {
     },
     "serving": {"highway", "methods", "trunks", "weights"},
 }
-RUNS = {"data": set(), "runs": {"data", "files", "trunks"}}
+RUNS = {"data": set(), "runs": {"data", "figures", "files", "trunks"}}
 SHELLS = {shell: {"__version__", *CORE, *RUNS} for shell in ("detectron2", "torchvision")}
 ENTRIES = {
     "demo": {*CORE, *RUNS, *SHELLS},

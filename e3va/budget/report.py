@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from e3va.budget.cards import Card
-from e3va.files import atomic_path
+from e3va.figures import pyplot, save
 from e3va.methods import METHODS
 
 MIB = 2**20
@@ -174,13 +174,7 @@ def compare(setup: Setup, images: int, size: Size, card: Card | None, path: Path
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("--compare needs matplotlib: pip install 'e3va[train]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     splits, missing = {}, []
     for method in METHODS:
         try:
@@ -201,9 +195,7 @@ def compare(setup: Setup, images: int, size: Size, card: Card | None, path: Path
     axes.set(xlabel="MiB at the peak of a step", title=f"{images} × {size[0]}×{size[1]}")
     axes.legend(fontsize=7, loc="upper right")  # beside the short bars
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save(figure, path)
     return missing
 
 

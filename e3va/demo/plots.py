@@ -5,22 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from PIL import Image
 from pycocotools import mask as masks
 from pycocotools.coco import COCO
 
-from e3va.files import atomic_path
+from e3va.figures import pyplot, save
 
 SCENES = 4
 MIN_SCORE = 0.5
-COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+plt = pyplot()
+COLOURS = plt.get_cmap("tab10").colors
 
 
 def predictions(path: Path, coco_root: Path, detections: dict[str, list[dict[str, Any]]]) -> None:
@@ -88,8 +84,6 @@ def _label(colour: tuple[float, ...]) -> dict[str, Any]:
     return {"facecolor": colour, "edgecolor": "none", "pad": 1}
 
 
-def _save(figure: plt.Figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save(figure, path)

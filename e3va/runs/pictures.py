@@ -14,6 +14,8 @@ from e3va.data.folder import Data
 from e3va.data.geometry import decode_mask
 from e3va.data.images import read_image
 from e3va.data.maps import UNLABELLED, Maps, read_map
+from e3va.figures import pyplot
+from e3va.figures import save as save_figure
 from e3va.files import atomic_path
 
 CELL = 320
@@ -140,16 +142,9 @@ def curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("curves need matplotlib: pip install 'e3va[train]'") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     steps = [line for line in metrics if "loss" in line]
     scores = [line for line in metrics if "loss" not in line]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4))
     if steps:
         loss = np.array([line["loss"] for line in steps])
         window = max(1, len(loss) // 50)
@@ -168,9 +163,7 @@ def curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
         right.legend()
     right.set(xlabel="iteration", title="validation")
     figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def save(image: Image.Image, path: Path) -> None:
