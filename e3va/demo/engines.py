@@ -153,7 +153,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
         out_channels=64,
         min_size=(train_data.image(0).shape[-2],),
         anchor_sizes=(8, 16, 32, 64, 128),
-        detector_options={**SMALL_HEADS, "mask_channels": [64, 64]},
+        detector_options={**SMALL_HEADS, "mask_channels": (64, 64)},
     )
     config = TrainConfig(
         iterations=iterations,

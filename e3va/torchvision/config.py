@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -106,7 +107,8 @@ class TrainConfig:
 
 
 def fixed_settings(config: Any) -> dict[str, Any]:
-    """The settings that a resumed run must share with the checkpoint's, by name."""
+    """The settings that a resumed run must share with the checkpoint's, by name, as JSON has
+    them."""
     settings: dict[str, Any] = {}
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
@@ -114,7 +116,7 @@ def fixed_settings(config: Any) -> dict[str, Any]:
             settings |= fixed_settings(value)
         elif f.metadata.get("fixed"):
             settings[f.name] = value
-    return settings
+    return json.loads(json.dumps(settings))
 
 
 def from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:

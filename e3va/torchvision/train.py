@@ -347,7 +347,7 @@ def check_settings(settings: dict[str, Any], saved: dict[str, Any], path: Path) 
         ValueError: one is another.
     """
     for name, value in settings.items():
-        if json.dumps(saved.get(name)) != json.dumps(value):  # tuples become lists in files
+        if saved.get(name) != value:
             raise ValueError(
                 f"{path} is of a run with {name} {saved.get(name)}, not {value}: resume with the "
                 "same settings, or start anew in another folder"
