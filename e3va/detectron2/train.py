@@ -199,7 +199,7 @@ class Trainer(DefaultTrainer):
         raise torch.OutOfMemoryError(
             f"{what} does not fit in the memory ({reason}): "
             f"{advice(self.cfg, images, size, instances)}"
-        ) from None
+        )
 
     def run_step(self) -> None:
         super().run_step()

@@ -41,6 +41,12 @@ def test_every_config_is_valid(path):
     assert cfg.MODEL.TUNING.METHOD == "e3va"
     assert trunk_config(cfg.MODEL.TRUNK.VARIANT)
     assert cfg.INPUT.FORMAT == "RGB"
+    if cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN":  # what takes less memory is on by default
+        assert cfg.MODEL.PROPOSAL_GENERATOR.NAME == "SampledRPN"
+        assert cfg.MODEL.ROI_HEADS.NAME in ("LeanROIHeads", "LeanCascadeROIHeads")
+        assert cfg.MODEL.ROI_BOX_HEAD.NAME == "LeanConvFCHead"
+    else:
+        assert cfg.MODEL.META_ARCHITECTURE in ("LeanRetinaNet", "SemanticSegmentor")
     if cfg.SOLVER.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         assert all(s < cfg.SOLVER.MAX_ITER for s in cfg.SOLVER.STEPS)
 

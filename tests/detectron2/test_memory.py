@@ -15,6 +15,7 @@ from bench.step import build
 from bench.step import step as whole_step
 from e3va.detectron2 import LeanConvFCHead, LeanROIAlign, load_config, retinanet
 from e3va.detectron2.budget import sample_batch
+from e3va.detectron2.rpn import _Take
 from e3va.measure import LiveBytes, whole_step_bytes
 from tests.detectron2.factories import FOLDER, SMALL
 
@@ -118,6 +119,33 @@ def test_lean_roi_align_gives_the_same_bits(dtype, channels):
     for ours, theirs in zip(*results, strict=True):
         assert ours.dtype == dtype and theirs.abs().sum() > 0
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_the_gradient_of_what_overlaps_is_the_same_every_time(two_threads):
+    """Two threads that add to a float in any order would be seen: enough is added."""
+    x = torch.randn(2, 256, 50, 50, requires_grad=True)
+    highest = ((2, (512, 1, 1)), (50, (512, 3, 1)), (50, (512, 1, 3)))
+    places = [torch.randint(*bounds) for bounds in highest]
+    patches = _Take.apply(x, *places)
+    G = torch.randn_like(patches)
+    first, *others = (torch.autograd.grad(patches, x, G, retain_graph=True) for _ in range(30))
+    assert all(torch.equal(first[0], other[0]) for other in others)
+    expected = torch.zeros(x.shape, dtype=torch.float64)  # one after the other
+    for image, row, column, g in zip(
+        *(place.expand(512, 3, 3).flatten() for place in places),
+        G.double().flatten(0, 2),
+        strict=True,
+    ):
+        expected[image, :, row, column] += g
+    torch.testing.assert_close(first[0], expected.float())
 
 
 def test_lean_roi_align_widens_a_part_of_the_map_alone():
