@@ -52,8 +52,8 @@ class Budget:
         total_bytes: at the peak of a step, with weights, gradients and the optimizer's state.
         split: the same by what they are of, see :data:`e3va.measure.SPLIT`.
         card, card_bytes, usable_bytes, fits: what it has to fit in; None without a card.
-        largest_batch: images that fit at once, traced at ``images`` and at one more, and taken to
-            grow so.
+        largest_batch: images that fit at once, traced at one and at two more than ``images``, and
+            taken to grow so: the first step has its peak where larger ones may not have theirs.
         largest_size: height and width of the same shape that fit, by the pixels of ``size`` and of
             half of it; at most :data:`WIDEST` times ``size``; None: not even the smallest.
         accumulate: the least SOLVER.ACCUMULATE by which the configured batch fits; None: no one.
@@ -140,8 +140,11 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
 
 
 def _largest_batch(setup: Setup, images: int, size: Size, usable: int, total: int) -> int:
-    each = max(1, sum(setup.split(images + 1, size).values()) - total)
-    return max(0, min(MOST, images + (usable - total) // each))
+    if total > usable and images == 1:
+        return 0
+    more, most = (sum(setup.split(images + n, size).values()) for n in (1, 2))
+    each = max(1, most - more)
+    return max(0, min(MOST, images + 2 + (usable - most) // each))
 
 
 def _largest_size(setup: Setup, images: int, size: Size, usable: int, total: int) -> Size | None:

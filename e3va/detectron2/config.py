@@ -13,6 +13,7 @@ from detectron2.config import CfgNode, get_cfg
 
 import e3va
 from e3va.detectron2.data import FORMATS
+from e3va.detectron2.data.loader import AUTO
 from e3va.methods import HIGHWAYS, METHODS, options_of
 
 logger = logging.getLogger(__name__)
@@ -132,7 +133,7 @@ def add_e3va_config(cfg: CfgNode) -> None:
 
     # Into how many parts the batch of a step, IMS_PER_BATCH, is divided on each process, to be
     # computed one after the other in less memory. Gradients and losses are averaged over the parts
-    # as they are over processes. "auto", which is 0: the fewest parts whose largest fits in the
+    # as they are over processes. "auto", which is -1: the fewest parts whose largest fits in the
     # memory, found by trying before the first step.
     cfg.SOLVER.ACCUMULATE = 1
     # Decay of an exponential moving average of what is trained, such as 0.999; 0: none. Where there
@@ -165,7 +166,7 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
         raise ValueError(f"overrides come as KEY VALUE, got {' '.join(map(str, words))}")
     words[::2] = _translated(words[::2])
     pairs = zip(words[::2], words[1::2], strict=True)
-    words[1::2] = [_AUTO if (k, v) == (_ACCUMULATE, "auto") else v for k, v in pairs]
+    words[1::2] = [AUTO if (k, v) == (_ACCUMULATE, "auto") else v for k, v in pairs]
     try:
         cfg.merge_from_list(words)
     except AssertionError as error:  # yacs tells of an unknown key by it
@@ -173,7 +174,7 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     return cfg
 
 
-_ACCUMULATE, _AUTO = "SOLVER.ACCUMULATE", 0
+_ACCUMULATE = "SOLVER.ACCUMULATE"
 
 
 class _Files(CfgNode):
@@ -184,7 +185,7 @@ class _Files(CfgNode):
         loaded = super().load_yaml_with_base(filename, allow_unsafe=allow_unsafe)
         solver = loaded.get("SOLVER", {})
         if solver.get("ACCUMULATE") == "auto":
-            solver["ACCUMULATE"] = _AUTO
+            solver["ACCUMULATE"] = AUTO
         values = loaded.get("MODEL", {}).pop("E3VA", {})
         names = _translated([f"MODEL.E3VA.{key}" for key in values])
         for name, value in zip(names, values.values(), strict=True):

@@ -36,7 +36,7 @@ from e3va.detectron2.budget import advice, largest, sample_batch
 from e3va.detectron2.checkpoint import CompleteCheckpointer, SafeCheckpointer
 from e3va.detectron2.config import dtype_of, load_config
 from e3va.detectron2.data import build_evaluator, register_datasets
-from e3va.detectron2.data.loader import TrainLoader, batch_share
+from e3va.detectron2.data.loader import AUTO, TrainLoader, batch_share
 from e3va.detectron2.data.mapper import build_mapper
 from e3va.detectron2.inference import semantic_inference
 from e3va.detectron2.solver import build_lr_scheduler, build_optimizer, steps_early
@@ -141,7 +141,12 @@ class Trainer(DefaultTrainer):
         self._trained = _layout(cfg, model, optimizer)
         model = distribute(model)
         self._trainer = StepTrainer(
-            model, loader, optimizer, dtype, cfg.SOLVER.ACCUMULATE, early=steps_early(cfg)
+            model,
+            loader,
+            optimizer,
+            dtype,
+            0 if cfg.SOLVER.ACCUMULATE == AUTO else cfg.SOLVER.ACCUMULATE,
+            early=steps_early(cfg),
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         more = {"ema": self.average} if self.average else {}
@@ -178,18 +183,18 @@ class Trainer(DefaultTrainer):
         Raises:
             torch.OutOfMemoryError: it does not fit; says what would.
         """
-        auto = not self._trainer.accumulate
-        if not auto and not next(self.model.parameters()).is_cuda:
+        fixed = self._trainer.accumulate
+        if fixed and not next(self.model.parameters()).is_cuda:
             return
         size, instances = largest(self.cfg, self.data_loader.records)
         share = batch_share(self.cfg)
         parts = [n for n in range(1, share + 1) if share % n == 0]
-        for number in parts if auto else [self._trainer.accumulate]:
+        for number in [fixed] if fixed else parts:
             images = share // number
             error = self._trainer.probe(sample_batch(self.cfg, *size, instances) * images)
             if not any(comm.all_gather(error is not None)):
                 self._trainer.accumulate = number
-                if auto:
+                if not fixed:
                     logger.info("SOLVER.ACCUMULATE auto is %d: %d images at once", number, images)
                 return
             if torch.cuda.is_available():

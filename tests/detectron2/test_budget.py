@@ -118,7 +118,7 @@ def test_plan_says_what_fits_and_what_would(tmp_path, capsys):
     target, picture = tmp_path / "plan.json", tmp_path / "methods.png"
     small = flat({**SMALL, "MODEL.HIGHWAY.STORAGE": "full", "SOLVER.IMS_PER_BATCH": 16})
     words = "--config", MASKS, "--size", 256, 384, "--json", target
-    assert plan(*words, "--card", "1GB", "--compare", picture, *small) == 0
+    assert plan(*words, "--card", "0.75GB", "--compare", picture, *small) == 0
     content = json.loads(target.read_text())
     assert content["fits"]
     assert content["total_bytes"] == sum(content["split"].values())
@@ -133,7 +133,7 @@ def test_plan_says_what_fits_and_what_would(tmp_path, capsys):
         assert sum(setup.split(1, side).values()) == pytest.approx(usable, rel=0.2)
     assert content["accumulate"] == next(n for n in (1, 2, 4, 8, 16) if 16 // n <= most)
 
-    assert plan(*words, "--card", "0.65GB", "--batch", 8, *small) == 0
+    assert plan(*words, "--card", "0.65GB", "--batch", 3, *small) == 0
     content = json.loads(target.read_text())
     assert not content["fits"]
     changes = {entry["change"]: entry["total_bytes"] for entry in content["advice"]}

@@ -18,6 +18,9 @@ from e3va.seeding import reseed
 
 Sample = dict[str, Any]
 
+AUTO = -1
+"""SOLVER.ACCUMULATE is to be found before the first step."""
+
 
 class TrainLoader:
     """Endless batches for one process, from the data, sampler and augmentations of a config.
@@ -104,7 +107,9 @@ def batch_share(cfg: CfgNode) -> int:
             into SOLVER.ACCUMULATE micro-batches.
     """
     images, processes = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
-    accumulate = cfg.SOLVER.ACCUMULATE or 1  # 0: it is yet to be found
+    accumulate = cfg.SOLVER.ACCUMULATE
+    if accumulate == AUTO:
+        accumulate = 1
     if accumulate < 1 or images < 1 or images % (processes * accumulate):
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH ({images}) must be a multiple of SOLVER.ACCUMULATE "
