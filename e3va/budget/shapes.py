@@ -31,11 +31,12 @@ _HEAVY = ("attention", "conv", "mm", "norm", "pool", "roi_align", "upsample")
 class ShapesOnly(TorchDispatchMode):
     """Runs what is inside without its heavy arithmetic: in seconds, and in little memory.
 
-    Values may be unknown: those of large new tensors, of what :meth:`forget` was told, and of what
-    is made of these. An operation on them gives a tensor on the CPU of the right shape and dtype,
-    in memory that nobody touches, so that whoever counts storages finds all of them. What depends
-    on known values alone (anchors, targets and their matching) is computed. So is, with noise for
-    what is unknown, what a detector may choose by: what autograd does not see, and what is small.
+    Values may be unknown: those of large new tensors, of what :meth:`forget` was told, of what is
+    made of these, and of heavy arithmetic on large tensors. An operation on them gives a tensor on
+    the CPU of the right shape and dtype, in memory that nobody touches, so that whoever counts
+    storages finds all of them. What depends on known values alone (anchors, targets and their
+    matching) is computed. So is, with noise for what is unknown, what a detector may choose by:
+    what autograd does not see, and what is small.
     """
 
     def __init__(self) -> None:
@@ -91,7 +92,8 @@ class ShapesOnly(TorchDispatchMode):
             if func._schema.name in ("aten::empty", "aten::empty_strided"):
                 self.forget(*(out,) if out.numel() >= LARGE else ())
             return out
-        if not unknown or func.is_view:
+        heavy = _is_heavy(func) and any(tensor.numel() >= LARGE for tensor in tensors)
+        if func.is_view or not (unknown or heavy):
             return func(*args, **kwargs)
         if self._looks(func, tensors):
             for tensor in unknown:
@@ -113,7 +115,7 @@ class ShapesOnly(TorchDispatchMode):
             return True
         if self._unseen or torch._C._current_graph_task_id() != -1:  # in a backward
             return False
-        if any(word in name for word in _HEAVY):
+        if _is_heavy(func):
             return False
         learns = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
         return not learns or all(tensor.numel() < LARGE for tensor in tensors)
@@ -151,6 +153,10 @@ class ShapesOnly(TorchDispatchMode):
         if self._is_unknown(index):
             self._make_up(index)
         return index.nonzero().unbind(1)
+
+
+def _is_heavy(func: Any) -> bool:
+    return any(word in func._schema.name.partition("::")[2] for word in _HEAVY)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
