@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from bench.environment import environment
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path
-from e3va.kernels import adapters, sublayer_epilogue, tap_gradient
+from e3va.kernels import adapters, stage_exit, sublayer_epilogue, tap_gradient
 from e3va.kernels.common import padded_rank
 from e3va.ops.taps import DEFAULT_TAPS, LARGEST
 from e3va.trunks.swin import SWIN_VARIANTS
@@ -135,6 +135,18 @@ def compile_kernels(
         )
         for taps in formats
     ]
+    for note, merging in (("", True), (" (last)", False)):
+        tile = stage_exit.tiles(dtype, channels)
+        constants = {
+            "CHANNELS": channels,
+            "MERGING": merging,
+            "LOST": torch.finfo(dtype).eps,
+            "TINY": torch.finfo(dtype).tiny,
+            "ROWS": tile.rows,
+            "CHANNEL_TILE": tile.channels,
+        }
+        kernel = stage_exit.stage_exit_backward_kernel
+        launches.append((f"stage_exit_backward{note}", kernel, constants, tile.num_warps))
     for name, kernel, constants, num_warps in launches:
         yield {
             "kernel": name,
@@ -168,13 +180,14 @@ def compile_kernel(
     # The trunk stores its norms in fp32; parameters are in it, unless they are multiplied, and so
     # are the sums of their gradients and of the state.
     wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
-    wide |= {"dP", "dD", "sums"}
+    wide |= {"dP", "dD", "sums", "mean", "rstd", "weight", "bias", "merge_weight"}
     types = {f"{name}_ptr": "fp32" for name in wide} | {
         "codes_ptr": "u8",
         "words_ptr": "u32",
         "seed_ptr": "i64",
     }
-    integers = dict.fromkeys(("tokens", "height", "width", "first", "split_rows", "index"), "i32")
+    counts = "tokens", "rows", "height", "width", "first", "split_rows", "index"
+    integers = dict.fromkeys(counts, "i32")
     signature = {}
     for name in kernel.arg_names:
         if name in constants:

@@ -69,3 +69,11 @@ def tap_gradient(
 
     with torch.cuda.device_of(dt):
         return tap_gradient(tap, scale, taps, dt, channels)
+
+
+@dispatch.register("stage_exit_backward", "triton", why_not)
+def stage_exit_backward(dp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from e3va.kernels.stage_exit import stage_exit_backward
+
+    with torch.cuda.device_of(dp):
+        return stage_exit_backward(dp, *arguments)

@@ -223,7 +223,25 @@ def output_norm(
     return p, mean.flatten(), rstd.flatten()
 
 
-def undo_output_norm(
+def stage_exit_backward(
+    dp: Tensor,  # [B, H, W, C]
+    dgathered: Tensor | None,  # [B, ceil(H/2), ceil(W/2), 4C]
+    p: Tensor,  # [B, H, W, C]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    weight: Tensor,  # [C]
+    bias: Tensor,  # [C]
+    merge_weight: Tensor | None,  # [4C]
+    merge_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    h = _undo_output_norm(p, mean, rstd, weight, bias)
+    dh, dweight, dbias = _output_norm_backward(dp, h, mean, rstd, weight, bias)
+    if dgathered is not None and merge_weight is not None:
+        dh += _gathered_backward(dgathered, h, merge_weight, merge_eps)
+    return dh, dweight, dbias
+
+
+def _undo_output_norm(
     p: Tensor,  # [..., C]
     mean: Tensor,  # [N]
     rstd: Tensor,  # [N]
@@ -239,7 +257,7 @@ def undo_output_norm(
     return rows.to(p.dtype).view_as(p)
 
 
-def output_norm_backward(
+def _output_norm_backward(
     dp: Tensor,  # [..., C]
     h: Tensor,  # [..., C]
     mean: Tensor,  # [N]
@@ -282,40 +300,30 @@ def patch_merging(
     return F.linear(x, reduction.to(x))
 
 
-def patch_merging_backward(
-    G: Tensor,  # [B, ceil(H/2), ceil(W/2), D]
+def _gathered_backward(
+    dgathered: Tensor,  # [B, ceil(H/2), ceil(W/2), 4C]
     h: Tensor,  # [B, H, W, C]
     norm_weight: Tensor,  # [4C]
-    norm_bias: Tensor,  # [4C]
     eps: float,
-    reduction: Tensor,  # [D, 4C]
 ) -> Tensor:
-    x = gather_2x2(h)
-    normalized_shape = list(x.shape[-1:])
-    weight, bias = norm_weight.to(x), norm_bias.to(x)
-    _, mean, rstd = torch.native_layer_norm(x, normalized_shape, weight, bias, eps)
+    x, weight = gather_2x2(h), norm_weight.to(h)
+    shape = list(x.shape[-1:])
+    _, mean, rstd = torch.native_layer_norm(x, shape, weight, None, eps)
     dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-        G @ reduction.to(x), x, normalized_shape, mean, rstd, weight, bias, [True, False, False]
+        dgathered, x, shape, mean, rstd, weight, None, [True, False, False]
     )
-    return _scatter_2x2(dx, h)
+    H, W = h.shape[1:3]
+    neighbours = dx.unflatten(-1, (2, 2, -1)).permute(0, 1, 4, 2, 3, 5)
+    return neighbours.flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
 def gather_2x2(h: Tensor) -> Tensor:
     """[B, H, W, C] → [B, ceil(H/2), ceil(W/2), 4C], missing rows and columns taken as zero."""
     H, W = h.shape[1:3]
-    h = F.pad(h, (0, 0, 0, W % 2, 0, H % 2))
+    if H % 2 or W % 2:
+        h = F.pad(h, (0, 0, 0, W % 2, 0, H % 2))
     # The order of the four neighbours is Swin's: down first, then right.
-    return torch.cat(
-        [h[:, 0::2, 0::2], h[:, 1::2, 0::2], h[:, 0::2, 1::2], h[:, 1::2, 1::2]], dim=-1
-    )
-
-
-def _scatter_2x2(dx: Tensor, h: Tensor) -> Tensor:
-    B, H, W, C = h.shape
-    dh = dx.new_empty(B, H + H % 2, W + W % 2, C)
-    for i, (row, column) in enumerate(((0, 0), (1, 0), (0, 1), (1, 1))):
-        dh[:, row::2, column::2] = dx[..., i * C : (i + 1) * C]
-    return dh[:, :H, :W].contiguous()
+    return h.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 
 def window_attention(

@@ -9,9 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e3va.ops import reference
+from e3va.ops import dispatch, reference
 from e3va.ops.checks import check_floating, check_shape
 from e3va.ops.library import operator
+
+dispatch.register("stage_exit_backward", "reference")(reference.stage_exit_backward)
 
 
 def stage_exit(
@@ -95,15 +97,15 @@ def _(h, weight, bias, eps, merge_weight, merge_bias, merge_eps, reduction):
 
 
 def _setup_context(ctx, inputs, output):
-    _, weight, bias, _, merge_weight, merge_bias, ctx.merge_eps, reduction = inputs
+    _, weight, bias, _, merge_weight, _, ctx.merge_eps, reduction = inputs
     p, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(p, mean, rstd, weight, bias, merge_weight, merge_bias, reduction)
+    ctx.save_for_backward(p, mean, rstd, weight, bias, merge_weight, reduction)
 
 
 def _backward(ctx, dp, dmerged, *_):
-    p, mean, rstd, weight, bias, merge_weight, merge_bias, reduction = ctx.saved_tensors
+    p, mean, rstd, weight, bias, merge_weight, reduction = ctx.saved_tensors
     dh, dweight, dbias = torch.ops.e3va.stage_exit_backward(
         p.new_zeros(p.shape) if dp is None else dp,
         None if reduction is None else dmerged,
@@ -113,7 +115,6 @@ def _backward(ctx, dp, dmerged, *_):
         weight,
         bias,
         merge_weight,
-        merge_bias,
         ctx.merge_eps,
         reduction,
     )
@@ -133,24 +134,16 @@ def _stage_exit_backward(
     weight: Tensor,
     bias: Tensor,
     merge_weight: Tensor | None,
-    merge_bias: Tensor | None,
     merge_eps: float,
     reduction: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, dweight, dbias)."""
-    with torch.autocast(p.device.type, enabled=False):
-        h = reference.undo_output_norm(p, mean, rstd, weight, bias)
-        dh, dweight, dbias = reference.output_norm_backward(dp, h, mean, rstd, weight, bias)
-        if (
-            dmerged is not None
-            and merge_weight is not None
-            and merge_bias is not None
-            and reduction is not None
-        ):
-            dh += reference.patch_merging_backward(
-                dmerged, h, merge_weight, merge_bias, merge_eps, reduction
-            )
-    return dh, dweight, dbias
+    dgathered = None
+    if dmerged is not None and reduction is not None:
+        with torch.autocast(p.device.type, enabled=False):
+            dgathered = dmerged @ reduction.to(p)
+    arguments = dp.to(p), dgathered, p, mean, rstd, weight, bias, merge_weight, merge_eps
+    return dispatch.run("stage_exit_backward", p, *arguments)
 
 
 @_stage_exit_backward.register_fake

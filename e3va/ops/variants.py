@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from e3va.ops.reference import output_norm
 from e3va.ops.taps import TAPS, compress, expand
 
 SEED = 5  # of int4
@@ -147,7 +148,29 @@ class TapGradient(NamedTuple):
         return tap, scale, self.taps, draw(self.adapters, tokens, self.rank), self.channels
 
 
-Variant = WindowAttention | SublayerEpilogue | Adapters | TapGradient
+class StageExitBackward(NamedTuple):
+    """Of what leaves a stage; ``merging``: whether a gradient comes back from the next one."""
+
+    channels: int
+    merging: bool
+
+    @classmethod
+    def of(cls, dp: Tensor, dgathered: Tensor | None, *arguments: Any) -> Self:
+        return cls(dp.shape[-1], dgathered is not None)
+
+    def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
+        C = self.channels
+        h, dp = draw(B, H, W, C), draw(B, H, W, C)
+        # Near one and zero, for 16 bits to say what h was.
+        weight, bias = 1 + draw.weight(C, scale=0.3), draw.weight(C, scale=0.3)
+        p, mean, rstd = output_norm(h, weight, bias, 1e-5)
+        merge: list[Tensor | None] = [None, None]
+        if self.merging:
+            merge = [draw(B, -(-H // 2), -(-W // 2), 4 * C), draw.weight(4 * C)]
+        return dp, merge[0], p, mean, rstd, weight, bias, merge[1], 1e-5
+
+
+Variant = WindowAttention | SublayerEpilogue | Adapters | TapGradient | StageExitBackward
 
 VARIANTS: dict[str, type[Variant]] = {
     "window_attention": WindowAttention,
@@ -155,6 +178,7 @@ VARIANTS: dict[str, type[Variant]] = {
     "adapters": Adapters,
     "adapters_backward": AdaptersBackward,
     "tap_gradient": TapGradient,
+    "stage_exit_backward": StageExitBackward,
 }
 """Of each op."""
 
@@ -215,3 +239,5 @@ def examples() -> Iterator[tuple[str, Variant]]:
     for taps in TAPS:
         yield "tap_gradient", TapGradient(4, 96, 16, taps)
     yield "tap_gradient", TapGradient(4, 512, 16, "int4")
+    for channels, merging in ((96, True), (768, True), (1536, False)):
+        yield "stage_exit_backward", StageExitBackward(channels, merging)

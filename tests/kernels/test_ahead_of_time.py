@@ -22,6 +22,8 @@ KERNELS = (
     *(rf"adapters {form}" for form in ("0", "3 state", "7 state")),
     *(rf"adapters_backward {form}" for form in ("0", "3 state", "7 state")),
     r"tap_gradient int4",
+    r"stage_exit_backward",
+    r"stage_exit_backward \(last\)",
 )
 
 

@@ -108,7 +108,8 @@ def test_opcheck(merging):
     torch.library.opcheck(torch.ops.e3va.stage_exit.default, (strided, *trained[1:], *rest))
     p, mean, rstd = torch.randn(2, 3, 5, 4), torch.randn(30), torch.rand(30) + 1
     dmerged = torch.randn(2, 2, 3, 8) if merging else None
-    arguments = (p.clone(), dmerged, p, mean, rstd, weight.detach(), bias.detach(), *rest[1:])
+    norms = weight.detach(), bias.detach(), rest[1], *rest[3:]
+    arguments = p.clone(), dmerged, p, mean, rstd, *norms
     torch.library.opcheck(torch.ops.e3va.stage_exit_backward.default, arguments)
 
 

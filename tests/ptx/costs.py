@@ -51,6 +51,7 @@ def measure(
     """
     from e3va.kernels.adapters import adapters as forward
     from e3va.kernels.adapters import adapters_backward as backward
+    from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
     from e3va.kernels.tap_gradient import tap_gradient
     from e3va.ops.taps import LARGEST, TAPS, compress
@@ -80,6 +81,10 @@ def measure(
         yield from counted(
             f" {taps}", N, tap_gradient, codes[None], scale[None], taps, t[:1], channels
         )
+    p, dp = (v.view(1, *size, channels) for v in (x, y))
+    dgathered = torch.randn(1, size[0] // 2, size[1] // 2, 4 * channels).to(dtype)
+    norms = torch.zeros(N), torch.ones(N), *norm, torch.ones(4 * channels)
+    yield from counted("", N, stage_exit_backward, dp, dgathered, p, *norms, 1e-5)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,6 +14,7 @@ CEILINGS = {
     "tap_gradient fp8": 108,
     "tap_gradient int8": 108,
     "tap_gradient int4": 85,
+    "stage_exit_backward": 996,
 }
 """Warp instructions without moves, per token and adapter: bfloat16 on sm_80, C = 512, rank 16,
 m = 256."""

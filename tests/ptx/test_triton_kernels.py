@@ -9,7 +9,12 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not executed")
 
 from e3va.ops.taps import LARGEST, TAPPED, TAPS
-from tests.kernels import test_adapters, test_sublayer_epilogue, test_tap_gradient
+from tests.kernels import (
+    test_adapters,
+    test_stage_exit,
+    test_sublayer_epilogue,
+    test_tap_gradient,
+)
 from tests.oracles import UGLY_MAPS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -19,7 +24,7 @@ FLOAT, HALF, BFLOAT = DTYPES
 
 @pytest.fixture(autouse=True)
 def on_a_cpu(monkeypatch):
-    for module in (test_adapters, test_sublayer_epilogue, test_tap_gradient):
+    for module in (test_adapters, test_stage_exit, test_sublayer_epilogue, test_tap_gradient):
         monkeypatch.setattr(module, "DEVICE", "cpu")
 
 
@@ -91,6 +96,24 @@ def test_tap_gradient_runs(device, architecture, dtype, taps):
         test_tap_gradient.check(2, 45, 37, 5, dtype, taps)
 
 
+EXITS = (
+    (75, HALF, True),
+    (80, BFLOAT, True),
+    (80, FLOAT, False),
+    (86, HALF, True),
+    (89, FLOAT, True),
+    (90, BFLOAT, True),
+    (100, HALF, True),
+    (120, BFLOAT, False),
+)
+
+
+@pytest.mark.parametrize("architecture, dtype, merging", list(cases(EXITS, (True, False))))
+def test_stage_exit_backward_runs(device, architecture, dtype, merging):
+    with device(architecture):
+        test_stage_exit.check((2, 3, 7), 42, dtype, merging)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_schedule(device, seed):
     """Whichever warps run first."""
@@ -99,6 +122,7 @@ def test_any_schedule(device, seed):
         test_sublayer_epilogue.check(arguments, "norm", "int4")
         test_adapters.check((1, 3, 7), 1, 5, 12, BFLOAT, 3, "carry", again=0)
         test_tap_gradient.check(1, 45, 37, 5, BFLOAT, "int4")
+        test_stage_exit.check((1, 3, 7), 70, BFLOAT, True)
 
 
 @pytest.mark.parametrize("tokens", [1, 16])
@@ -119,6 +143,7 @@ def test_any_specialisation(device, tokens, offset):
         shape = 1, tokens, 1
         test_adapters.check(shape, 1, 16, 32, BFLOAT, 3, "carry", again=0, spoil=moved)
         test_tap_gradient.check(1, tokens, 64, 16, BFLOAT, "int8", moved)
+        test_stage_exit.check(shape, 64, BFLOAT, True, moved)
 
 
 def test_the_jit_specialises(device):
@@ -159,6 +184,8 @@ def test_any_map(device, architecture, dtype, shape):
             test_sublayer_epilogue.check(arguments, tap, taps)
         for form in test_adapters.FORMS:
             test_adapters.check(shape, 2, 5, 12, dtype, *form, again=0)
+        for merging in (True, False):
+            test_stage_exit.check(shape, 24, dtype, merging)
 
 
 @pytest.mark.long
@@ -175,3 +202,4 @@ def test_published_widths(device, architecture, dtype, channels, rank):
         test_adapters.check((1, 5, 9), 2, rank, channels // 2, dtype, 3, "carry", again=0)
         for taps in LARGEST:
             test_tap_gradient.check(1, 150, channels, rank, dtype, taps)
+        test_stage_exit.check((1, 5, 9), channels, dtype, True)
