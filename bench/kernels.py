@@ -71,7 +71,7 @@ class Adapter(nn.Module):
 
     def __init__(self, stage: HighwayStage, k: int) -> None:
         super().__init__()
-        Q, U = stage.fold()
+        Q, U = reference.fold(stage.g, stage.Q, stage.U, stage.g_up)
         weights = {"P": stage.P[k], "Q": Q[k], "b": stage.b[k], "U": U[k], "V": stage.V[k]}
         weights |= {"D": stage.D[k][:, None], "gamma": stage.gamma[k]}
         for name, weight in weights.items():
@@ -269,15 +269,15 @@ def sublayer_epilogue(case: Case, device: str) -> Competitors:
 def adapters(case: Case, device: str) -> Competitors:
     arguments = adapter_arguments(case, device)
     return {
-        OURS: lambda: dispatch.run("adapters", arguments[0], *arguments),
+        OURS: lambda: dispatch.run("adapters", arguments[0], *arguments, "full"),
         "eager": lambda: reference.adapters(*arguments),
     }
 
 
 def adapters_backward(case: Case, device: str) -> Competitors:
     t, carry, *weights = adapter_arguments(case, device)
-    S, u = reference.adapters(t, carry, *weights)
-    arguments = (torch.randn_like(S), torch.randn_like(carry), u[:-1], *weights)
+    S, _, u, _ = reference.adapters(t, carry, *weights)
+    arguments = (torch.randn_like(S), torch.randn_like(carry), u, None, *weights)
     return {
         OURS: lambda: dispatch.run("adapters_backward", S, *arguments),
         "eager": lambda: reference.adapters_backward(*arguments),
@@ -291,11 +291,11 @@ def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
     channels, taps = config.dims[case.stage], config.num_taps[case.stage]
     stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
     nn.init.normal_(stage.D, std=0.2)
-    Q, U = stage.fold()
     maps = [stage_map(case, stage.P.shape[-1], device) for _ in range(taps + 1)]
     t, carry = torch.stack(maps[1:]).flatten(1, 3), maps[0].flatten(0, 2)
     size = tuple(maps[0].shape[1:3])
-    return t, carry, stage.D, stage.gamma, Q, stage.b, U, size
+    weights = stage.D, stage.gamma, stage.g, stage.Q, stage.b, stage.U, stage.g_up
+    return t, carry, *weights, size
 
 
 def tap_gradient(case: Case, device: str) -> Competitors:

@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from bench.environment import environment
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path
-from e3va.kernels import adapters, stage_exit, sublayer_epilogue, tap_gradient
+from e3va.kernels import adapters, fold, stage_exit, sublayer_epilogue, tap_gradient
 from e3va.kernels.common import padded_rank
 from e3va.ops.taps import DEFAULT_TAPS, LARGEST
 from e3va.trunks.swin import SWIN_VARIANTS
@@ -108,13 +108,17 @@ def compile_kernels(
         }
         kernel = sublayer_epilogue.sublayer_epilogue_kernel
         launches.append((f"sublayer_epilogue{note}", kernel, constants, tile.num_warps))
-    for side, state in FORMS if formats else FORMS[:2]:
-        note = f" {side}" + (" state" if state else "")
-        mixing = {"SIDE": side, "STATE": state}
+    forms = [(side, state, False) for side, state in (FORMS if formats else FORMS[:2])]
+    if DEFAULT_TAPS in formats:
+        forms += [(side, state, True) for side, state in FORMS]
+    for side, state, coded in forms:
+        note = f" {side}" + (" state" if state else "") + (" coded" if coded else "")
+        mixing = {"SIDE": side, "STATE": state, "CODED": coded}
         tile = adapters.forward_tiles(dtype, architecture, rank)
-        constants = adapter_constants(rank, hidden, tile) | mixing
+        slots = {"SLOTS": 2 if state and coded else TAPS}
+        constants = adapter_constants(rank, hidden, tile) | mixing | slots
         launches.append((f"adapters{note}", adapters.adapters_kernel, constants, tile.num_warps))
-        tile = adapters.backward_tiles(dtype, architecture, rank)
+        tile = adapters.backward_tiles(dtype, architecture, rank, side)
         constants = adapter_constants(rank, hidden, tile) | mixing | {"NEXT": state, "OWN": True}
         kernel = adapters.adapters_backward_kernel
         launches.append((f"adapters_backward{note}", kernel, constants, tile.num_warps))
@@ -135,6 +139,16 @@ def compile_kernels(
         )
         for taps in formats
     ]
+    constants = {
+        "SIDE": 3,
+        "RANK": rank,
+        "HIDDEN": hidden,
+        "DIM": rank // HighwayConfig.branches,
+        "RANK_TILE": padded_rank(rank),
+        "HIDDEN_TILE": fold.HIDDEN_TILE,
+    }
+    launches.append(("fold", fold.fold_kernel, constants, fold.NUM_WARPS))
+    launches.append(("fold_backward", fold.fold_backward_kernel, constants, fold.NUM_WARPS))
     for note, merging in (("", True), (" (last)", False)):
         tile = stage_exit.tiles(dtype, channels)
         constants = {
@@ -180,7 +194,25 @@ def compile_kernel(
     # The trunk stores its norms in fp32; parameters are in it, unless they are multiplied, and so
     # are the sums of their gradients and of the state.
     wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
-    wide |= {"dP", "dD", "sums", "mean", "rstd", "weight", "bias", "merge_weight"}
+    wide |= {
+        "g",
+        "g_up",
+        "dg",
+        "dQ",
+        "db",
+        "dU",
+        "dg_up",
+        "totals",
+        "mixing_totals",
+        "dP",
+        "dD",
+        "sums",
+        "mean",
+        "rstd",
+        "weight",
+        "bias",
+        "merge_weight",
+    }
     types = {f"{name}_ptr": "fp32" for name in wide} | {
         "codes_ptr": "u8",
         "words_ptr": "u32",
@@ -193,7 +225,11 @@ def compile_kernel(
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            signature[name] = f"*{types.get(name, TYPES[dtype])}"
+            folds = kernel in (fold.fold_kernel, fold.fold_backward_kernel)
+            narrow = "fp32" if folds and "_out" not in name else TYPES[dtype]
+            if name == "u_ptr" and constants.get("CODED") and "SLOTS" not in constants:
+                narrow = "i8"
+            signature[name] = f"*{types.get(name, narrow)}"
         else:
             signature[name] = {"eps": "fp32", **integers}[name]
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]

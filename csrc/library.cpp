@@ -177,7 +177,7 @@ void set_adapters(
   p.dtype = dtype_of(t);
 }
 
-std::tuple<Tensor, Tensor> adapters_on_cpu(
+std::tuple<Tensor, Tensor, Tensor> adapters_on_cpu(
     Tensor t, std::optional<Tensor> carry, std::optional<Tensor> D, std::optional<Tensor> gamma,
     Tensor Q, Tensor b, Tensor U, int64_t height, int64_t width) {
   STD_TORCH_CHECK(t.dim() == 3, "adapters: t must be [adapters, tokens, rank]");
@@ -187,17 +187,20 @@ std::tuple<Tensor, Tensor> adapters_on_cpu(
   p.t = rows_of(t, t, p.adapters * tokens * p.rank);
   p.carry = carry ? rows_of(*carry, t, tokens * p.rank) : nullptr;
   Tensor S = torch::stable::new_empty(t, {tokens, p.adapters * p.rank});
-  Tensor u = gamma ? torch::stable::new_empty(t, {p.adapters + 1, tokens, p.rank})
+  Tensor u = gamma ? torch::stable::new_empty(t, {p.adapters, tokens, p.rank})
                    : torch::stable::new_empty(t, {0});
+  Tensor after = gamma ? torch::stable::new_empty(t, {tokens, p.rank})
+                       : torch::stable::new_empty(t, {0});
   Tensor state = torch::stable::new_empty(Q, {gamma ? tokens : 0, adapters_row(p.rank)});
   p.S = S.mutable_data_ptr();
   p.u = gamma ? u.mutable_data_ptr() : nullptr;
+  p.after = after.mutable_data_ptr();
   p.state = static_cast<float*>(state.mutable_data_ptr());
   for (p.adapter = gamma ? -1 : 0; p.adapter < p.adapters; ++p.adapter)
     torch::stable::parallel_for(
         0, adapters_items(p), 1,
         [&](int64_t begin, int64_t end) { adapters_cpu(p, begin, end); });
-  return {S, u};
+  return {S, u, after};
 }
 
 // The last four are written to: gradients, as the parameters are; those that are not there, empty.
@@ -309,7 +312,7 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "Tensor(d!) scale) -> Tensor");
   m.def(
       "adapters(Tensor t, Tensor? carry, Tensor? D, Tensor? gamma, Tensor Q, Tensor b, Tensor U, "
-      "int height, int width) -> (Tensor, Tensor)");
+      "int height, int width) -> (Tensor, Tensor, Tensor)");
   m.def(
       "adapters_backward(Tensor dS, Tensor? dcarry, Tensor u, Tensor? D, Tensor? gamma, Tensor Q, "
       "Tensor b, Tensor U, int height, int width, Tensor(a!) dD, Tensor(b!) dQ, Tensor(c!) db, "

@@ -45,7 +45,8 @@ struct AdaptersParams {
   const float* b;      // [adapters, hidden]
   const float* U;      // [adapters, hidden, rank]
   void* S;             // [tokens, adapters * rank]
-  void* u;             // [adapters + 1, tokens, rank], the last the state after; null: no state
+  void* u;             // [adapters, tokens, rank]; null: no state
+  void* after;         // [tokens, rank], the state after the stage
   float* state;        // [tokens, adapters_row(rank)], room for it
   Dtype dtype;         // of t, carry, S and u
   int64_t adapters, height, width, tokens, rank, hidden, side;

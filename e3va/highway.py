@@ -90,9 +90,9 @@ def _describe(form: Tensor) -> str:
 class HighwayStage(nn.Module):
     """The K adapters of one stage, stacked; what they compute stands in :class:`HighwayConfig`.
 
-    ``g`` [K, branches, d, d] and ``g_up`` are the inner kernels of the low-rank branches; they are
-    folded into Q and U once per step. V and c are zero at first: the highway then carries the
-    trunk's own features. So is D; gamma is one, in a deep stage less, see :data:`HEARD`.
+    ``g`` [K, branches, d, d] and ``g_up`` are the inner kernels of the low-rank branches. V and c
+    are zero at first: the highway then carries the trunk's own features. So is D; gamma is one, in
+    a deep stage less, see :data:`HEARD`.
 
     Parameters (C channels, α rank, m hidden, d kernel_dim): P [K, C, α], D [K, α, side, side] or
     None, gamma [K, α] or None, g [K, branches, d, d], Q [K, α, m], b [K, m], U [K, m, α],
@@ -137,27 +137,25 @@ class HighwayStage(nn.Module):
         if self.gamma is not None:
             nn.init.constant_(self.gamma, min(1.0, HEARD / len(self.gamma)))
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """Q and U with the inner kernels multiplied in: [K, α, m] and [K, m, α]."""
-        taps, branches, d, _ = self.g.shape
-        Q = (self.g @ self.Q.view(taps, branches, d, -1)).flatten(1, 2)
-        U = self.U.view(taps, -1, branches, d).transpose(1, 2) @ self.g_up
-        return Q, U.transpose(1, 2).flatten(2)
-
 
 class StageRide:
     """One pass of the highway along a stage of the trunk.
 
     As the trunk's epilogue it completes each sub-layer while projecting its tap down;
     :meth:`arrive` then gives the highway after the stage.
+
+    Args:
+        stage: the adapters.
+        before: the pass along the stage before, whose noise goes on (default: it begins here).
     """
 
-    def __init__(self, stage: HighwayStage) -> None:
+    def __init__(self, stage: HighwayStage, before: StageRide | None = None) -> None:
         self._stage = stage
         self.tap = stage.tap
         # Without a backward to come nothing needs to be made smaller.
         self._storage = stage.storage if torch.is_grad_enabled() else "full"
-        self._seed: Tensor | None = None
+        self._seed: Tensor | None = before._seed if before else None
+        self._first: int = before._first + len(before._stage.P) if before else 0
         self._full: list[Tensor] = []  # taps that are kept as they are
         self._room: tuple[Tensor, ...] = ()  # t, taps and scales, of all sub-layers
         self._slices: list[Any] = []  # k, P, t, tap, scale of each that is to come
@@ -167,8 +165,9 @@ class StageRide:
         P = self._stage.P.to(x.dtype)  # cast once for all
         self._room = room(x, P.shape[2], self._storage, len(P))
         parts = (v.unbind() for v in (P, *self._room))
-        self._slices = list(zip(range(len(P)), *parts, strict=True))
-        if self._storage == "int4":
+        taps = range(self._first, self._first + len(P))
+        self._slices = list(zip(taps, *parts, strict=True))
+        if self._storage == "int4" and self._seed is None:
             # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
             self._seed = torch.randint(2**31, (), device=x.device)
 
@@ -202,7 +201,6 @@ class StageRide:
         """The highway and the state after the stage, from those before it (no state: zero) and the
         frozen stage's input and output, each [B, H, W, C]; see :func:`e3va.ops.highway`."""
         stage = self._stage
-        Q, U = stage.fold()
         t, kept, scale = self._room
         return ops.highway(
             h,
@@ -210,7 +208,7 @@ class StageRide:
             y_out,
             self._full if self._storage == "full" else kept,
             t,
-            *(stage.P, Q, stage.b, U, stage.V, stage.c),
+            *(stage.P, stage.g, stage.Q, stage.b, stage.U, stage.g_up, stage.V, stage.c),
             D=stage.D,
             gamma=stage.gamma,
             carry=carry,
@@ -240,7 +238,7 @@ class HighwayPass:
 
     def epilogue(self, stage: int) -> StageRide:
         adapters: Any = self._highway.stages[stage]
-        self._ride = StageRide(adapters)
+        self._ride = StageRide(adapters, self._ride)
         return self._ride
 
     def arrive(

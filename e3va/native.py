@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch
+from e3va.ops import dispatch, reference
 from e3va.ops.sublayer_epilogue import returns_norm
 from e3va.ops.taps import TAPS, room
 from e3va.ops.variants import WindowAttention
@@ -150,14 +150,21 @@ def adapters(
     carry: Tensor | None,  # [N, r]
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
+    g: Tensor,  # [K, branches, d, d]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
-    before = None if carry is None else carry.contiguous()
+    kept: str = "full",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    t, before = t.contiguous(), None if carry is None else carry.contiguous()
+    Q, U = reference.fold(g, Q, U, g_up)
     weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
-    return torch.ops.e3va_native.adapters(t.contiguous(), before, *weights, *size)
+    S, u, after = torch.ops.e3va_native.adapters(t, before, *weights, *size)
+    if gamma is None and kept != "full":
+        u = t
+    return S, after, *reference.keep(u, kept)
 
 
 @dispatch.register("adapters_backward", "native", why_not=_cpu_why_not)
@@ -165,21 +172,29 @@ def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
     u: Tensor,  # [K, N, r]
+    scale: Tensor | None,  # [K, N], of u in int8
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
+    g: Tensor,  # [K, branches, d, d]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     after = None if dcarry is None else dcarry.contiguous()
-    weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
+    u = reference.kept_in_full(u, scale, dS).contiguous()
+    folded = reference.fold(g, Q, U, g_up)
+    weights = _given(D), _given(gamma), _weight(folded[0]), _weight(b), _weight(folded[1])
     D, _, *others = weights
-    sums = [torch.empty(0 if w is None else w.shape, dtype=torch.float32) for w in (D, *others)]
-    results = torch.ops.e3va_native.adapters_backward(
-        dS.contiguous(), after, u.contiguous(), *weights, *size, *sums
+    dD, dQ, db, dU = (
+        torch.empty(0 if w is None else w.shape, dtype=torch.float32) for w in (D, *others)
     )
-    return *results, *sums
+    results = torch.ops.e3va_native.adapters_backward(
+        dS.contiguous(), after, u, *weights, *size, dD, dQ, db, dU
+    )
+    dg, dQ, dU, dg_up = reference.fold_backward(dQ, dU, g, Q, U, g_up)
+    return *results, dD, dg, dQ, db, dU, dg_up
 
 
 @dispatch.register("tap_gradient", "native", why_not=_cpu_why_not)

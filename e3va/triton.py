@@ -46,7 +46,7 @@ def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 @dispatch.register("adapters", "triton", why_not, cannot)
-def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from e3va.kernels.adapters import adapters
 
     with torch.cuda.device_of(t):

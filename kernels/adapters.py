@@ -31,6 +31,8 @@ import triton.language as tl
 from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, gelu, gelu_and_slope, padded_rank
+from e3va.kernels.fold import fold, fold_backward
+from e3va.kernels.taps import encode, magnitude, scales
 
 ROOM = 12 << 20  # bytes for the sums of parts: of as many adapters as that holds
 
@@ -51,7 +53,7 @@ def forward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
     return Tiles(32, 32, 4) if rank > 32 else Tiles(16, 64, 1)
 
 
-def backward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
+def backward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) -> Tiles:
     """Those of ``adapters_backward_kernel``; nothing spills. Parts are larger, and fewer, where
     their sums outgrow the cache (sm_86)."""
     if dtype == torch.float32:
@@ -62,7 +64,9 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
         return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
     if rank > 32:
         return Tiles(32, 32, 8)
-    return Tiles(128, 64, 8) if architecture == 86 else Tiles(64, 64, 4)
+    if architecture == 86:
+        return Tiles(128, 64, 8)
+    return Tiles(64, 32, 4) if side > 5 else Tiles(64, 64, 4)
 
 
 def adapters(
@@ -70,72 +74,99 @@ def adapters(
     carry: Tensor | None,  # [N, r]
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
+    g: Tensor,  # [K, branches, d, d]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
+    kept: str = "full",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = t.contiguous()
-    K, tokens, rank = t.shape
+    (K, tokens, rank), state, coded = t.shape, gamma is not None, kept != "full"
     S = t.new_empty(tokens, K * rank)
-    u = t.new_empty(0 if gamma is None else (K + 1, tokens, rank))
+    after = t.new_empty((tokens, rank) if state else 0)
+    # Where codes are kept, u is read by one adapter, while the next one's is written.
+    slots = 2 if state and coded else K
+    u = t.new_empty((slots, tokens, rank) if state else 0)
+    codes = t.new_empty(t.shape if coded else 0, dtype=torch.int8)
+    scale = t.new_empty(t.shape[:2] if coded else 0, dtype=torch.float32)
+    results = S, after, codes if coded else u, scale
     if not tokens:
-        return S, u
-    state = S
+        return results
+    heard = S
     if gamma is not None:
-        state = _state(carry, t[0])
-        # Without a carry the first adapter hears nothing.
-        u[0] = t[0] if carry is None else t[0] + gamma[0].float() * state
+        heard = _state(carry, t[0])
+        if carry is None:  # the first adapter hears nothing
+            u[0].copy_(t[0])
+        else:
+            torch.addcmul(t[0], gamma[0].to(heard), heard, out=u[0])
     tile = forward_tiles(t.dtype, architecture_of(t.device), rank)
-    grid = triton.cdiv(tokens, tile.rows), K if gamma is None else 1
-    weights = _by_neighbour(D, S), _given(gamma, S), *_narrow(Q, b, U, t.dtype)
+    grid = triton.cdiv(tokens, tile.rows), 1 if state else K
+    D_in, Q_in, U_in = fold(D, g, Q, U, g_up, t.dtype)
     for k in range(K // grid[1]):
         adapters_kernel[grid](
             t,
-            t if gamma is None else u,
-            state,
-            *weights,
+            u if state else t,
+            heard,
+            D_in,
+            _given(gamma, S),
+            Q_in,
+            b.contiguous(),
+            U_in,
             S,
+            after,
+            codes.view(torch.uint8),
+            scale,
             tokens,
             *size,
             k,
             **_sizes(Q, D, tile),
-            STATE=gamma is not None,
+            STATE=state,
+            CODED=coded,
+            SLOTS=slots,
         )
-    return S, u
+    return results
 
 
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
     u: Tensor,  # [K, N, r]
+    scale: Tensor | None,  # [K, N], of u in int8
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
+    g: Tensor,  # [K, branches, d, d]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     dS, u = dS.contiguous(), u.contiguous()
     (K, rank, hidden), tokens = Q.shape, len(dS)
     state, side = gamma is not None, 0 if D is None else D.shape[-1]
-    tile = backward_tiles(dS.dtype, architecture_of(dS.device), rank)
+    tile = backward_tiles(dS.dtype, architecture_of(dS.device), rank, side)
     parts = triton.cdiv(tokens, tile.rows)
-    weights = hidden * rank, hidden * rank, hidden  # of dQᵀ, dU, db
-    group = max(1, min(K, ROOM // (4 * max(1, parts) * sum(weights))))
-    S, dt = torch.empty_like(dS), torch.empty_like(u)
+    weights = hidden * (2 * rank + 1)
+    group = max(1, min(K, ROOM // (4 * max(1, parts) * weights)))
+    S, dt = torch.empty_like(dS), dS.new_empty(K, tokens, rank)
     dmixed = dt if D is None else torch.empty_like(dt)  # the same where nothing is mixed
     dbefore = dS.new_empty((tokens, rank) if state else 0)
-    sums = dS.new_empty(group, parts, sum(weights), dtype=torch.float32)
-    totals = sums.new_empty(K, sum(weights))
+    sums = dS.new_empty(group, parts, weights, dtype=torch.float32)
+    totals = sums.new_empty(K, weights)
     mixing_sums = sums.new_empty(parts, K, side * side, rank)
+    D_in, Q_in, U_in = fold(D, g, Q, U, g_up, dS.dtype)
     arguments = (
         dS,
         u,
-        _state(dcarry, u[0]) if state else S,
-        _by_neighbour(D, S),
+        _given(scale, S),
+        _state(dcarry, dt[0]) if state else S,
+        D_in,
         _given(gamma, S),
-        *_narrow(Q, b, U, dS.dtype),
+        Q_in,
+        b.contiguous(),
+        U_in,
         S,
         dmixed,
         dt,
@@ -153,6 +184,7 @@ def adapters_backward(
                 first,
                 **_sizes(Q, D, tile),
                 STATE=state,
+                CODED=scale is not None,
                 NEXT=gather,
                 OWN=own,
             )
@@ -167,17 +199,8 @@ def adapters_backward(
         torch.sum(sums[: end - first], 1, out=totals[first:end])
     if state or side:
         launch(sums, -1, 1 if state else K, gather=True, own=False)
-    dQ, dU, db = totals.split(weights, 1)
-    dD = mixing_sums.sum(0).mT.contiguous()
-    return (
-        S,
-        dt,
-        dbefore,
-        dD.flatten() if D is None else dD.view(D.shape),
-        dQ.view(K, hidden, rank).mT.contiguous(),
-        db.contiguous(),
-        dU.view(U.shape).contiguous(),
-    )
+    mixing_totals = totals if D is None else mixing_sums.sum(0)
+    return S, dt, dbefore, *fold_backward(totals, mixing_totals, D, g, Q, U, g_up)
 
 
 def _state(begin: Tensor | None, like: Tensor) -> Tensor:
@@ -187,19 +210,9 @@ def _state(begin: Tensor | None, like: Tensor) -> Tensor:
     return begin.to(torch.float32, copy=True).contiguous()
 
 
-def _by_neighbour(D: Tensor | None, absent: Tensor) -> Tensor:
-    """[K, r, side, side] → [K, side², r]."""
-    return absent if D is None else D.flatten(2).transpose(1, 2).contiguous()
-
-
 def _given(values: Tensor | None, absent: Tensor) -> Tensor:
     """What is absent is neither read nor written."""
     return absent if values is None else values.contiguous()
-
-
-def _narrow(Q: Tensor, b: Tensor, U: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What is multiplied gets the dtype of the rows."""
-    return Q.to(dtype).contiguous(), b.contiguous(), U.to(dtype).contiguous()
 
 
 def _sizes(Q: Tensor, D: Tensor | None, tile: Tiles) -> dict[str, Any]:
@@ -238,15 +251,30 @@ def _load_slice(
 
 
 @triton.jit
+def _load(
+    values_ptr, scale_ptr, at, rows, inside, row_in, CODED: tl.constexpr, DTYPE: tl.constexpr
+):
+    """Rows of [N, r], zero outside; CODED: those that are in int8, in DTYPE."""
+    values = tl.load(values_ptr + at, mask=inside, other=0.0)
+    if CODED:
+        scale = tl.load(scale_ptr + rows, mask=row_in, other=0.0)
+        values = (values.to(tl.float32) * scale[:, None]).to(DTYPE)
+    return values
+
+
+@triton.jit
 def _mix(
     values_ptr,  # [N, r]
     D_ptr,  # [side², r]
     u_ptr,  # [N, r], or None
+    scale_ptr,  # [N], of u, or of the values where they are u
     dD_ptr,  # [side², r], or None
     rows,
     tokens,
     height,
     width,
+    DTYPE: tl.constexpr,
+    CODED: tl.constexpr,
     BACKWARD: tl.constexpr,
     RANK: tl.constexpr,
     SIDE: tl.constexpr,
@@ -259,10 +287,11 @@ def _mix(
     rank_in = ranks < RANK
     at = rows[:, None] * RANK + ranks[None, :]
     own_in = row_in[:, None] & rank_in[None, :]
-    total = tl.load(values_ptr + at, mask=own_in, other=0.0).to(tl.float32)
+    OF_U: tl.constexpr = CODED and not BACKWARD
+    total = _load(values_ptr, scale_ptr, at, rows, own_in, row_in, OF_U, DTYPE).to(tl.float32)
     if SIDE:
         if BACKWARD:
-            u = tl.load(u_ptr + at, mask=own_in, other=0.0)
+            u = _load(u_ptr, scale_ptr, at, rows, own_in, row_in, CODED, DTYPE)
         place = rows.to(tl.int32)  # tokens fit into 32 bits: division is faster there
         column = place % width
         line = place // width % height
@@ -276,10 +305,16 @@ def _mix(
                     n = SIDE * SIDE - 1 - n
                 inside = line_in & (column + right >= 0) & (column + right < width)
                 D = tl.load(D_ptr + n * RANK + ranks, mask=rank_in, other=0.0).to(tl.float32)
-                around = tl.load(
-                    values_ptr + at + (down * width + right) * RANK,
-                    mask=inside[:, None] & rank_in[None, :],
-                    other=0.0,
+                off = down * width + right
+                around = _load(
+                    values_ptr,
+                    scale_ptr,
+                    at + off * RANK,
+                    rows + off,
+                    inside[:, None] & rank_in[None, :],
+                    inside,
+                    OF_U,
+                    DTYPE,
                 )
                 total += D[None, :] * around.to(tl.float32)
                 if BACKWARD:
@@ -319,7 +354,7 @@ def _store_sums(sums_ptr, x, column_in, ROWS: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit(do_not_specialize=["tokens", "height", "width", "first"])
 def adapters_kernel(
     t_ptr,  # [K, N, r]
-    u_ptr,  # [K + 1, N, r], or t without a state
+    u_ptr,  # [slots, N, r], or t without a state
     state_ptr,  # [N, r]
     D_ptr,  # [K, side², r]
     gamma_ptr,  # [K, r]
@@ -327,6 +362,9 @@ def adapters_kernel(
     b_ptr,  # [K, m]
     U_ptr,  # [K, m, r]
     S_ptr,  # [N, K·r]
+    after_ptr,  # [N, r]
+    codes_ptr,  # [K, N, r]
+    scale_ptr,  # [K, N]
     tokens,
     height,
     width,
@@ -336,6 +374,8 @@ def adapters_kernel(
     HIDDEN: tl.constexpr,
     SIDE: tl.constexpr,
     STATE: tl.constexpr,
+    CODED: tl.constexpr,  # u is kept in codes
+    SLOTS: tl.constexpr,
     RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
@@ -347,15 +387,26 @@ def adapters_kernel(
     ranks = tl.arange(0, RANK_TILE)
     rank_in = ranks < RANK
     inside = (rows < tokens)[:, None] & rank_in[None, :]
+    at = rows[:, None] * RANK + ranks[None, :]
+    read_ptr = u_ptr + tap % SLOTS * tokens * RANK
+    if CODED:
+        u = tl.load(read_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        inverse, scale = scales(tl.max(magnitude(u), 1), "int8")
+        tl.store(scale_ptr + tap * tokens + rows, scale, mask=rows < tokens)
+        code = encode(u, inverse[:, None], 0, "int8")
+        tl.store(codes_ptr + tap * tokens * RANK + at, code.to(tl.uint8), mask=inside)
     mixed = _mix(
-        u_ptr + tap * tokens * RANK,
+        read_ptr,
         D_ptr + tap * (SIDE * SIDE * RANK),
+        None,
         None,
         None,
         rows,
         tokens,
         height,
         width,
+        dtype,
+        False,
         False,
         RANK,
         SIDE,
@@ -373,22 +424,22 @@ def adapters_kernel(
     at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
     tl.store(S_ptr + at_S, s.to(dtype), mask=inside)
     if STATE:
-        at = rows[:, None] * RANK + ranks[None, :]
         state = tl.load(state_ptr + at, mask=inside, other=0.0) + s
-        tl.store(state_ptr + at, state, mask=inside)
-        # After the last adapter u is the state itself.
-        more = tap + 1 < TAPS
-        heard = tl.load(gamma_ptr + (tap + 1) * RANK + ranks, mask=rank_in & more, other=1.0)
-        at += (tap + 1) * tokens * RANK
-        t = tl.load(t_ptr + at, mask=inside & more, other=0.0)
+        next = tap + 1
+        more = inside & (next < TAPS)
+        tl.store(state_ptr + at, state, mask=more)
+        tl.store(after_ptr + at, state.to(dtype), mask=inside & (next == TAPS))
+        heard = tl.load(gamma_ptr + next * RANK + ranks, mask=rank_in & (next < TAPS), other=0.0)
+        t = tl.load(t_ptr + next * tokens * RANK + at, mask=more, other=0.0)
         u = t.to(tl.float32) + heard.to(tl.float32)[None, :] * state
-        tl.store(u_ptr + at, u.to(dtype), mask=inside)
+        tl.store(u_ptr + next % SLOTS * tokens * RANK + at, u.to(dtype), mask=more)
 
 
 @triton.jit(do_not_specialize=["tokens", "height", "width", "first"])
 def adapters_backward_kernel(
     dS_ptr,  # [N, K·r]
     u_ptr,  # [K, N, r]
+    scale_ptr,  # [K, N], of u in codes
     dstate_ptr,  # [N, r]
     D_ptr,  # [K, side², r]
     gamma_ptr,  # [K, r]
@@ -410,13 +461,14 @@ def adapters_backward_kernel(
     HIDDEN: tl.constexpr,
     SIDE: tl.constexpr,
     STATE: tl.constexpr,
+    CODED: tl.constexpr,  # u is in codes
     NEXT: tl.constexpr,  # gather the gradient of the adapter after this one
     OWN: tl.constexpr,  # there is this one
     RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
 ):
-    dtype: tl.constexpr = u_ptr.dtype.element_ty
+    dtype: tl.constexpr = dS_ptr.dtype.element_ty
     part = tl.program_id(0).to(tl.int64)
     tap = (first + tl.program_id(1)).to(tl.int64)
     rows = part * ROWS + tl.arange(0, ROWS)
@@ -432,11 +484,14 @@ def adapters_backward_kernel(
             dmixed_ptr + next * tokens * RANK,
             D_ptr + next * (SIDE * SIDE * RANK),
             u_ptr + next * tokens * RANK,
+            scale_ptr + next * tokens,
             dD_ptr + (part * TAPS + next) * (SIDE * SIDE * RANK),
             rows,
             tokens,
             height,
             width,
+            dtype,
+            CODED,
             True,
             RANK,
             SIDE,
@@ -459,11 +514,14 @@ def adapters_backward_kernel(
             u_ptr + tap * tokens * RANK,
             D_ptr + tap * (SIDE * SIDE * RANK),
             u_ptr,
+            scale_ptr + tap * tokens,
             u_ptr,
             rows,
             tokens,
             height,
             width,
+            dtype,
+            CODED,
             False,
             RANK,
             SIDE,

@@ -43,9 +43,11 @@ def mixed(u: Tensor, D: Tensor) -> Tensor:
 
 
 def adapters(
-    taps: list[Tensor], P, Q, b, U, D=None, gamma=None, carry: Tensor | None = None
+    taps: list[Tensor], P, g, Q, b, U, g_up, D=None, gamma=None, carry: Tensor | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """What each adapter of a stage says, s_k [B, H, W, α], and the state after it."""
+    Q = [torch.block_diag(*g_k) @ Q_k for g_k, Q_k in zip(g, Q, strict=True)]
+    U = [U_k @ torch.block_diag(*g_k) for U_k, g_k in zip(U, g_up, strict=True)]
     said, state = [], taps[0].new_zeros(*taps[0].shape[:-1], P.shape[-1])
     if carry is not None:
         state = state + carry
@@ -61,11 +63,24 @@ def adapters(
 
 
 def highway(
-    h_in: Tensor, x: list[Tensor], P, Q, b, U, V, c: Tensor, D=None, gamma=None, carry=None, taps=()
+    h_in: Tensor,
+    x: list[Tensor],
+    P,
+    g,
+    Q,
+    b,
+    U,
+    g_up,
+    V,
+    c: Tensor,
+    D=None,
+    gamma=None,
+    carry=None,
+    taps=(),
 ) -> tuple[Tensor, Tensor]:
     """h_out = h_in + Σ_k (x_k + s_k·V_k) + c, and the state after the stage. ``taps``: what the
     adapters read, if not x."""
-    said, state = adapters(taps or x, P, Q, b, U, D, gamma, carry)
+    said, state = adapters(taps or x, P, g, Q, b, U, g_up, D, gamma, carry)
     h = h_in + c
     for x_k, s_k, V_k in zip(x, said, V, strict=True):
         h = h + x_k + s_k @ V_k

@@ -125,7 +125,6 @@ def test_gradients_equal_autograd_through_the_unfused_network(form):
                 y, h = map(trunk.transition(s - 1), (y, h))
                 carry = F.avg_pool2d(carry.permute(0, 3, 1, 2), 2, ceil_mode=True)
                 carry = carry.permute(0, 2, 3, 1)
-            Q, U = stage.fold()
             xs, taps = [], []
 
             def keep(x, y, norm, xs=xs, taps=taps):
@@ -136,7 +135,8 @@ def test_gradients_equal_autograd_through_the_unfused_network(form):
                 return y, z
 
             y = trunk.stage(s, y, keep).detach()
-            parameters = stage.P, Q, stage.b, U, stage.V, stage.c, stage.D, stage.gamma
+            kernels = stage.P, stage.g, stage.Q, stage.b, stage.U, stage.g_up
+            parameters = *kernels, stage.V, stage.c, stage.D, stage.gamma
             h, carry = oracles.highway(h, xs, *parameters, carry, taps)
             norm = backbone.norms[s]
             p = F.layer_norm(h, h.shape[-1:], norm.weight, norm.bias).permute(0, 3, 1, 2)
@@ -159,10 +159,9 @@ def test_gradients_equal_autograd_through_the_unfused_network(form):
 def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
     """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e, or a
     byte or half of one a value and 4 for each token's scale; u K·N·α·e, or beside int4 taps a byte
-    a value and such a scale; the state before the stage N·α·e, if there is one, and in a room with
-    u, where that is kept as it is, the state after; and the feature p N·C·e, which a neck keeps
-    too. Beside these the output norm's statistics 2·N·4 and the folded Q and U 2·K·α·m·4. Nothing
-    of width m per token, nothing of the trunk but its taps."""
+    a value and such a scale; the state before the stage N·α·e, if there is one; and the feature p
+    N·C·e, which a neck keeps too. Beside these the output norm's statistics 2·N·4. Nothing of width
+    m per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
     stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
     backbone = E3VABackbone(FrozenSwin(TINY), replace(form, storage=taps))
@@ -173,10 +172,9 @@ def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
         N = 2 * math.ceil(41 / 2 ** (s + 2)) * math.ceil(50 / 2 ** (s + 2))
         u = config.rank + 4 if taps == "int4" else config.rank * e
         expected += K * N * (stored(C) + u) + N * C * e
-        if config.state:
-            states = (s > 0) + (taps != "int4")
-            expected += states * N * config.rank * e
-        expected += 2 * N * 4 + 2 * K * config.rank * config.hidden(C) * 4
+        if config.state and s > 0:
+            expected += N * config.rank * e
+        expected += 2 * N * 4
     with SavedBytes([backbone]) as saved, torch.autocast("cpu", autocast, enabled=bool(autocast)):
         backbone(image)
     assert saved.total == expected

@@ -4,6 +4,7 @@ import torch
 from e3va import Highway, HighwayConfig, SwinConfig, trunk_config
 from e3va.highway import HighwayStage, StageRide
 from e3va.measure import trainable_parameters
+from e3va.ops.reference import fold
 from tests import oracles
 
 
@@ -29,9 +30,12 @@ def test_the_state_of_a_deep_stage_begins_as_small_as_that_of_a_shallow_one():
     torch.manual_seed(0)
     for adapters in (4, 12, 36):
         stage = HighwayStage(adapters, 128, HighwayConfig())
-        Q, U = stage.fold()
         taps = [torch.randn(1, 4, 5, 128) for _ in range(adapters)]
-        _, state = oracles.adapters(taps, stage.P, Q, stage.b, U, stage.D, stage.gamma)
+        _, state = oracles.adapters(
+            taps,
+            *(stage.P, stage.g, stage.Q, stage.b, stage.U, stage.g_up),
+            *(stage.D, stage.gamma),
+        )
         assert 0.5 < state.square().mean().sqrt() < 10
 
 
@@ -82,7 +86,7 @@ def test_fold_is_the_lorand_form():
     stage = Highway(SwinConfig(24, (1,), (1,)), HighwayConfig(3, 4, 0.5)).stages[0].double()
     for parameter in stage.parameters():
         torch.nn.init.normal_(parameter)
-    Q, U = stage.fold()
+    Q, U = fold(stage.g, stage.Q, stage.U, stage.g_up)
     for k in range(2):
         down = oracles.lorand_projection(stage.P[k], stage.g[k], stage.Q[k])
         up = oracles.lorand_projection(stage.U[k], stage.g_up[k], stage.V[k])
@@ -145,11 +149,14 @@ def test_unknown_variant_lists_the_known():
 
 def test_every_tap_is_rounded_by_noise_of_its_own():
     stage = Highway(trunk_config("swin_digits"), HighwayConfig(hidden_ratio=1.0)).stages[0]
-    ride, x = StageRide(stage), torch.randn(1, 5, 7, 32)
+    x, codes, ride = torch.randn(1, 5, 7, 32), [], None
     for _ in range(2):
-        ride(x, x, None)
-    first, second, *_ = ride._room[1]
-    assert not torch.equal(first, second)
+        ride = StageRide(stage, ride)
+        for _ in stage.P:
+            ride(x, x, None)
+        codes += ride._room[1]
+    for i, one in enumerate(codes):
+        assert not any(torch.equal(one, other) for other in codes[:i])
 
 
 def test_noise_is_repeated_by_pytorch_s_seed():

@@ -27,7 +27,7 @@ E3VA_INLINE const T* input(const AdaptersParams& p, int64_t k) {
   return static_cast<const T*>(p.u ? p.u : p.t) + k * p.tokens * p.rank;
 }
 
-// The state c [lr] after adapter k, and what the next one makes of it; the last one's is c.
+// The state c [lr] after adapter k, and what the next one makes of it; after the last one, c.
 template <typename T>
 E3VA_INLINE void hand_on(
     const AdaptersParams& p, int64_t token, const float* gamma, const float* __restrict__ c) {
@@ -37,7 +37,7 @@ E3VA_INLINE void hand_on(
     Floats u = load(c + r);
     if (next < p.adapters)
       u = load_within(static_cast<const T*>(p.t) + at, r, R) + load(gamma + r) * u;
-    T* to = static_cast<T*>(p.u) + at + r;
+    T* to = (next < p.adapters ? static_cast<T*>(p.u) + at : static_cast<T*>(p.after) + token * R) + r;
     if (r + kLanes <= R)
       store(to, u);
     else

@@ -23,7 +23,7 @@ def _sublayer_epilogue(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
 
 
 def _highway(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-    y_out, D, Q, V = (get_shape(inputs[i]) for i in (2, 9, 11, 14))
+    y_out, D, Q, V = (get_shape(inputs[i]) for i in (2, 9, 12, 16))
     return prod(y_out[:-1]) * (prod(D or [0]) + 2 * prod(Q) + prod(V))
 
 

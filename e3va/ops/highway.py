@@ -14,7 +14,7 @@ from torch import Tensor
 from e3va.ops import dispatch, reference
 from e3va.ops.checks import check_floating, check_once, check_same_dtype, check_shape
 from e3va.ops.library import operator
-from e3va.ops.taps import TAPS, compress, expand, stored_channels
+from e3va.ops.taps import TAPS, stored_channels
 
 for _op in (reference.adapters, reference.adapters_backward, reference.tap_gradient):
     dispatch.register(_op.__name__, "reference")(_op)
@@ -27,9 +27,11 @@ def highway(
     tap: Sequence[Tensor] | Tensor,
     t: Tensor,
     P: Tensor,
+    g: Tensor,
     Q: Tensor,
     b: Tensor,
     U: Tensor,
+    g_up: Tensor,
     V: Tensor,
     c: Tensor,
     D: Tensor | None = None,
@@ -40,8 +42,10 @@ def highway(
 ) -> tuple[Tensor, Tensor | None]:
     """h_out = y_out + (h_in − y_in) + Σ_k s_k·V_k + c (arXiv 2306.09729, eq. 5), where
 
-        u_k = t_k + γ_k ⊙ (carry + Σ_{j<k} s_j),  s_k = GELU((u_k + D_k ⋆ u_k)·Q_k + b_k)·U_k.
+        u_k = t_k + γ_k ⊙ (carry + Σ_{j<k} s_j),
+        s_k = GELU((u_k + D_k ⋆ u_k)·(g_k·Q_k) + b_k)·(U_k·g_up_k),
 
+    and of g_k, g_up_k each branch multiplies its own d of the α rows of Q_k and columns of U_k.
     ``t`` is what :func:`e3va.ops.sublayer_epilogue` made of the taps with *this* P. Gradients go to
     ``h_in``, ``carry`` and to the parameters, through t as a function of the taps; the trunk's
     tensors (y_in, y_out, tap, t) get none. Saved for backward: the taps, u, the carry and the
@@ -57,8 +61,9 @@ def highway(
         tap: K taps, each [B, H, W, C], or as :func:`e3va.ops.sublayer_epilogue` keeps them, in one
             tensor [K, N, bytes].
         t: [K, N, α], N = B·H·W.
-        P: [K, C, α]. Q: [K, α, m]. b: [K, m]. U: [K, m, α]. V: [K, α, C]. c: [C]. Of one dtype,
-            which their gradients have too; cast to that of ``y_out`` to compute.
+        P: [K, C, α]. g, g_up: [K, branches, d, d], α = branches·d. Q: [K, α, m]. b: [K, m].
+            U: [K, m, α]. V: [K, α, C]. c: [C]. Of one dtype, which their gradients have too; cast
+            to that of ``y_out`` to compute.
         D: depth-wise kernels, [K, α, side, side], side odd; None (the default): no mixing.
         gamma: how much of the state an adapter hears, [K, α]; None (the default): no state.
         carry: the state before the stage, [B, H, W, α]; None (the default): zero.
@@ -75,7 +80,7 @@ def highway(
     """
     kept = [tap] if isinstance(tap, Tensor) else list(tap)
     arguments = h_in, y_in, y_out, carry, taps, kept, scale, t
-    parameters = P, D, gamma, Q, b, U, V, c
+    parameters = P, D, gamma, g, Q, b, U, g_up, V, c
     check_once(_check, *arguments, *parameters)
     h, carry, *_ = torch.ops.e3va.highway(*arguments, *parameters)
     return h, None if gamma is None else carry
@@ -93,9 +98,11 @@ def _check(
     P: Tensor,
     D: Tensor | None,
     gamma: Tensor | None,
+    g: Tensor,
     Q: Tensor,
     b: Tensor,
     U: Tensor,
+    g_up: Tensor,
     V: Tensor,
     c: Tensor,
 ) -> None:
@@ -105,7 +112,7 @@ def _check(
     maps = {"h_in": h_in, "y_in": y_in, **full}
     check_same_dtype(y_out=y_out, **maps, **_given(carry=carry))
     check_floating(t=t)
-    check_same_dtype(P=P, Q=Q, b=b, U=U, V=V, c=c, **_given(D=D, gamma=gamma))
+    check_same_dtype(P=P, g=g, Q=Q, b=b, U=U, g_up=g_up, V=V, c=c, **_given(D=D, gamma=gamma))
     check_shape("P", P, -1, -1, -1)
     check_shape("Q", Q, len(P), -1, -1)
     adapters, channels, rank = P.shape
@@ -124,6 +131,12 @@ def _check(
         check_shape("tap", tap[0], adapters, tokens, stored_channels(channels, taps))
         check_shape("scale", scale, adapters, tokens)
     check_shape("Q", Q, adapters, rank, hidden)
+    check_shape("g", g, adapters, -1, -1, -1)
+    branches, side = g.shape[1:3]
+    if branches * side != rank:
+        raise ValueError(f"g holds {branches} kernels of {side} rows, which are not P's {rank}")
+    for name, kernel in (("g", g), ("g_up", g_up)):
+        check_shape(name, kernel, adapters, branches, side, side)
     check_shape("b", b, adapters, hidden)
     check_shape("U", U, adapters, hidden, rank)
     check_shape("V", V, adapters, rank, channels)
@@ -157,39 +170,39 @@ def _highway(
     P: Tensor,
     D: Tensor | None,
     gamma: Tensor | None,
+    g: Tensor,
     Q: Tensor,
     b: Tensor,
     U: Tensor,
+    g_up: Tensor,
     V: Tensor,
     c: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h_out; the state after the stage [B, H, W, α], if any; u [K, N, α] as it is kept, and in int8
-    its scales [K·N]."""
+    its scales [K, N]."""
     rows = t.to(y_out)
     before = None if carry is None else carry.flatten(0, -2)
-    S, u = dispatch.run("adapters", y_out, rows, before, D, gamma, Q, b, U, y_out.shape[1:3])
+    weights, size = (D, gamma, g, Q, b, U, g_up), y_out.shape[1:3]
+    kept = "int8" if taps == "int4" else "full"
+    S, after, u, u_scale = dispatch.run("adapters", y_out, rows, before, *weights, size, kept)
     with torch.autocast(y_out.device.type, enabled=False):
         h = reference.highway(h_in, y_in, y_out, S, V, c)
-    if gamma is None:
-        u, after = rows.clone() if rows is t and taps != "int4" else rows, h.new_empty(0)
-    else:
-        after = u[-1].view(*y_out.shape[:-1], P.shape[2]).clone()
-        u = u[:-1]
-    if taps != "int4":
-        return h, after, u, h.new_empty(0)
-    kept, kept_scale = compress(u, "int8", seed=0)
-    return h, after, kept.view_as(u), kept_scale
+    if gamma is not None:
+        after = after.view(*y_out.shape[:-1], P.shape[2])
+    elif kept == "full":
+        u = rows.clone() if rows is t else rows
+    return h, after, u, u_scale
 
 
 @_highway.register_fake
-def _(h_in, y_in, y_out, carry, taps, tap, scale, t, P, D, gamma, Q, b, U, V, c):
+def _(h_in, y_in, y_out, carry, taps, tap, scale, t, P, D, gamma, g, Q, b, U, g_up, V, c):
     rows, state = y_out.shape[:-1], gamma is not None
     shape = t.shape
     h = y_out.new_empty(y_out.shape)
     after = y_out.new_empty((*rows, P.shape[2]) if state else 0)
     if taps != "int4":
         return h, after, y_out.new_empty(shape), h.new_empty(0)
-    kept_scale = h.new_empty(shape[0] * shape[1], dtype=torch.float32)
+    kept_scale = h.new_empty(shape[:2], dtype=torch.float32)
     return h, after, h.new_empty(shape, dtype=torch.int8), kept_scale
 
 
@@ -202,16 +215,17 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, G, dcarry, *_):
-    carry, kept, kept_scale, P, D, gamma, Q, b, U, V, scale, *tap = ctx.saved_tensors
+    carry, kept, kept_scale, P, D, gamma, g, Q, b, U, g_up, V, scale, *tap = ctx.saved_tensors
     nothing = [None] * len(tap), None, None
     if gamma is None:
         dcarry = None  # of nothing
     if G is None and dcarry is None:
-        return *[None] * 5, *nothing, *[None] * 8
+        return *[None] * 5, *nothing, *[None] * 10
     if G is None:
         G = dcarry.new_zeros(*dcarry.shape[:-1], V.shape[-1])
     dbefore, dP, dD, dgamma, *grads = torch.ops.e3va.highway_backward(
-        G, carry, dcarry, ctx.taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V
+        *(G, carry, dcarry, ctx.taps, tap, scale, kept, kept_scale),
+        *(P, D, gamma, g, Q, b, U, g_up, V),
     )
     return (
         G,
@@ -243,24 +257,24 @@ def _highway_backward(
     P: Tensor,
     D: Tensor | None,
     gamma: Tensor | None,
+    g: Tensor,
     Q: Tensor,
     b: Tensor,
     U: Tensor,
+    g_up: Tensor,
     V: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(dcarry before the stage, dP, dD, dgamma, dQ, db, dU, dV, dc) from G [B, H, W, C], the carry,
-    the gradient of the state after the stage, and what :func:`_highway` keeps; shapes and dtype of
-    the parameters, empty where there is none, accumulated in fp32 or wider. Has no backward."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(dcarry before the stage, dP, dD, dgamma, dg, dQ, db, dU, dg_up, dV, dc) from G [B, H, W, C],
+    the carry, the gradient of the state after the stage, and what :func:`_highway` keeps; shapes
+    and dtype of the parameters, empty where there is none, accumulated in fp32 or wider. Has no
+    backward."""
     with torch.autocast(G.device.type, enabled=False):
-        rows, u = G.flatten(0, -2), kept
-        if taps == "int4":
-            u = expand(kept.flatten(0, 1), kept_scale, "int8", kept.shape[-1], G.dtype)
-            u = u.view(kept.shape)
+        rows = G.flatten(0, -2)
         after = None if dcarry is None else dcarry.flatten(0, -2)
         dS = rows @ V.flatten(0, 1).to(G).t()  # [N, K·α]
-        arguments = dS, after, u, D, gamma, Q, b, U, G.shape[1:3]
+        u = kept, kept_scale if taps == "int4" else None
+        arguments = dS, after, *u, D, gamma, g, Q, b, U, g_up, G.shape[1:3]
         S, dt, dbefore, dD, *sums = dispatch.run("adapters_backward", G, *arguments)
-        del u
         dgamma = G.new_empty(0) if gamma is None else _gamma_gradient(carry, S, dt)
         dV = reference.over_tokens(S, rows).view(V.shape).to(V)
         del S, dS
@@ -284,7 +298,7 @@ def _gamma_gradient(carry: Tensor | None, S: Tensor, dt: Tensor) -> Tensor:
 
 
 @_highway_backward.register_fake
-def _(G, carry, dcarry, taps, tap, scale, kept, kept_scale, P, D, gamma, Q, b, U, V):
+def _(G, carry, dcarry, taps, tap, scale, kept, kept_scale, P, D, gamma, *weights):
     dbefore = G.new_empty(0 if gamma is None else (*G.shape[:-1], P.shape[2]))
-    parameters = (P.new_empty(0 if p is None else p.shape) for p in (P, D, gamma, Q, b, U, V))
-    return dbefore, *parameters, V.new_empty(V.shape[-1])
+    parameters = (P.new_empty(0 if p is None else p.shape) for p in (P, D, gamma, *weights))
+    return dbefore, *parameters, P.new_empty(P.shape[1])

@@ -49,16 +49,52 @@ def project(tapped: Tensor, P: Tensor, t: Tensor) -> None:
     torch.mm(tapped.flatten(0, -2), P.to(tapped), out=t)
 
 
+def fold(
+    g: Tensor,  # [K, branches, d, d]
+    Q: Tensor,  # [K, r, m]
+    U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
+) -> tuple[Tensor, Tensor]:
+    """Q and U with the inner kernels multiplied in, each branch's by its own."""
+    taps, branches, d, _ = g.shape
+    Q = (g @ Q.view(taps, branches, d, -1)).flatten(1, 2)
+    U = U.view(taps, -1, branches, d).transpose(1, 2) @ g_up
+    return Q, U.transpose(1, 2).flatten(2)
+
+
+def fold_backward(
+    dQ: Tensor,  # [K, r, m], of what fold returns
+    dU: Tensor,  # [K, m, r]
+    g: Tensor,
+    Q: Tensor,
+    U: Tensor,
+    g_up: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of g, Q, U and g_up, in the dtype of dQ."""
+    taps, branches, d, _ = g.shape
+    g, Q, U, g_up = (v.to(dQ) for v in (g, Q, U, g_up))
+    dQ, Q = (v.view(taps, branches, d, -1) for v in (dQ, Q))
+    dU, U = (v.view(taps, -1, branches, d).transpose(1, 2) for v in (dU, U))
+    dU_in = (dU @ g_up.mT).transpose(1, 2).flatten(2)
+    return dQ @ Q.mT, (g.mT @ dQ).flatten(1, 2), dU_in, U.mT @ dU
+
+
 def adapters(
     t: Tensor,  # [K, N, r]
     carry: Tensor | None,  # [N, r]
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
+    g: Tensor,  # [K, branches, d, d]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-) -> tuple[Tensor, Tensor]:
+    kept: str = "full",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """S [N, K·r]; the state after the stage [N, r]; u [K, N, r] as it is to be kept, and its scales
+    [K, N], if any: "full" or "int8". What there is not is empty; so is u where it is t, in full."""
+    Q, U = fold(g, Q, U, g_up)
     S, u, c = [], [], None
     if gamma is not None:
         c = wide(t.new_zeros(t.shape[1:]) if carry is None else carry)
@@ -71,25 +107,47 @@ def adapters(
         S.append(s)
         if c is not None:
             c = c + s
-    if c is None:
-        return torch.cat(S, dim=1), t.new_empty(0)
-    return torch.cat(S, dim=1), torch.stack([*u, c.to(t)])
+    after = t.new_empty(0) if c is None else c.to(t)
+    read = torch.stack(u) if u else t if kept != "full" else t.new_empty(0)
+    return torch.cat(S, dim=1), after, *keep(read, kept)
+
+
+def keep(u: Tensor, kept: str) -> tuple[Tensor, Tensor]:
+    """u [K, N, r] in full or in int8, and its scales [K, N], if any."""
+    if kept == "full":
+        return u, u.new_empty(0)
+    codes, scale = compress(u, kept, seed=0)
+    return codes.view(u.shape), scale.view(u.shape[:2])
+
+
+def kept_in_full(u: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    """The inverse of :func:`keep`, in the dtype of ``like``."""
+    if scale is None:
+        return u
+    return expand(u.flatten(0, 1), scale.flatten(), "int8", u.shape[-1], like.dtype).view(u.shape)
 
 
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
     u: Tensor,  # [K, N, r]
+    scale: Tensor | None,  # [K, N], of u in int8
     D: Tensor | None,  # [K, r, side, side]
     gamma: Tensor | None,  # [K, r]
+    g: Tensor,  # [K, branches, d, d]
     Q: Tensor,  # [K, r, m]
     b: Tensor,  # [K, m]
     U: Tensor,  # [K, m, r]
+    g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
 ) -> tuple[Tensor, ...]:
+    """S, dt [K, N, r], the gradient of the state before the stage [N, r], and those of D, g, Q, b,
+    U and g_up, in float32 or wider; of what there is not, nothing."""
+    u = kept_in_full(u, scale, dS)
     K, rank, _ = Q.shape
-    S, dt, dcarry_in, *sums = adapters_backward_outputs(dS, u, D, gamma, Q, b, U)
-    dD, dQ, db, dU = sums
+    Q_in, U_in = Q, U
+    Q, U = fold(g, Q, U, g_up)
+    S, dt, dcarry_in, dD, dQ, db, dU = _adapters_backward_outputs(dS, u, D, gamma, Q, b, U)
     dc = None
     if gamma is not None:
         dc = wide(u.new_zeros(u.shape[1:]) if dcarry is None else dcarry)
@@ -115,14 +173,16 @@ def adapters_backward(
             dc = dc + gamma[k].to(dc) * du
     if dc is not None:
         dcarry_in.copy_(dc)
-    return S, dt, dcarry_in, *sums
+    dg, dQ, dU, dg_up = fold_backward(dQ, dU, g, Q_in, U_in, g_up)
+    return S, dt, dcarry_in, dD, dg, dQ, db, dU, dg_up
 
 
-def adapters_backward_outputs(
+def _adapters_backward_outputs(
     dS: Tensor, u: Tensor, D: Tensor | None, gamma: Tensor | None, *weights: Tensor
 ) -> tuple[Tensor, ...]:
-    """Room for what ``adapters_backward`` returns: S [N, K·r], dt [K, N, r] and dcarry_in [N, r] in
-    the dtype of dS, dD, dQ, db, dU in float32 or wider; of what there is not, nothing."""
+    """Room for S [N, K·r], dt [K, N, r] and dcarry_in [N, r] in the dtype of dS, and for dD and the
+    gradients of the folded Q, of b and of the folded U in float32 or wider; of what there is not,
+    nothing."""
     sums = torch.promote_types(dS.dtype, torch.float32)
     return (
         torch.empty_like(dS),
@@ -199,7 +259,7 @@ def highway(
     c: Tensor,  # [C]
 ) -> Tensor:
     # h_in == y_in at initialisation: this order makes h_out == y_out to the last bit.
-    h = (h_in - y_in).contiguous().add_(y_out).add_(c.to(y_out)).flatten(0, -2)
+    h = (h_in - y_in).contiguous().add_(y_out).add_(c).flatten(0, -2)
     return h.addmm_(S, V.flatten(0, 1).to(y_out)).view_as(y_out)
 
 

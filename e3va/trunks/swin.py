@@ -140,8 +140,9 @@ class Swin(Trunk):
         """
         if image.dim() != 4 or image.shape[1] != 3 or 0 in image.shape[2:]:
             raise ValueError(f"image must have shape [B, 3, H, W], got {list(image.shape)}")
-        H, W = image.shape[-2:]
-        image = F.pad(image, (0, -W % PATCH_SIZE, 0, -H % PATCH_SIZE))
+        bottom, right = (-n % PATCH_SIZE for n in image.shape[-2:])
+        if bottom or right:
+            image = F.pad(image, (0, right, 0, bottom))
         conv, norm = self.patch_embed.proj, self.patch_embed.norm
         y = F.conv2d(image, conv.weight.to(image), _bias(conv).to(image), stride=PATCH_SIZE)
         return layer_norm(y.permute(0, 2, 3, 1).contiguous(), norm)

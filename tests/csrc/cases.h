@@ -157,7 +157,8 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
   const auto dS = values(N * K * R, dtype), dcarry = values(N * R, dtype);
   const auto D = weights(K * R * a.side * a.side, 0.1f), gamma = weights(K * R, 1.0f);
   const auto Q = weights(K * R * M), b = weights(K * M), U = weights(K * M * R, 0.1f);
-  auto S = unwritten(N * K * R, dtype), u = unwritten(a.state ? (K + 1) * N * R : 0, dtype);
+  auto S = unwritten(N * K * R, dtype), u = unwritten(a.state ? K * N * R : 0, dtype);
+  auto after = unwritten(a.state ? N * R : 0, dtype);
   auto state = unwritten(a.state ? room : 0);
 
   auto set = [&](auto& p) {
@@ -170,7 +171,7 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
   set(p);
   p.state = a.state ? state.data() : nullptr;
   p.t = t.data(), p.carry = a.carry ? carry.data() : nullptr;
-  p.S = S.data(), p.u = a.state ? u.data() : nullptr;
+  p.S = S.data(), p.u = a.state ? u.data() : nullptr, p.after = after.data();
   for (p.adapter = a.state ? -1 : 0; p.adapter < K; ++p.adapter)
     in_pieces(adapters_items(p), [&](int64_t begin, int64_t end) { adapters_cpu(p, begin, end); });
 
@@ -195,7 +196,7 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
     adapters_backward_sum(q);
   }
   return {{"S", S},   {"u", u},   {"S of backward", S_again}, {"dt", dt}, {"dbefore", dbefore},
-          {"dQ", dQ}, {"db", db}, {"dU", dU},                 {"dD", dD}};
+          {"dQ", dQ}, {"db", db}, {"dU", dU},                 {"dD", dD}, {"after", after}};
 }
 
 struct TapGradient {

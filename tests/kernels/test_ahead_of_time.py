@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not compiled")
 
 ROOT = Path(__file__).resolve().parents[2]
+FORMS = "0", "3 state", "7 state", "0 coded", "3 state coded", "7 state coded"
 KERNELS = (
     r"sublayer_epilogue",
     r"sublayer_epilogue norm",
@@ -19,8 +20,10 @@ KERNELS = (
     r"sublayer_epilogue int4",
     r"sublayer_epilogue norm int4",
     r"sublayer_epilogue int4 \(no norm\)",
-    *(rf"adapters {form}" for form in ("0", "3 state", "7 state")),
-    *(rf"adapters_backward {form}" for form in ("0", "3 state", "7 state")),
+    *(rf"adapters {form}" for form in FORMS),
+    *(rf"adapters_backward {form}" for form in FORMS),
+    r"fold",
+    r"fold_backward",
     r"tap_gradient int4",
     r"stage_exit_backward",
     r"stage_exit_backward \(last\)",

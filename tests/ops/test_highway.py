@@ -13,7 +13,7 @@ from tests import oracles
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
-NAMES = ("P", "Q", "b", "U", "V", "c", "D", "gamma")
+NAMES = ("P", "g", "Q", "b", "U", "g_up", "V", "c", "D", "gamma")
 FORMS = [(0, False), (3, False), (0, True), (3, True), (7, True)]
 """(side of D, whether there is a state): both none in the published highway."""
 
@@ -26,19 +26,26 @@ def backend(request):
 
 
 def make_parameters(taps, channels, rank, hidden, dtype=torch.float64, side=3, state=True):
+    branches = 2 - rank % 2
+    kernel = taps, branches, rank // branches, rank // branches
     shapes = {
         "P": (taps, channels, rank),
+        "g": kernel,
         "Q": (taps, rank, hidden),
         "b": (taps, hidden),
         "U": (taps, hidden, rank),
+        "g_up": kernel,
         "V": (taps, rank, channels),
         "c": (channels,),
     }
     shapes |= {"D": (taps, rank, side, side)} if side else {}
     shapes |= {"gamma": (taps, rank)} if state else {}
     scale = {"P": channels**-0.5, "Q": rank**-0.5, "U": hidden**-0.5, "V": rank**-0.5}
+    scale |= dict.fromkeys(("g", "g_up"), 0.3 * kernel[-1] ** -0.5)
+    # Around the identity, where they begin: what nearly maps to zero loses digits.
+    begin = dict.fromkeys(("g", "g_up"), torch.eye(kernel[-1], dtype=torch.float64))
     return {
-        name: (torch.randn(shape, dtype=torch.float64) * scale.get(name, 0.5))
+        name: (torch.randn(shape, dtype=torch.float64) * scale.get(name, 0.5) + begin.get(name, 0))
         .to(dtype)
         .requires_grad_()
         for name, shape in shapes.items()
@@ -254,7 +261,7 @@ def opcheck_arguments():
     return h_in.requires_grad_(), y_in, y_out, carry, x, t, parameters
 
 
-ORDER = ("P", "D", "gamma", "Q", "b", "U", "V", "c")
+ORDER = ("P", "D", "gamma", "g", "Q", "b", "U", "g_up", "V", "c")
 
 
 @pytest.mark.parametrize("published", [False, True], ids=["e3va", "published"])
@@ -310,6 +317,8 @@ def test_opcheck_of_int4():
         (dict(y_in=lambda v: v.double()), TypeError, "y_in must have the dtype of y_out"),
         (dict(c=lambda v: v[:-1]), ValueError, "c must have shape"),
         (dict(Q=lambda v: v.half()), TypeError, "Q must have the dtype of P"),
+        (dict(g=lambda v: v[:, 1:]), ValueError, "g holds 1 kernels of 2 rows, which are not P's"),
+        (dict(g_up=lambda v: v[..., 1:]), ValueError, r"g_up must have shape \[2, 2, 2, 2\]"),
         (dict(P=lambda v: v[0]), ValueError, r"P must have shape \[any, any, any\]"),
         (dict(t=lambda v: v[:, :-1]), ValueError, r"t must have shape \[2, 12, 4\]"),
         (dict(V=lambda v: v.long()), TypeError, "V must be of a floating dtype"),

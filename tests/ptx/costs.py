@@ -54,6 +54,7 @@ def measure(
     from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
     from e3va.kernels.tap_gradient import tap_gradient
+    from e3va.ops.reference import keep
     from e3va.ops.taps import LARGEST, TAPS, compress
 
     N, K = size[0] * size[1], adapters
@@ -62,7 +63,9 @@ def measure(
     P = torch.randn(channels, rank).to(dtype)
     t, dS = torch.randn(K, N, rank).to(dtype), torch.randn(N, K * rank).to(dtype)
     D, gamma = torch.randn(K, rank, side, side), torch.randn(K, rank)
-    weights = torch.randn(K, rank, hidden), torch.randn(K, hidden), torch.randn(K, hidden, rank)
+    g = torch.eye(rank).expand(K, 1, rank, rank).contiguous()
+    Q, b, U = torch.randn(K, rank, hidden), torch.randn(K, hidden), torch.randn(K, hidden, rank)
+    weights = D, gamma, g, Q, b, U, g, size
 
     def counted(note: str, units: int, launcher, *arguments) -> Iterator[Cost]:
         with Device(compiler, architecture, counted=True) as device:
@@ -74,8 +77,10 @@ def measure(
         yield from counted(
             f" {taps}", N, sublayer_epilogue, x, y, *norm, 1e-5, P, "output", taps, torch.tensor(5)
         )
-    yield from counted("", N * K, forward, t, None, D, gamma, *weights, size)
-    yield from counted("", N * K, backward, dS, None, t, D, gamma, *weights, size)
+    for kept in ("full", "int8"):
+        yield from counted(f" {kept}", N * K, forward, t, None, *weights, kept)
+        u = (t, None) if kept == "full" else keep(t, kept)
+        yield from counted(f" {kept}", N * K, backward, dS, None, *u, *weights)
     for taps in LARGEST:
         codes, scale = compress(x, taps, 5)
         yield from counted(

@@ -96,15 +96,17 @@ K, RANK, HIDDEN, SIZE, IMAGES = 2, 16, 32, (3, 5), 3
 
 
 def stage(make, N, taps=K, rank=RANK, hidden=HIDDEN):
-    """t, carry, D, γ, Q, b, U, (H, W)."""
+    """t, carry, D, γ, g, Q, b, U, g of U."""
     return (
         make(taps, N, rank),
         None,
         make(taps, rank, 3, 3),
         None,
+        make(taps, 1, rank, rank),
         make(taps, rank, hidden),
         make(taps, hidden),
         make(taps, hidden, rank),
+        make(taps, 1, rank, rank),
     )
 
 
@@ -147,7 +149,7 @@ def test_adapters(device):
 
 def backward(make, N, taps=K, rank=RANK, hidden=HIDDEN, size=SIZE):
     t, _, *rest = stage(make, N, taps, rank, hidden)
-    return make(N, taps * rank), None, t, *rest, size
+    return make(N, taps * rank), None, t, None, *rest, size
 
 
 def backward_launches(gpu):

@@ -76,7 +76,16 @@ ADAPTERS = (
 def test_adapters_run(device, architecture, dtype, form):
     """Forward and backward."""
     with device(architecture):
-        test_adapters.check((2, 3, 7), 2, 5, 12, dtype, *form, again=0)
+        test_adapters.check((2, 3, 7), 2, 6, 12, dtype, *form, again=0)
+
+
+CODED = ((75, HALF, (3, "carry")), (80, BFLOAT, (0, "none")), (90, BFLOAT, (3, "carry")))
+
+
+@pytest.mark.parametrize("architecture, dtype, form", list(cases(CODED, test_adapters.FORMS)))
+def test_adapters_that_keep_codes_run(device, architecture, dtype, form):
+    with device(architecture):
+        test_adapters.check((2, 3, 7), 2, 6, 12, dtype, *form, "int8", again=0)
 
 
 GRADIENTS = (
