@@ -212,6 +212,12 @@ def tap_gradient(
     )
 
 
+# PyTorch's own kernels, so that "native" runs whole backbones: launches cost little on a CPU.
+dispatch.register("stage_exit_backward", "native", why_not=_cpu_why_not)(
+    reference.stage_exit_backward
+)
+
+
 @dispatch.register(
     "window_attention", "native", _window_attention_why_not, _window_attention_cannot
 )

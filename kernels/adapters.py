@@ -30,7 +30,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3va.kernels.common import architecture_of, dot, gelu, gelu_and_slope, padded_rank
+from e3va.kernels.common import (
+    architecture_of,
+    dot,
+    gelu,
+    gelu_and_slope,
+    padded_rank,
+    sum_of_rows,
+)
 from e3va.kernels.fold import fold, fold_backward
 from e3va.kernels.taps import encode, magnitude, scales
 
@@ -59,7 +66,9 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) 
     if dtype == torch.float32:
         if rank > 32:
             return Tiles(16, 16, 4)
-        return Tiles(128 if architecture >= 86 else 64, 16, 8)
+        if architecture >= 86:
+            return Tiles(128, 16, 8)
+        return Tiles(64, 16, 4 if side > 5 and architecture < 80 else 8)
     if architecture < 80:
         return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
     if rank > 32:
@@ -327,7 +336,7 @@ def _store_products(sums_ptr, x, y, RANK: tl.constexpr, RANK_TILE: tl.constexpr)
     """Σ x ⊙ y over rows, [rows, r] → [r]: the diagonal of xᵀ·y, where there are tensor cores."""
     ranks = tl.arange(0, RANK_TILE)
     if x.dtype == tl.float32:
-        tl.store(sums_ptr + ranks, tl.sum(x * y, 0), mask=ranks < RANK)
+        tl.store(sums_ptr + ranks, sum_of_rows(x * y), mask=ranks < RANK)
     else:
         product = dot(tl.trans(x), y, tl.zeros((RANK_TILE, RANK_TILE), tl.float32))
         diagonal = (ranks[:, None] == ranks[None, :]) & (ranks < RANK)[None, :]

@@ -50,6 +50,17 @@ def dot(a, b, sum):
 
 
 @triton.jit
+def sum_of_rows(x):
+    """Σ x over rows, [rows, columns] → [columns], float32.
+
+    All threads that get a sum get the same: x, if it is a product, is rounded as it is added to
+    zero. Without that a thread that holds one row contracts its own product with the sum of
+    another's, and which thread's result is stored is undefined.
+    """
+    return tl.sum(x + 0.0, 0)
+
+
+@triton.jit
 def _tail(size):
     """The part of a normal distribution beyond ``size`` ≥ 0, within 7e-7: 2 to the power of a
     polynomial that was fitted to its logarithm, the largest error made least, and falls for ever.

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3va.kernels.common import padded_rank
+from e3va.kernels.common import padded_rank, sum_of_rows
 
 HIDDEN_TILE = 32
 NUM_WARPS = 4
@@ -174,19 +174,19 @@ def fold_backward_kernel(
     at_weights = tap * (RANK * HIDDEN)
     totals_ptr += tap * (HIDDEN * (2 * RANK + 1))
     dU_in_ptr = totals_ptr + HIDDEN * RANK
-    dg = tl.zeros((RANK_TILE,), tl.float32)
+    dg = tl.zeros((HIDDEN_TILE, RANK_TILE), tl.float32)
     dg_up = dg
     for start in range(0, HIDDEN, HIDDEN_TILE):
         hidden, ranks, inside = _slice(start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
         beside = hidden * RANK + ranks // DIM * DIM + row
         Q = _load(Q_ptr, at_weights + ranks * HIDDEN + hidden, inside)
-        dg += tl.sum(_load(totals_ptr, beside, inside) * Q, 0)
+        dg += _load(totals_ptr, beside, inside) * Q
         U = _load(U_ptr, at_weights + beside, inside)
-        dg_up += tl.sum(_load(dU_in_ptr, hidden * RANK + ranks, inside) * U, 0)
+        dg_up += _load(dU_in_ptr, hidden * RANK + ranks, inside) * U
     columns = tl.arange(0, RANK_TILE)
     at_row = at_kernels + columns // DIM * (DIM * DIM) + row * DIM + columns % DIM
-    tl.store(dg_ptr + at_row, dg, mask=columns < RANK)
-    tl.store(dg_up_ptr + at_row, dg_up, mask=columns < RANK)
+    tl.store(dg_ptr + at_row, sum_of_rows(dg), mask=columns < RANK)
+    tl.store(dg_up_ptr + at_row, sum_of_rows(dg_up), mask=columns < RANK)
     if SIDE and row == 0:
         _transpose(mixing_totals_ptr, dD_ptr, tap, SIDE * SIDE, RANK, 128)
     for start in range(row * HIDDEN_TILE, HIDDEN, DIM * HIDDEN_TILE):

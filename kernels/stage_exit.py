@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from e3va.kernels.common import sum_of_rows
+
 
 class Tiles(NamedTuple):
     """Sizes of what a program holds, and its warps."""
@@ -215,7 +217,7 @@ def stage_exit_backward_kernel(
         )
         dp = tl.load(dp_ptr + at, mask=inside, other=0.0).to(tl.float32)
         at_sum = sums_ptr + channels
-        tl.store(at_sum, tl.sum(dp * normal, 0), mask=channel_in)
+        tl.store(at_sum, sum_of_rows(dp * normal), mask=channel_in)
         tl.store(
             at_sum + tl.num_programs(0).to(tl.int64) * CHANNELS, tl.sum(dp, 0), mask=channel_in
         )

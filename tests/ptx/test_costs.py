@@ -10,15 +10,20 @@ CEILINGS = {
     "sublayer_epilogue int8": 577,
     "sublayer_epilogue int4": 650,
     "adapters full": 148,
+    "adapters int8": 156,
+    "adapters_backward full": 283,
+    "adapters_backward int8": 313,
     "fold full": 60,
-    "adapters_backward": 283,
+    "fold int8": 60,
+    "fold_backward full": 192,
+    "fold_backward int8": 192,
     "tap_gradient fp8": 108,
     "tap_gradient int8": 108,
     "tap_gradient int4": 85,
-    "stage_exit_backward": 996,
+    "stage_exit_backward": 1004,
 }
 """Warp instructions without moves, per token and adapter: bfloat16 on sm_80, C = 512, rank 16,
-m = 256."""
+m = 256. What is folded does not grow with the tokens, which are 256 here."""
 
 
 def test_instructions(compiler):

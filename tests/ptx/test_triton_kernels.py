@@ -123,6 +123,13 @@ def test_stage_exit_backward_runs(device, architecture, dtype, merging):
         test_stage_exit.check((2, 3, 7), 42, dtype, merging)
 
 
+def test_threads_agree_on_sums_of_products(device):
+    """Where each thread holds one row; see ``sum_of_rows``."""
+    with device(80):
+        test_stage_exit.check((1, 4, 6), 32, BFLOAT, True)
+        test_adapters.check((1, 4, 6), 2, 16, 32, FLOAT, 3, "carry", again=0)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_any_schedule(device, seed):
     """Whichever warps run first."""
