@@ -5,8 +5,9 @@
 Compiled ahead of time: registers, spills, shared memory and occupancy, of one streaming
 multiprocessor, from the limits in CUDA's programming guide (compute capabilities). A kernel that
 spills or does not fit ends with an error. Executed by ``tests/ptx`` in the paper's shape on stage 3
-of Swin-B, per token (and adapter): instructions, memory and, for three GPUs, the nanoseconds of a
-roofline model. A model is no measurement: it knows neither latencies nor caches.
+of Swin-B, per token (and adapter), where weights are folded per adapter: instructions, memory and,
+for three GPUs, the nanoseconds of a roofline model. A model is no measurement: it knows neither
+latencies nor caches.
 """
 
 from __future__ import annotations
@@ -150,17 +151,16 @@ def compile_kernels(
     launches.append(("fold", fold.fold_kernel, constants, fold.NUM_WARPS))
     launches.append(("fold_backward", fold.fold_backward_kernel, constants, fold.NUM_WARPS))
     for note, merging in (("", True), (" (last)", False)):
-        tile = stage_exit.tiles(dtype, channels)
         constants = {
             "CHANNELS": channels,
             "MERGING": merging,
             "LOST": torch.finfo(dtype).eps,
             "TINY": torch.finfo(dtype).tiny,
-            "ROWS": tile.rows,
-            "CHANNEL_TILE": tile.channels,
+            "ROWS": stage_exit.ROWS,
+            "CHANNEL_TILE": stage_exit.CHANNEL_TILE,
         }
         kernel = stage_exit.stage_exit_backward_kernel
-        launches.append((f"stage_exit_backward{note}", kernel, constants, tile.num_warps))
+        launches.append((f"stage_exit_backward{note}", kernel, constants, stage_exit.NUM_WARPS))
     for name, kernel, constants, num_warps in launches:
         yield {
             "kernel": name,
@@ -194,25 +194,8 @@ def compile_kernel(
     # The trunk stores its norms in fp32; parameters are in it, unless they are multiplied, and so
     # are the sums of their gradients and of the state.
     wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
-    wide |= {
-        "g",
-        "g_up",
-        "dg",
-        "dQ",
-        "db",
-        "dU",
-        "dg_up",
-        "totals",
-        "mixing_totals",
-        "dP",
-        "dD",
-        "sums",
-        "mean",
-        "rstd",
-        "weight",
-        "bias",
-        "merge_weight",
-    }
+    wide |= {"g", "g_up", "dg", "dQ", "db", "dU", "dg_up", "totals", "mixing_totals"}
+    wide |= {"dP", "dD", "sums", "mean", "rstd", "weight", "bias", "merge_weight"}
     types = {f"{name}_ptr": "fp32" for name in wide} | {
         "codes_ptr": "u8",
         "words_ptr": "u32",
@@ -226,10 +209,10 @@ def compile_kernel(
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
             folds = kernel in (fold.fold_kernel, fold.fold_backward_kernel)
-            narrow = "fp32" if folds and "_out" not in name else TYPES[dtype]
-            if name == "u_ptr" and constants.get("CODED") and "SLOTS" not in constants:
-                narrow = "i8"
-            signature[name] = f"*{types.get(name, narrow)}"
+            kind = "fp32" if folds and not name.endswith("_out_ptr") else TYPES[dtype]
+            if kernel is adapters.adapters_backward_kernel and name == "u_ptr":
+                kind = "i8" if constants["CODED"] else kind
+            signature[name] = f"*{types.get(name, kind)}"
         else:
             signature[name] = {"eps": "fp32", **integers}[name]
     pointers = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
@@ -324,7 +307,7 @@ def roofline(counts: Counts, gpu: Gpu) -> float:
 
 
 def execute_kernels(compiler: TritonCompiler, architecture: int) -> Iterator[dict[str, Any]]:
-    """Of every kernel what an execution counts, per token and adapter."""
+    """Of every kernel what an execution counts, per unit of :class:`tests.ptx.costs.Cost`."""
     dtype = torch.bfloat16 if runs_on(architecture, torch.bfloat16) else torch.float16
     for kernel, units, counts in measure(compiler, architecture, dtype, 512, 16, 256):
         classes = counts.classes()
@@ -404,7 +387,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def print_costs(architectures: Sequence[int]) -> list[dict[str, Any]]:
-    print(f"{'per token and adapter':27} sm dtype instr. tensor special sectors wavefronts  model")
+    print(f"{'per token or adapter':27} sm dtype instr. tensor special sectors wavefronts  model")
     costs = []
     with contextlib.closing(TritonCompiler()) as compiler:
         for architecture in architectures:

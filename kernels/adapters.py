@@ -16,9 +16,10 @@ are added by one reduction. No atomics.
 
 Bytes moved in 16 bits, where what is read around a row comes from cache: forward t and u read, u
 and S written (8KNα), the state (8KNα); backward dS, u twice and the gradient of mixed read, S, that
-gradient and dt written (14KNα), the gradient of the state (8KNα). The sums of a part, 4(2α + 1)m,
-are written and read, a few adapters' at a time: they stay in a cache that holds ``ROOM``, and weigh
-8(2α + 1)m per ``rows`` tokens where there is none.
+gradient and dt written (14KNα), the gradient of the state (8KNα). In codes u is one byte, beside
+the forward's own, which then are two adapters' alone. The sums of a part, 4(2α + 1)m, are written
+and read, a few adapters' at a time: they stay in a cache that holds ``ROOM``, and weigh 8(2α + 1)m
+per ``rows`` tokens where there is none.
 """
 
 from __future__ import annotations
@@ -348,7 +349,7 @@ def _store_sums(sums_ptr, x, column_in, ROWS: tl.constexpr, COLUMNS: tl.constexp
     """Σ x over rows, [rows, columns] → [columns]: xᵀ·1, where there are tensor cores."""
     columns = tl.arange(0, COLUMNS)
     if x.dtype == tl.float32:
-        tl.store(sums_ptr + columns, tl.sum(x, 0), mask=column_in)
+        tl.store(sums_ptr + columns, sum_of_rows(x), mask=column_in)
     else:
         copies = tl.arange(0, 16)[None, :]  # the least that is multiplied
         sums = dot(

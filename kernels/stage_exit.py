@@ -9,12 +9,10 @@ Deterministic: a tile of rows is a part of the tokens, whose sums are added by o
 atomics.
 
 Bytes moved: p, dp and the gradient of the gathered neighbours read, dh written (8NC in 16 bits);
-the second pass reads from cache; sums of a part, 8C per ``rows`` tokens.
+the second pass reads from cache; sums of a part, 8C per ``ROWS`` tokens.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,18 +21,9 @@ from torch import Tensor
 
 from e3va.kernels.common import sum_of_rows
 
-
-class Tiles(NamedTuple):
-    """Sizes of what a program holds, and its warps."""
-
-    rows: int
-    channels: int
-    num_warps: int
-
-
-def tiles(dtype: torch.dtype, channels: int) -> Tiles:
-    """Tiles that spill nowhere, see ``python -m bench.registers``."""
-    return Tiles(32, min(64, max(16, triton.next_power_of_2(channels))), 4)
+# They spill nowhere, see ``python -m bench.registers``. A thread holds two channels of a row, or
+# more: of one, its own product would not be rounded before others' are added; see ``sum_of_rows``.
+ROWS, CHANNEL_TILE, NUM_WARPS = 32, 64, 4
 
 
 def stage_exit_backward(
@@ -52,11 +41,8 @@ def stage_exit_backward(
     (height, width, channels), limits = p.shape[1:], torch.finfo(p.dtype)
     merging = dgathered is not None and merge_weight is not None
     dh = torch.empty_like(p)
-    tile = tiles(p.dtype, channels)
-    rows = mean.numel()
-    if dgathered is not None:
-        rows = 4 * dgathered.shape[:-1].numel()
-    parts = triton.cdiv(rows, tile.rows)
+    rows = mean.numel() if dgathered is None else 4 * dgathered.shape[:-1].numel()
+    parts = triton.cdiv(rows, ROWS)
     sums = mean.new_empty(2, parts, channels)
     # What is absent is not read.
     merge = [p if v is None else v.contiguous() for v in (dgathered, merge_weight)]
@@ -80,9 +66,9 @@ def stage_exit_backward(
             MERGING=merging,
             LOST=limits.eps,
             TINY=limits.tiny,
-            ROWS=tile.rows,
-            CHANNEL_TILE=tile.channels,
-            num_warps=tile.num_warps,
+            ROWS=ROWS,
+            CHANNEL_TILE=CHANNEL_TILE,
+            num_warps=NUM_WARPS,
         )
     return dh, sums[0].sum(0).to(weight), sums[1].sum(0).to(bias)
 

@@ -134,7 +134,10 @@ def _check(
     check_shape("g", g, adapters, -1, -1, -1)
     branches, side = g.shape[1:3]
     if branches * side != rank:
-        raise ValueError(f"g holds {branches} kernels of {side} rows, which are not P's {rank}")
+        raise ValueError(
+            f"g must have {rank} rows in all kernels of a tap, as P has columns, "
+            f"got {branches} kernels of {side}"
+        )
     for name, kernel in (("g", g), ("g_up", g_up)):
         check_shape(name, kernel, adapters, branches, side, side)
     check_shape("b", b, adapters, hidden)

@@ -317,7 +317,7 @@ def test_opcheck_of_int4():
         (dict(y_in=lambda v: v.double()), TypeError, "y_in must have the dtype of y_out"),
         (dict(c=lambda v: v[:-1]), ValueError, "c must have shape"),
         (dict(Q=lambda v: v.half()), TypeError, "Q must have the dtype of P"),
-        (dict(g=lambda v: v[:, 1:]), ValueError, "g holds 1 kernels of 2 rows, which are not P's"),
+        (dict(g=lambda v: v[:, 1:]), ValueError, "g must have 4 rows in all .* got 1 kernels of 2"),
         (dict(g_up=lambda v: v[..., 1:]), ValueError, r"g_up must have shape \[2, 2, 2, 2\]"),
         (dict(P=lambda v: v[0]), ValueError, r"P must have shape \[any, any, any\]"),
         (dict(t=lambda v: v[:, :-1]), ValueError, r"t must have shape \[2, 12, 4\]"),

@@ -2,8 +2,9 @@
 
     python -m tests.ptx.costs [--architecture 80] [--dtype bfloat16] [--channels 512] …
 
-Exact counts of one execution, per token (and adapter) of the work; no GPU and no model of its speed
-is involved. :func:`measure` is for other programs: ``bench`` may read its numbers.
+Exact counts of one execution, per token (and adapter) of the work, where weights are folded per
+adapter; no GPU and no model of its speed is involved. :func:`measure` is for other programs:
+``bench`` may read its numbers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from tests.ptx.device import Device
 class Cost(NamedTuple):
     kernel: str
     units: int
-    """Tokens, or tokens × adapters, that ``counts`` are of."""
+    """Tokens, tokens × adapters or, where weights are folded, adapters that ``counts`` are of."""
     counts: Counts
 
 
@@ -51,6 +52,7 @@ def measure(
     """
     from e3va.kernels.adapters import adapters as forward
     from e3va.kernels.adapters import adapters_backward as backward
+    from e3va.kernels.fold import fold, fold_backward
     from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
     from e3va.kernels.tap_gradient import tap_gradient
@@ -63,15 +65,15 @@ def measure(
     P = torch.randn(channels, rank).to(dtype)
     t, dS = torch.randn(K, N, rank).to(dtype), torch.randn(N, K * rank).to(dtype)
     D, gamma = torch.randn(K, rank, side, side), torch.randn(K, rank)
-    g = torch.eye(rank).expand(K, 1, rank, rank).contiguous()
+    g = torch.eye(rank // 2).expand(K, 2, -1, -1).contiguous()
     Q, b, U = torch.randn(K, rank, hidden), torch.randn(K, hidden), torch.randn(K, hidden, rank)
-    weights = D, gamma, g, Q, b, U, g, size
+    folded, weights = (D, g, Q, U, g), (D, gamma, g, Q, b, U, g, size)
 
     def counted(note: str, units: int, launcher, *arguments) -> Iterator[Cost]:
         with Device(compiler, architecture, counted=True) as device:
             launcher(*arguments)
-        for name, counts in device.counts.items():
-            yield Cost(name.removesuffix("_kernel") + note, units, counts)
+        counts = device.counts[f"{launcher.__name__}_kernel"]
+        yield Cost(launcher.__name__ + note, units, counts)
 
     for taps in TAPS:
         yield from counted(
@@ -81,6 +83,9 @@ def measure(
         yield from counted(f" {kept}", N * K, forward, t, None, *weights, kept)
         u = (t, None) if kept == "full" else keep(t, kept)
         yield from counted(f" {kept}", N * K, backward, dS, None, *u, *weights)
+    yield from counted("", K, fold, *folded, dtype)
+    totals, of_D = torch.randn(K, hidden * (2 * rank + 1)), torch.randn(K, side**2, rank)
+    yield from counted("", K, fold_backward, totals, of_D, *folded)
     for taps in LARGEST:
         codes, scale = compress(x, taps, 5)
         yield from counted(
@@ -101,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
     shape = options.channels, options.rank, options.hidden
-    print("per token, and adapter   instructions  tensor  special  sectors  over floor  wavefronts")
+    print("per token or adapter     instructions  tensor  special  sectors  over floor  wavefronts")
     with contextlib.closing(TritonCompiler()) as compiler:
         for kernel, units, counts in measure(compiler, options.architecture, dtype, *shape):
             classes = counts.classes()
