@@ -206,16 +206,20 @@ def gradients(tap, taps, x, G, parameters):
     "taps, tolerance", [("full", 0.0), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
 )
 def test_gradients(device, channels, dtype, tap, taps, tolerance):
-    """Only P's gradient sees the stored taps; all others are exact but for u, which int4 keeps in
-    eight bits."""
+    """Against float64: only P's gradient sees the stored taps; all others are exact but for u, which
+    int4 keeps in eight bits."""
     parameters = make_parameters(2, channels, 5, 12, torch.float32)
     x = [torch.randn(2, 3, 7, channels).to(dtype) for _ in range(2)]
     G = torch.randn(2, 3, 7, channels).to(dtype)
     there = {name: p.detach().to(device).requires_grad_() for name, p in parameters.items()}
     ours = gradients(tap, taps, [x_k.to(device) for x_k in x], G.to(device), there)
+    wide = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
+    # Triton's interpreter cuts bfloat16 off, which no GPU does.
+    cut = device == "cpu" and dispatch.requested_backends() == ("triton",)
+    rounding = TOLERANCE[dtype] * (2 if cut and dtype == torch.bfloat16 else 1)
     with e3va.backend("reference"):
-        exact = gradients(tap, "full", x, G, parameters)
-        same = gradients(tap, taps, x, G, parameters)
+        exact = gradients(tap, "full", [x_k.double() for x_k in x], G.double(), wide)
+        same = gradients(tap, taps, [x_k.double() for x_k in x], G.double(), wide)
     # Where u lies between two codes of eight bits, its last bit decides which one it gets; so does
     # that of a norm for its code of four.
     tie = 4e-3 if taps == "int4" else 0.0
@@ -223,10 +227,11 @@ def test_gradients(device, channels, dtype, tap, taps, tolerance):
         tie += 0.02 if dtype == torch.bfloat16 else 2e-3
     for name in NAMES:
         ours[name] = ours[name].cpu()
-        # Both sides round what each adapter says, and gamma's gradient sums that along the stage.
-        rounding = TOLERANCE[dtype] * (2 if name == "gamma" else 1)
         assert relative_error(ours[name], same[name]) < rounding + tie, name
-        rounded_u = 0.015 if taps == "int4" and name not in "Pc" else 0.0
+        # Of gamma's five numbers chance may cancel most: in 60 draws the error was 0.026 at most,
+        # in half of them 0.006, as of the others.
+        rounded_u = 0.03 if name == "gamma" else 0.015
+        rounded_u = rounded_u if taps == "int4" and name not in "Pc" else 0.0
         allowed = rounding + (tolerance if name == "P" else rounded_u)
         assert relative_error(ours[name], exact[name]) < allowed, name
     if taps != "full":
