@@ -206,8 +206,8 @@ def gradients(tap, taps, x, G, parameters):
     "taps, tolerance", [("full", 0.0), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
 )
 def test_gradients(device, channels, dtype, tap, taps, tolerance):
-    """Against float64: only P's gradient sees the stored taps; all others are exact but for u, which
-    int4 keeps in eight bits."""
+    """Against float64. Only P's gradient sees the stored taps; all others are exact but for u,
+    which int4 keeps in eight bits."""
     parameters = make_parameters(2, channels, 5, 12, torch.float32)
     x = [torch.randn(2, 3, 7, channels).to(dtype) for _ in range(2)]
     G = torch.randn(2, 3, 7, channels).to(dtype)
