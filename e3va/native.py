@@ -245,6 +245,7 @@ def _given(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else _weight(tensor)
 
 
+@functools.cache
 def _register_fakes() -> None:
     """What comes of the kernels, on shapes alone: they run within the ops, whose own fakes PyTorch
     knows."""

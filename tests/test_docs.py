@@ -51,7 +51,8 @@ def test_torchvision(words):
 @of("e3va")
 def test_e3va(words, monkeypatch):
     """Understood, and then not run."""
-    for name in ("_convert", "_data", "_train", "_evaluate", "_predict", "_export", "describe"):
+    run = "_convert", "_data", "_train", "_evaluate", "_predict", "_export", "_plan", "describe"
+    for name in run:
         monkeypatch.setattr(cli, name, lambda *options: "")
     assert cli.main(words) == 0
 

@@ -28,7 +28,18 @@ def build_coco_evaluator(cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
         path = Path(_folder(cfg)) / "ground_truth.json"
         write_json(path, metadata.instances.content())
         metadata.json_file = str(path)
-    return COCOEvaluator(dataset_name, tasks, output_dir=_folder(cfg))
+    return _COCOEvaluator(dataset_name, tasks, output_dir=_folder(cfg))
+
+
+class _COCOEvaluator(COCOEvaluator):
+    """Detectron2's, but a model that predicts nothing scores zero and not NaN, so that a run has a
+    best model from its first evaluation on."""
+
+    def _derive_coco_results(
+        self, coco_eval: Any, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        return results if coco_eval else dict.fromkeys(results, 0.0)
 
 
 def build_semantic_evaluator(

@@ -78,6 +78,20 @@ def test_a_perfect_detector_scores_100(tmp_path, first):
     assert metrics["bbox"]["AP"] == metrics["segm"]["AP"] == pytest.approx(100)
 
 
+def test_who_finds_nothing_scores_zero(tmp_path):
+    cfg = load_config(DIGITS, overrides(tmp_path, write_coco(tmp_path)))
+    register_coco_json(cfg)
+    evaluator = Trainer.build_evaluator(cfg, cfg.DATASETS.TEST[0])
+    evaluator.reset()
+    for record in DatasetCatalog.get(cfg.DATASETS.TEST[0]):
+        found = Instances((record["height"], record["width"]))
+        found.pred_boxes, found.pred_classes = Boxes(torch.empty(0, 4)), torch.empty(0)
+        found.scores, found.pred_masks = torch.empty(0), torch.empty(0, *found.image_size)
+        evaluator.process([record], [{"instances": found}])
+    metrics = evaluator.evaluate()
+    assert metrics["bbox"]["AP50"] == metrics["segm"]["AP"] == 0.0
+
+
 NAMES = ["absent", "red car", "N/A"]
 
 

@@ -24,6 +24,14 @@ PERIODS = {
 FINAL = {"detectron2": "model_final.pth", "torchvision": "model_final.pt"}
 
 
+@pytest.fixture(autouse=True)
+def handler():
+    """Python's own, which it does not set where the shell has put the tests into the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @contextlib.contextmanager
 def ctrl_c(at, training):
     """Ctrl-C in the forward pass number ``at``, from 1, of those in training or in evaluation."""
