@@ -10,9 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 CORE = {
     "files": set(),
+    "cache": {"files"},
     "figures": {"files"},
     "seeding": set(),
-    "ops": {"files", "native", "kernels"},
+    "ops": {"cache", "native", "kernels"},
     "native": {"ops"},
     "triton": {"ops", "kernels"},
     "measure": {"checkpoint", "ops"},
@@ -32,7 +33,7 @@ CORE = {
     },
     "serving": {"highway", "methods", "trunks", "weights"},
 }
-RUNS = {"data": set(), "runs": {"data", "figures", "files", "trunks"}}
+RUNS = {"data": {"cache"}, "runs": {"data", "figures", "files", "trunks"}}
 SHELLS = {shell: {"__version__", *CORE, *RUNS} for shell in ("detectron2", "torchvision")}
 ENTRIES = {
     "demo": {*CORE, *RUNS, *SHELLS},

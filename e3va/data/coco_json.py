@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from e3va.data.geometry import HUGE, check_convention, is_number
-from e3va.data.images import check_size, image_size, match_images
+from e3va.data.images import check_images, check_size, match_images
 from e3va.data.instances import Instances
 from e3va.data.text import read_text
 
@@ -185,12 +185,10 @@ def _add_images(result: Instances, entries: list[Any], folder: Any, path: Any) -
     # Evaluation sorts ids, which it cannot if they are of both types.
     mixed = len({type(entry["id"]) for entry in entries}) > 1
     by_id = {}
-    for entry, file in zip(entries, files, strict=True):
-        if entry.get("height") is None or entry.get("width") is None:
-            size = image_size(file)
-        else:
-            size = round(entry["height"]), round(entry["width"])
-            check_size(file, size, f"{path} ({entry['file_name']})")
+    for entry, file, size in zip(entries, files, check_images(files), strict=True):
+        if entry.get("height") is not None and entry.get("width") is not None:
+            told = round(entry["height"]), round(entry["width"])
+            check_size(file, size, told, f"{path} ({entry['file_name']})")
         more = {k: v for k, v in entry.items() if k not in ("id", "file_name", "height", "width")}
         key = _key(entry["id"])
         by_id[key] = result.add_image(file, *size, key if mixed else entry["id"], **more)

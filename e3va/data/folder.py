@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from e3va.data import coco_json, maps, voc, yolo
-from e3va.data.images import check_complete, list_files, list_images
+from e3va.data.images import list_files, list_images
 from e3va.data.instances import Instances
 from e3va.data.maps import Maps
 from e3va.data.text import load_yaml
@@ -247,8 +247,6 @@ def open_data(
             f"no validation split: {len(_items(data.splits['val']))} images, drawn with the seed "
             f"{seed}, are kept to validate on"
         )
-    for path in set().union(*map(_files, data.splits.values())):
-        check_complete(path)
     if data.splits["train"] is data.splits["val"]:
         return data
     if shared := len(_files(data.splits["train"]) & _files(data.splits["val"])):

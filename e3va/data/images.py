@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from e3va.data.checks import check_files
+
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"),
     *(".jp2", ".pbm", ".pgm", ".pnm", ".ppm"),
@@ -91,13 +93,20 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
-def check_complete(path: str | os.PathLike[str]) -> None:
-    """That an image file is not cut short: of a JPEG or PNG that does not end as it should, and of
-    other kinds not at all, all is decoded.
+def check_images(paths: Sequence[Path]) -> list[tuple[int, int]]:
+    """(height, width) of image files that are whole, as :func:`check_image`; in parallel, and not
+    again while a file stays as it is (:mod:`e3va.data.checks`)."""
+    return [(height, width) for height, width in check_files(check_image, paths)]
+
+
+def check_image(path: Path) -> tuple[int, int]:
+    """(height, width) of an image as :func:`image_size`, if the file is not cut short: of a JPEG or
+    PNG that does not end as it should, and of other kinds not at all, all is decoded.
 
     Raises:
-        ValueError: it is damaged.
+        FileNotFoundError, ValueError: as :func:`read_image`.
     """
+    size = image_size(path)
     with open(path, "rb") as file:
         start = file.read(4)
         file.seek(max(0, os.path.getsize(path) - _TAIL))
@@ -105,23 +114,23 @@ def check_complete(path: str | os.PathLike[str]) -> None:
     mark = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND"}.get(start[:2])
     if mark is not None and mark not in end:
         read_image(path)
+    return size
 
 
 _TAIL = 4096
 """Bytes at the end of a file in which the mark of its end is looked for: cameras append to it."""
 
 
-def check_size(path: Path, size: tuple[int, int], said_by: object) -> None:
-    """That ``said_by`` gives the true (height, width) of an image.
+def check_size(path: Path, true_size: tuple[int, int], size: tuple[int, int], by: object) -> None:
+    """That ``by`` gives the true (height, width) of an image.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_image`, or it is another size.
+        ValueError: it is another size.
     """
-    true_size = image_size(path)
     if size != true_size:
         turned = ", as its EXIF data turn it" if size == true_size[::-1] else ""
         raise ValueError(
-            f"{said_by} says {size[1]}×{size[0]} pixels, but {path} is "
+            f"{by} says {size[1]}×{size[0]} pixels, but {path} is "
             f"{true_size[1]}×{true_size[0]}{turned}: the annotations are of another image"
         )
 

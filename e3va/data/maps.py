@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from e3va.data.images import check_size, list_images, open_image
+from e3va.data.checks import check_files
+from e3va.data.images import check_images, check_size, list_images, open_image
 from e3va.data.text import read_text
 
 UNLABELLED = 255
@@ -229,16 +231,38 @@ def pair(images: Path, maps: Path) -> list[tuple[Path, Path]]:
 
 
 def look(pairs: Sequence[tuple[Path, Path]]) -> list[set[int]]:
-    """The values that occur in each map; checks their sizes."""
+    """The values that occur in each map; checks them and their images, and that both are of one
+    size."""
+    images, maps = [image for image, _ in pairs], [path for _, path in pairs]
+    sizes = check_images(images)
     seen = []
-    for image, path in pairs:
-        values = read_values(path)
-        check_size(image, values.shape, path)
-        if values.dtype == np.uint8:  # much faster than to sort them
-            seen.append(set(np.bincount(values.ravel(), minlength=1).nonzero()[0].tolist()))
-        else:
-            seen.append(set(np.unique(values).tolist()))
+    for image, path, true_size, (*size, values) in zip(
+        images, maps, sizes, check_files(check_map, maps), strict=True
+    ):
+        check_size(image, true_size, (size[0], size[1]), path)
+        seen.append(set(values))
     return seen
+
+
+def check_map(path: Path) -> tuple[int, int, list[int]]:
+    """Height, width and the values that occur in a map.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`read_values`, or there are more values than a map
+            can have classes.
+    """
+    values = read_values(path)
+    if values.dtype == np.uint8:  # Pillow counts faster than NumPy, and lets other threads run
+        found = [v for v, count in enumerate(Image.fromarray(values).histogram()) if count]
+    else:
+        found = np.unique(values).tolist()
+    if len(found) > UNLABELLED + 1:
+        raise ValueError(
+            f"{path} has {len(found)} different values, and at most {UNLABELLED - 1} classes fit: "
+            "a semantic map has a number for each class (are these depths, or instances?)"
+        )
+    height, width = values.shape
+    return height, width, found
 
 
 def _classes(

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 from e3va.data.geometry import check_fractions
-from e3va.data.images import check_size, image_size, list_files, list_images
+from e3va.data.images import check_images, check_size, list_files, list_images
 from e3va.data.instances import Instances, categories_of
 from e3va.data.text import read_text
 
@@ -161,10 +161,11 @@ def _read(pairs: dict[str, Pairs], source: str) -> dict[str, Instances]:
         if bare := sum(xml is None for _, xml, *_ in of_split):
             result.notes.append(f"{bare} images of {split} have no XML file: nothing is on them")
         boxes = []
-        for path, xml, size, objects in of_split:
-            if size:
-                check_size(path, size, xml)
-            image = result.add_image(path, *(size or image_size(path)))
+        sizes = check_images([path for path, *_ in of_split])
+        for (path, xml, told, objects), size in zip(of_split, sizes, strict=True):
+            if told:
+                check_size(path, size, told, xml)
+            image = result.add_image(path, *size)
             for number, found in enumerate(objects, start=1):
                 xmin, ymin, xmax, ymax = found.corners
                 boxes.append(([xmin, ymin, xmax, ymax], image["height"], image["width"]))

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from e3va.data.images import SUFFIXES, image_size, list_images
+from e3va.data.images import SUFFIXES, check_images, list_images
 from e3va.data.instances import Instances, categories_of
 from e3va.data.text import load_yaml, read_text
 
@@ -174,7 +174,11 @@ def _read(
 ) -> Instances:
     files = {image: label_file(image) for image in images}
     _check_names(files)
-    labelled = [(image, *image_size(image), _lines(file)) for image, file in files.items()]
+    sizes = check_images(list(files))
+    labelled = [
+        (image, *size, _lines(file))
+        for (image, file), size in zip(files.items(), sizes, strict=True)
+    ]
     objects = [values for *_, lines in labelled for *_, values in lines]
     if masks is None:
         masks = sum(len(values) > 4 for values in objects) > len(objects) / 2

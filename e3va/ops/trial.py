@@ -3,7 +3,7 @@
 Right means: on small maps that no tile divides it is as close to float64 as PyTorch in the same
 dtype is, or within some roundings of it. Faster is told at the shape at hand, for all maps of about
 its size. Verdicts are kept in a file for each GPU, driver, version of PyTorch and Triton, and state
-of our kernels, in ``$XDG_CACHE_HOME/e3va`` (default ``~/.cache/e3va``); a lock makes processes that
+of our kernels, in the user's cache folder (:mod:`e3va.cache`); a lock makes processes that
 start together on one machine, those of one training above all, agree. What failed for want of
 memory or a tool is not kept.
 """
@@ -16,7 +16,6 @@ import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import re
 import statistics
 import time
@@ -31,7 +30,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from e3va.files import write_json
+from e3va.cache import cache_path, read_cache, warn_once, warn_unwritable, write_cache
 from e3va.ops import dispatch
 from e3va.ops.variants import VARIANTS, Draw, Variant, compared, examples
 
@@ -304,10 +303,10 @@ def _first(name: str, device: torch.device, make: Callable[[], Verdict]) -> Verd
         lock.acquire()
     except Timeout:
         lock = None
-        _tell(f"another process keeps {path} locked: kernels are tried without waiting for it")
+        warn_once(f"another process keeps {path} locked: kernels are tried without waiting for it")
     except (OSError, NotImplementedError) as error:
         lock = None
-        _cannot_be_kept(path, error)
+        warn_unwritable(path, error)
     try:
         found = _read(path).get(name) or make()
         if lock and found.lasting:
@@ -323,35 +322,15 @@ def _seen(device: torch.device) -> dict[str, Verdict]:
 
 
 def _read(path: Path) -> dict[str, Verdict]:
-    try:
-        found = json.loads(path.read_text())["verdicts"]
-        return {str(name): _parsed(fields) for name, fields in found.items()}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        _tell(f"{path} holds no verdicts, they are made anew: {error!r}")
-        return {}
+    def parse(content: Any) -> dict[str, Verdict]:
+        return {str(name): _parsed(fields) for name, fields in content["verdicts"].items()}
+
+    return read_cache(path, parse) or {}
 
 
 def _write(path: Path, device: torch.device, name: str, found: Verdict) -> None:
     values = {key: value._asdict() for key, value in {**_read(path), name: found}.items()}
-    try:
-        write_json(path, {**_identity(device), "verdicts": values})
-    except OSError as error:
-        _cannot_be_kept(path, error)
-
-
-def _cannot_be_kept(path: Path, why: Exception) -> None:
-    _tell(
-        f"what trials of kernels show cannot be kept in {path}: {why}. Each process makes them "
-        "anew; XDG_CACHE_HOME names another folder."
-    )
-
-
-@functools.cache
-def _tell(text: str) -> None:
-    """Warn once."""
-    warnings.warn(text, stacklevel=2)
+    write_cache(path, {**_identity(device), "verdicts": values})
 
 
 def _parsed(fields: dict[str, Any]) -> Verdict:
@@ -378,10 +357,7 @@ def fields(variant: Variant) -> str:
 
 def _path(device: torch.device) -> Path:
     digest = hashlib.sha256(json.dumps(_identity(device)).encode()).hexdigest()[:16]
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    if cache.startswith("~"):  # a user without a home
-        cache = os.devnull
-    return Path(cache) / "e3va" / f"verdicts-{digest}.json"
+    return cache_path(f"verdicts-{digest}.json")
 
 
 def _current(device: torch.device) -> AbstractContextManager[None]:

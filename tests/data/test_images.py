@@ -203,11 +203,11 @@ def test_decompression_bomb(tmp_path, read):
 
 def test_check_size(tmp_path):
     path = write_image(tmp_path / "a.png")
-    check_size(path, (30, 40), "x.json")
+    check_size(path, (30, 40), (30, 40), "x.json")
     with pytest.raises(ValueError, match=r"x\.json says 41×30 .*a\.png is 40×30"):
-        check_size(path, (30, 41), "x.json")
+        check_size(path, (30, 40), (30, 41), "x.json")
     with pytest.raises(ValueError, match="EXIF"):
-        check_size(path, (40, 30), "x.json")
+        check_size(path, (30, 40), (40, 30), "x.json")
 
 
 def test_list_images(tmp_path):

@@ -258,3 +258,11 @@ def test_real_maps(real_data):
     splits = read_folder(real_data / "indoor_semseg")
     assert [len(split.pairs) for split in splits.values()] == [264, 84]
     assert splits["val"].counts()["elevator"] == 0 < splits["train"].counts()["elevator"]
+
+
+def test_more_values_than_classes_fit(tmp_path):
+    root = write_maps(tmp_path, {"train": [[0, 1]]}, "0,a\n1,b", np.uint16)
+    depths = np.arange(30 * 40).reshape(30, 40).astype(np.uint16)
+    Image.fromarray(depths).save(root / "annotations/train/0.png")
+    with pytest.raises(ValueError, match=r"0\.png has 1200 different values.*depths"):
+        read_folder(root)

@@ -11,6 +11,7 @@ import torch
 
 import e3va
 from e3va import cli, native
+from e3va.cache import warn_once
 from e3va.ops import dispatch, reference, trial
 from e3va.ops.taps import compress
 from e3va.ops.variants import SEED, VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
@@ -61,7 +62,7 @@ def gpu(monkeypatch, tmp_path):
     def restart():
         dispatch.forget()
         trial._memory.clear()
-        trial._tell.cache_clear()
+        warn_once.cache_clear()
 
     def install(kernel, seconds=0.5, other=reference.sublayer_epilogue):
         def timed(run, device, arguments):
@@ -228,7 +229,7 @@ def test_a_broken_file_is_made_anew(gpu, tmp_path, text):
     good = json.loads(kept.read_text())["verdicts"]
     kept.write_text(text, errors="surrogateescape")
     gpu.restart()
-    with pytest.warns(UserWarning, match="holds no verdicts, they are made anew"):
+    with pytest.warns(UserWarning, match="is damaged, its content is made anew"):
         assert chosen().backend == "triton"
     assert json.loads(kept.read_text())["verdicts"].keys() == good.keys()
 

@@ -14,7 +14,6 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 
-from e3va.data.images import check_size, image_size
 from e3va.data.maps import UNLABELLED, look, pair, read_classes, read_map, read_values
 from e3va.detectron2.data.catalog import (
     DatasetFormat,
@@ -60,8 +59,7 @@ def register_semantic_maps(cfg: CfgNode) -> None:
         )
     for of_split in splits.values():
         if index:  # whose values were checked when it was written
-            for image, labels in of_split:
-                check_size(Path(image), image_size(labels), labels)
+            look(of_split)
         else:
             _check_values(of_split, len(classes))
     for split, name in names.items():
@@ -100,7 +98,11 @@ def _read_index(path: Path) -> tuple[list[str], dict[int, int], dict[str, Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         values = {int(value): int(index) for value, index in content["values"].items()}
-        return list(content["classes"]), values, content["splits"]
+        splits = {
+            name: [(Path(image), Path(labels)) for image, labels in pairs]
+            for name, pairs in content["splits"].items()
+        }
+        return list(content["classes"]), values, splits
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no index of maps: {error}") from error
 
