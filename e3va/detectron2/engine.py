@@ -25,6 +25,7 @@ from e3va.data.folder import Data
 from e3va.detectron2 import budget
 from e3va.detectron2.config import CONFIGS, load_config
 from e3va.detectron2.data import FORMATS, register_datasets
+from e3va.detectron2.data.catalog import set_classes
 from e3va.detectron2.inference import class_names, load_model
 from e3va.detectron2.inference import export as export_model
 from e3va.detectron2.inference import predictor as predictor_of
@@ -151,10 +152,11 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
-def write_config(cfg: CfgNode, folder: Path) -> None:
-    """Write config.yaml, with what the data in ``folder`` say: the classes."""
-    with _log(folder):
-        register_datasets(cfg)
+def write_config(cfg: CfgNode, data: Data, folder: Path) -> None:
+    """Write config.yaml, with the classes of the data."""
+    model = cfg.MODEL
+    heads = [model.SEM_SEG_HEAD] if data.task == "semantic" else [model.ROI_HEADS, model.RETINANET]
+    set_classes(cfg, data.classes, folder, *heads)
     _write(cfg, folder)
 
 

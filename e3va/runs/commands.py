@@ -100,7 +100,7 @@ def prepare(
         )
     write_data(data, folder / "data")
     if not (folder / CONFIG).exists():
-        by.write_config(config, folder)
+        by.write_config(config, data, folder)
     pictures.data_page(data, folder / DATA_PAGE)
     return config
 

@@ -92,9 +92,9 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     return set_fields(Run.read(folder).config, overrides)
 
 
-def write_config(config: TrainConfig, folder: Path) -> None:
-    """Write config.yaml."""
-    Run.of(config, *_data(config, folder)).write(folder)
+def write_config(config: TrainConfig, data: Data, folder: Path) -> None:
+    """Write config.yaml, with the classes of the data."""
+    Run(config, data.classes, _sources(config, folder)).write(folder)
 
 
 def check_same(config: TrainConfig, folder: Path) -> None:
@@ -123,7 +123,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     Raises:
         ValueError: a setting does not fit the data.
     """
-    train_data, val_data = _data(config, folder)
+    train_data, val_data = (CocoInstances(**own) for own in _sources(config, folder).values())
     torch.manual_seed(config.seed)
     assert config.model is not None
     model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
@@ -131,13 +131,15 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     return {name: value for name, value in result.items() if "_ap" in name}
 
 
-def _data(config: TrainConfig, folder: Path) -> tuple[CocoInstances, CocoInstances]:
-    """What a run in ``folder`` trains and validates on."""
+def _sources(config: TrainConfig, folder: Path) -> dict[str, dict[str, Any]]:
+    """What a run in ``folder`` trains and validates on, as :class:`CocoInstances` takes it."""
     assert config.model is not None
-    masks = DETECTORS[config.model.detector].masks
-    files = (folder / f"data/{split}.json" for split in ("train", "val"))
-    train_data, val_data = (CocoInstances(file, folder / "data", masks=masks) for file in files)
-    return train_data, val_data
+    place = (folder / "data").absolute()
+    more = {"images": str(place), "masks": DETECTORS[config.model.detector].masks}
+    return {split: {"annotations": str(place / f"{split}.json"), **more} for split in _SPLITS}
+
+
+_SPLITS = ("train", "val")
 
 
 def classes_of(folder: Path) -> list[str]:

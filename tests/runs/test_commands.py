@@ -16,6 +16,7 @@ pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
 from e3va.cli import main
+from e3va.data import coco_json
 from tests.runs.factories import write_coco, write_maps, write_yolo
 
 WRITERS = {"masks": write_coco, "boxes": write_yolo, "semantic": write_maps}
@@ -66,6 +67,18 @@ def test_a_run_holds_what_is_promised(run):
     assert all(line["loss"] > 0 and line["lr"] >= 0 for line in steps)
     (score,) = [line for line in lines(folder) if "loss" not in line]
     assert score["iteration"] == 2 and 0 <= score[METRICS[task]] <= 100
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_each_file_is_read_once(engine, tmp_path, monkeypatch):
+    """The user's, and what the run has of them."""
+    read, found = coco_json.read_content, []
+    monkeypatch.setattr(coco_json, "read_content", lambda path: (found.append(path), read(path))[1])
+    data = write_coco(tmp_path / "data")
+    assert train(data, tmp_path / "out", engine, "swin_digits") == 0
+    files = [data / f"{split}/_annotations.coco.json" for split in ("train", "valid")]
+    files += [tmp_path / f"out/data/{split}.json" for split in ("train", "val")]
+    assert sorted(map(str, found)) == sorted(map(str, files))
 
 
 def test_eval_of_the_run_and_of_other_data(run, tmp_path, capsys):
