@@ -47,8 +47,9 @@ class Data:
         return self.splits["train"].classes
 
     def report(self) -> dict[str, Any]:
-        """Format, task, counts of images, instances, classes and of what was dropped, by reason;
-        JSON can hold it. In semantic maps a class counts once for each map that it is in."""
+        """Format, task, counts of images, instances, classes, of boxes that were clipped and of
+        what was dropped, by reason; JSON can hold it. In semantic maps a class counts once for each
+        map that it is in."""
         classes: dict[str, int] = dict.fromkeys(self.classes, 0)
         dropped: dict[str, int] = {}
         images = {}
@@ -66,6 +67,7 @@ class Data:
             "instances": sum(classes.values()),
             "classes": classes,
             "dropped": dropped,
+            "clipped": sum(getattr(split, "clipped", 0) for split in self.splits.values()),
             "notes": self.notes,
         }
 
@@ -367,7 +369,7 @@ def _split(split: Any, seed: int) -> tuple[Any, Any]:
     if isinstance(split, Maps):
         return split.subset(parts[0]), split.subset(parts[1])
     train, val = (split.subset(items[i] for i in part) for part in parts)
-    train.dropped = split.dropped
+    train.dropped, train.clipped = split.dropped, split.clipped
     return train, val
 
 

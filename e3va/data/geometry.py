@@ -14,6 +14,10 @@ import numpy as np
 MIN_SIDE = 0.1
 """A box thinner than this, in pixels, holds nothing to learn and breaks the box regression."""
 
+OVER_THE_EDGE = 1.0
+"""How far a box may reach out of its image, in pixels, before that is told: tools round, and count
+from 0 or from 1."""
+
 FAR = 1.0
 """How far a polygon may reach out of its image, as a multiple of the image's larger side: tools
 draw over the edge, and pycocotools allocates by the outline."""
@@ -67,6 +71,13 @@ def clip_box(bbox: Sequence[float], height: int, width: int) -> Box:
     if min(x2 - x1, y2 - y1) < MIN_SIDE:
         raise Unusable(f"box outside its image or thinner than {MIN_SIDE:g} pixels")
     return x1, y1, x2, y2
+
+
+def is_cut(bbox: Sequence[float], box: Box) -> bool:
+    """Whether clipping COCO's ``bbox`` to ``box`` took more than :data:`OVER_THE_EDGE` away."""
+    x, y, w, h = bbox
+    x1, y1, x2, y2 = box
+    return max(x1 - x, y1 - y, x + w - x2, y + h - y2) > OVER_THE_EDGE
 
 
 def check_polygons(polygons: Any, height: int, width: int) -> Mask:

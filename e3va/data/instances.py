@@ -28,6 +28,7 @@ class Instances:
         annotations: COCO's, with ``bbox`` clipped to the image, ``area``, ``iscrowd`` (0 or 1) and
             a ``segmentation`` where there is a mask.
         dropped: instances left out, by reason.
+        clipped: instances kept whose boxes reached out of their image by more than a pixel or so.
         notes: what a user should know of how they were read.
     """
 
@@ -36,6 +37,7 @@ class Instances:
     images: list[dict[str, Any]] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    clipped: int = 0
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -111,6 +113,7 @@ class Instances:
             return
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
+        self.clipped += geometry.is_cut(bbox, box)
         x1, y1, x2, y2 = box
         annotation = {
             "area": (x2 - x1) * (y2 - y1),
@@ -130,17 +133,16 @@ class Instances:
         self.dropped[reason] += count
 
     def warn(self, logger: logging.Logger) -> None:
-        """Tell what was dropped, and why, in one warning."""
+        """Tell what was dropped, and why, and what was clipped, in one warning."""
+        told = []
         if self.dropped:
             reasons = "; ".join(f"{number}: {reason}" for reason, number in self.dropped.items())
             total = len(self.annotations) + self.dropped.total()
-            logger.warning(
-                "%s: dropped %d of %d instances (%s)",
-                self.source,
-                self.dropped.total(),
-                total,
-                reasons,
-            )
+            told.append(f"dropped {self.dropped.total()} of {total} instances ({reasons})")
+        if self.clipped:
+            told.append(f"clipped {self.clipped} boxes to their images")
+        if told:
+            logger.warning("%s: %s", self.source, ", ".join(told))
 
     def content(self) -> dict[str, Any]:
         """As a COCO JSON file has it."""
@@ -177,6 +179,7 @@ class Instances:
         ]
         result = Instances(self.source, categories_of(classes), self.images, kept)
         result.dropped, result.notes = self.dropped.copy(), list(self.notes)
+        result.clipped = self.clipped
         if left_out := len(self.annotations) - len(kept):
             result.drop("class left out", left_out)
         return result

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from xml.etree import ElementTree
@@ -29,28 +31,41 @@ class Object(NamedTuple):
     corners: tuple[float, float, float, float]
 
 
-def read_tree(root: str | os.PathLike[str]) -> dict[str, Instances]:
-    """The splits of a tree with Annotations, ImageSets/Main and JPEGImages: "train", "val" and
-    "test" where it has them; "train" is "trainval" where that alone is there.
+def read_tree(
+    root: str | os.PathLike[str], splits: Sequence[str] | None = None
+) -> dict[str, Instances]:
+    """Splits of a tree with Annotations, ImageSets/Main and JPEGImages.
+
+    Args:
+        root: the tree.
+        splits: their names (default: "train", "val" and "test" where it has them; "train" is
+            "trainval" where that alone is there).
 
     Raises:
-        FileNotFoundError: a folder, an image or an annotation is missing.
+        FileNotFoundError: a split, an image or an annotation is missing.
         ValueError: an XML file is broken; names it.
     """
     root = Path(root)
-    lists = {path.stem: path for path in (root / "ImageSets/Main").glob("*.txt")}
-    if "train" not in lists and "trainval" in lists:
-        lists["train"] = lists["trainval"]
-    wanted = [split for split in ("train", "val", "test") if split in lists]
-    if not wanted:
+    lists = {path.stem: path for path in sorted((root / "ImageSets/Main").glob("*.txt"))}
+    known = ", ".join(lists) or "none"
+    if splits is None:
+        if "train" not in lists and "trainval" in lists:
+            lists["train"] = lists["trainval"]
+        splits = [split for split in ("train", "val", "test") if split in lists]
+    if not splits:
         raise FileNotFoundError(f"{root / 'ImageSets/Main'} has no train.txt and no trainval.txt")
+    for split in splits:
+        if split not in lists:
+            raise FileNotFoundError(
+                f"no split {split!r} at {root / 'ImageSets/Main' / split}.txt; known: {known}"
+            )
     images = _by_name(list_images(root / "JPEGImages"), root / "JPEGImages")
     pairs: dict[str, Pairs] = {}
-    for split in wanted:
+    for split in splits:
         pairs[split] = []
         for line in filter(None, map(str.strip, read_text(lists[split]).splitlines())):
-            # Lists of one class end each line in 1 or -1.
-            name = line if line in images else line.split()[0]
+            # Lists of one class end each line in 1, 0 or -1.
+            name = line if line in images else re.sub(r"\s+-?[01]$", "", line)
             if name not in images:
                 raise FileNotFoundError(
                     f"no image {name!r} in {root / 'JPEGImages'}, but {lists[split]} lists it"

@@ -59,6 +59,8 @@ def describe(data: Data) -> str:
     if sizes := _sizes(data):
         lines.append(sizes)
     lines += [f"  dropped {number}: {why}" for why, number in report["dropped"].items()]
+    if report["clipped"]:
+        lines.append(f"  clipped {report['clipped']}: box reaching out of its image")
     lines += [f"  note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 

@@ -312,3 +312,33 @@ def test_real_data(real_data, name):
     data = open_data(real_data / name)
     assert {"train", "val"} <= data.splits.keys() and data.report()["instances"] > 100
     assert not any("both in train" in note for note in data.notes)
+
+
+def test_boxes_that_reach_out_are_told_alike_in_all_formats(tmp_path):
+    """A box reaches 20 pixels over the left edge, another lies outside, a third is fine."""
+    boxes = [[-20, 5, 30, 10], [60, 5, 10, 10], [5, 5, 10, 10]]
+    entries = [annotation(i, bbox=box, segmentation=...) for i, box in enumerate(boxes, start=1)]
+    found = [
+        write_coco(tmp_path / "coco", coco(entries)).parent,
+        write_voc(
+            tmp_path / "voc",
+            {"train": {"1": xml([{"box": (x + 1, y + 1, x + w, y + h)} for x, y, w, h in boxes])}},
+        ),
+        write_yolo(
+            tmp_path / "yolo",
+            {
+                "train/1": "\n".join(
+                    f"0 {(x + w / 2) / 40} {(y + h / 2) / 30} {w / 40} {h / 30}"
+                    for x, y, w, h in boxes
+                )
+            },
+            "train: images/train\nnames: [cat]",
+        ),
+    ]
+    for path in found:
+        data = open_data(path, hold_out=False)
+        del data.splits["val"]  # which is the same
+        report = data.report()
+        assert report["clipped"] == 1 and report["instances"] == 2, path
+        ((reason, number),) = report["dropped"].items()
+        assert "outside its image" in reason and number == 1

@@ -96,3 +96,21 @@ def test_renamed(instances):
     assert instances.dropped == {"before": 1} and instances.counts() == {"cat": 1, "dog": 1}
     turned = instances.renamed({"cat": "cat", "dog": "dog"}, ["dog", "cat"])
     assert [a["category_id"] for a in turned.annotations] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("bbox", "clipped"),
+    [
+        ([5, 5, 10, 10], 0),
+        ([-1, -1, 42, 32], 0),  # a pixel on each side: counted from another corner, or rounded
+        ([-1.5, 5, 10, 10], 1),
+        ([5, -300, 10, 310], 1),
+        ([5, 5, 36.5, 10], 1),
+        ([5, 5, 10, 1e6], 1),
+    ],
+)
+def test_boxes_that_reach_out_are_counted(bbox, clipped):
+    split = Instances("x", categories_of(["a"]))
+    split.add(split.add_image(Path("a.png"), 30, 40), 1, bbox, where="annotation 1")
+    assert (split.clipped, len(split.annotations)) == (clipped, 1)
+    assert split.renamed({"a": "b"}, ["b"]).clipped == clipped
