@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +37,13 @@ FOLDERS = ("annotations", "masks", "maps", "labels", "annotation", "mask", "Segm
 
 LARGEST = 65_535
 """The largest value that a class may have in a map."""
+
+ROUND_MAPS = (
+    'python -c "import sys; from pathlib import Path; from PIL import Image; '
+    "[(Image.open(p).convert('L').point(lambda v: 255 * (v > 127)).save(p.with_suffix('.png')), "
+    "p.rename(f'{p}.old')) for p in sorted(Path(sys.argv[1]).glob('*.[jJ]*'))]\""
+)
+"""A command that takes a folder, and makes PNG files of black and white maps in JPEG."""
 
 CLASS_FILES = ("classes.csv", "_classes.csv", "classes.txt")
 
@@ -88,12 +96,19 @@ def read_values(path: str | os.PathLike[str]) -> np.ndarray:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image, damaged, in colour, or has negative numbers; names the file.
+        ValueError: it is no image, damaged, a JPEG, in colour, or has negative numbers; names the
+            file.
     """
     if not os.path.exists(path):
         raise FileNotFoundError(f"no map at {path}")
     with open_image(path) as file:
-        values, mode = np.asarray(file), file.mode
+        values, mode, kind = np.asarray(file), file.mode, file.format
+    if kind in ("JPEG", "MPO"):
+        raise ValueError(
+            f"{path} is a JPEG, whose pixels are not the ones that were saved: its values are no "
+            "classes. Export the maps as PNG; black and white ones can be rounded by "
+            f"{ROUND_MAPS} {shlex.quote(str(Path(path).parent))}"
+        )
     if mode == "1":
         return values.astype(np.uint8)
     if values.ndim == 3 and (values == values[..., :1]).all():

@@ -1,5 +1,9 @@
 """Semantic maps, and what their values are taken for."""
 
+import shlex
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -258,6 +262,26 @@ def test_real_maps(real_data):
     splits = read_folder(real_data / "indoor_semseg")
     assert [len(split.pairs) for split in splits.values()] == [264, 84]
     assert splits["val"].counts()["elevator"] == 0 < splits["train"].counts()["elevator"]
+
+
+def test_maps_as_jpeg_are_refused_with_the_command_that_rounds_them(tmp_path):
+    root = write_maps(tmp_path / "it's", {"train": [[0, 255], [255, 0, 0]]})
+    folder = root / "annotations/train"
+    for path in sorted(folder.iterdir()):
+        with Image.open(path) as image:
+            image.save(path.with_suffix(".jpg"), quality=30)
+        path.unlink()
+    assert len(np.unique(np.asarray(Image.open(folder / "1.jpg")))) > 2
+    with pytest.raises(ValueError, match=r"0\.jpg is a JPEG.*Export the maps as PNG") as error:
+        read_folder(root)
+    command = str(error.value).split("rounded by ")[1]
+    subprocess.run(
+        command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True
+    )
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("0.jpg.old", "0.png", "1.jpg.old", "1.png")
+    ]
+    assert read_folder(root)["train"].counts() == {"background": 2, "object": 2}
 
 
 def test_more_values_than_classes_fit(tmp_path):
