@@ -1,53 +1,9 @@
-"""Where a result was measured: every result file carries this."""
+"""Where results lie, and what each of them carries."""
 
-from __future__ import annotations
-
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import torch
+from e3va.environment import environment
 
-from e3va.ops.trial import driver
+__all__ = ["RESULTS", "environment"]
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def environment() -> dict[str, object]:
-    """Device, its driver (None: a CPU), versions, commit, and whether the tree differed from it."""
-    root = Path(__file__).parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
-        ).stdout.strip()
-
-    cuda = torch.cuda.is_available()
-    return {
-        "device": torch.cuda.get_device_name() if cuda else _processor(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "driver": driver() if cuda else None,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "commit": git("rev-parse", "HEAD") or "unknown",
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

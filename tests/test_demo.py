@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("torchvision", reason="the demo needs torchvision: pip install 'e3va[demo]'")
 
 from e3va.demo import __main__ as demo
+from e3va.environment import environment
 
 KEYS = {
     "box_ap",
@@ -29,7 +30,8 @@ def test_demo_end_to_end(engine, tmp_path, monkeypatch, capsys):
     demo.main(["--engine", engine, "--iterations", "2", "--output", str(tmp_path)])
 
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["engine"] == engine
+    assert report["engine"] == engine and report["seconds"] > 0
+    assert report["environment"] == environment()
     methods = report["methods"]
     assert list(methods) == ["full", "frozen", "e3va"]
     for result in methods.values():

@@ -12,6 +12,7 @@ CORE = {
     "files": set(),
     "cache": {"files"},
     "figures": {"files"},
+    "environment": {"ops"},
     "seeding": set(),
     "ops": {"cache", "native", "kernels"},
     "native": {"ops"},

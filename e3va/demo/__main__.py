@@ -2,12 +2,14 @@
 
     python -m e3va.demo [--engine detectron2|torchvision] [--seed 0] [--iterations 400]
 
-Writes report.json, predictions.png and curves.png to output/demo.
+Writes report.json (the results, and where they were measured), predictions.png and curves.png to
+output/demo.
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 from e3va.demo import engines, plots
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import Trained
+from e3va.environment import environment
 from e3va.files import write_json
 from e3va.measure import step_costs, step_seconds
 from e3va.runs.commands import default_engine
@@ -31,6 +34,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=Path("output/demo"))
     options = parser.parse_args(arguments)
 
+    where, begin = environment(), time.perf_counter()
     print(f"Mask R-CNN by {options.engine}, {options.iterations} iterations per method")
     data = write_digits(options.output / "digits", seed=options.seed)
     runs = {
@@ -44,11 +48,13 @@ def main(arguments: list[str] | None = None) -> None:
         for method in METHODS
     }
     report = {
+        "environment": where,
         "engine": options.engine,
         "seed": options.seed,
         "iterations": options.iterations,
         "methods": measure(runs),
     }
+    report["seconds"] = round(time.perf_counter() - begin)
     write_json(options.output / "report.json", report)
     detections = {method: run.detections for method, run in runs.items()}
     plots.predictions(options.output / "predictions.png", data / "coco", detections)
