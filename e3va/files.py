@@ -1,4 +1,4 @@
-"""Files appear whole or not at all."""
+"""Files appear whole or not at all, and are what they seem to be."""
 
 from __future__ import annotations
 
@@ -35,3 +35,18 @@ def write_json(path: str | os.PathLike[str], content: Any, indent: int | None = 
     """Write ``content`` as JSON, whole or not at all; without an ``indent`` in one line."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=indent) + "\n")
+
+
+_PLACEHOLDERS = {
+    b"version https://git-lfs.github.com/spec": "a pointer of Git LFS: run `git lfs pull`",
+    b"<!doctype html": "an HTML page: the download has brought an error or a login",
+    b"<html": "an HTML page: the download has brought an error or a login",
+}
+"""What a file begins with that stands where another should be, in small letters."""
+
+
+def placeholder(path: str | os.PathLike[str]) -> str | None:
+    """What a file is that stands where another should be, in words; None if it is no such file."""
+    with open(path, "rb") as file:
+        start = file.read(256).lstrip().lower()
+    return next((what for mark, what in _PLACEHOLDERS.items() if start.startswith(mark)), None)

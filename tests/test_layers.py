@@ -34,7 +34,7 @@ CORE = {
     },
     "serving": {"highway", "methods", "trunks", "weights"},
 }
-RUNS = {"data": {"cache"}, "runs": {"data", "figures", "files", "trunks"}}
+RUNS = {"data": {"cache", "files"}, "runs": {"data", "figures", "files", "trunks"}}
 SHELLS = {shell: {"__version__", *CORE, *RUNS} for shell in ("detectron2", "torchvision")}
 ENTRIES = {
     "demo": {*CORE, *RUNS, *SHELLS},

@@ -48,16 +48,18 @@ class Data:
 
     def report(self) -> dict[str, Any]:
         """Format, task, counts of images, instances, classes, of boxes that were clipped and of
-        what was dropped, by reason; JSON can hold it. In semantic maps a class counts once for each
-        map that it is in."""
+        what was dropped, by reason, and an example of each; JSON can hold it. In semantic maps a
+        class counts once for each map that it is in."""
         classes: dict[str, int] = dict.fromkeys(self.classes, 0)
         dropped: dict[str, int] = {}
+        examples: dict[str, str] = {}
         images = {}
         for name, split in self.splits.items():
             for label, number in split.counts().items():
                 classes[label] = classes.get(label, 0) + number
             for reason, number in getattr(split, "dropped", {}).items():
                 dropped[reason] = dropped.get(reason, 0) + number
+            examples = getattr(split, "examples", {}) | examples
             images[name] = len(_items(split))
         return {
             "format": self.format,
@@ -68,6 +70,7 @@ class Data:
             "classes": classes,
             "dropped": dropped,
             "clipped": sum(getattr(split, "clipped", 0) for split in self.splits.values()),
+            "examples": examples,
             "notes": self.notes,
         }
 
@@ -93,9 +96,7 @@ def _find_coco(path: Path) -> dict[str, Path]:
     if path.is_file():
         return {"train": path} if path.suffix.lower() == ".json" else {}
     found: dict[str, Path] = {}
-    places = [path, path / "annotations"]
-    places += [path / name for name in ("train", "val", "valid", "validation", "test")]
-    for place in places:
+    for place in _coco_places(path):
         for file in sorted(place.glob("*.json")) if place.is_dir() else ():
             if not coco_json.is_coco(file):
                 continue
@@ -110,6 +111,22 @@ def _find_coco(path: Path) -> dict[str, Path]:
         first = next(iter(found.values()))
         raise ValueError(f"{path} holds {first}, but no COCO file to train on: name it")
     return found
+
+
+def _why_no_coco(path: Path) -> str:
+    """Of the first JSON file that :func:`_find_coco` has passed over."""
+    for file in (f for place in _coco_places(path) for f in sorted(place.glob("*.json"))):
+        try:
+            coco_json.read_content(file)
+        except (OSError, ValueError) as error:
+            return f"; {error}"
+    return ""
+
+
+def _coco_places(path: Path) -> list[Path]:
+    """Folders that may hold a JSON file."""
+    names = ("", "annotations", "train", "val", "valid", "validation", "test")
+    return [path / name for name in names]
 
 
 def _split_of(file: Path, root: Path) -> str:
@@ -241,6 +258,13 @@ def open_data(
                 f"{'train on' if name == 'train' else 'validate on (name other data by --val)'}"
                 f"{_why(data.splits[name])}"
             )
+    train = data.splits["train"]
+    if isinstance(train, Maps) and sum(map(bool, train.counts().values())) < 2:
+        (only,) = (name for name, number in train.counts().items() if number)
+        raise ValueError(
+            f"{train.source}: all that is labelled in the maps to train on is {only}, which can be "
+            "told from nothing"
+        )
     if "val" not in data.splits and not hold_out:
         data.splits["val"] = data.splits.get("test", data.splits["train"])
     elif "val" not in data.splits:
@@ -278,8 +302,8 @@ def read_classes(text: str) -> dict[str, str | None]:
 
 def _read(path: Path, images: Path | None, task: str | None, wanted: str | None = None) -> Data:
     """What a path holds, for a task and of a format where these are wanted."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"there is no {path}")
+    if not (os.path.isdir(path) or os.path.isfile(path)):
+        raise FileNotFoundError(f"there is no folder or file {path}")
     found = [(f, what) for f in FORMATS if (what := f.find(path))]
     if len(found) > 1 and task is not None:
         found = [(f, what) for f, what in found if (f.name == "maps") == (task == "semantic")]
@@ -295,6 +319,7 @@ def _read(path: Path, images: Path | None, task: str | None, wanted: str | None 
         raise ValueError(
             f"{path} is of no format that is known: COCO's JSON, Pascal VOC's XML files, "
             "YOLO's data.yaml or text files, or images and maps in two folders"
+            f"{_why_no_coco(path)}"
         )
     if len(found) > 1:
         names = " and ".join(f.name for f, _ in found)
@@ -319,7 +344,9 @@ def _read(path: Path, images: Path | None, task: str | None, wanted: str | None 
 
 def _why(split: Any) -> str:
     """What was left out of a split of which nothing is left."""
-    dropped = getattr(split, "dropped", {})
+    dropped = dict(getattr(split, "dropped", {}))
+    if crowds := sum(a["iscrowd"] for a in getattr(split, "annotations", ())):
+        dropped["crowd or difficult"] = crowds
     reasons = ", ".join(f"{number} × {reason}" for reason, number in dropped.items())
     return f": left out were {reasons}" if reasons else ""
 
@@ -370,6 +397,7 @@ def _split(split: Any, seed: int) -> tuple[Any, Any]:
         return split.subset(parts[0]), split.subset(parts[1])
     train, val = (split.subset(items[i] for i in part) for part in parts)
     train.dropped, train.clipped = split.dropped, split.clipped
+    train.examples = split.examples
     return train, val
 
 

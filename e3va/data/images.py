@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from e3va.data.checks import check_files
+from e3va.files import placeholder
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".avif"),
@@ -43,11 +44,15 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except UnidentifiedImageError:
-        raise ValueError(f"{path} is no image of a kind that Pillow reads") from None
+        what = placeholder(path) or "nothing that Pillow reads: export it again, or leave it out"
+        raise ValueError(f"{path} is no image but {what}") from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be trusted, cut it into tiles: {error}") from None
     except Exception as error:  # of a damaged file Pillow's readers raise whatever they stumble on
-        raise ValueError(f"{path} is damaged, cannot be read as an image: {error}") from error
+        raise ValueError(
+            f"{path} is damaged, cannot be read as an image: {error} (copy it again, or leave it "
+            "out)"
+        ) from error
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
@@ -128,10 +133,18 @@ def check_size(path: Path, true_size: tuple[int, int], size: tuple[int, int], by
         ValueError: it is another size.
     """
     if size != true_size:
-        turned = ", as its EXIF data turn it" if size == true_size[::-1] else ""
+        why = "the annotations are of another image"
+        if size == true_size[::-1]:
+            why = "height and width are swapped"
+            with open_image(path) as file:
+                if (file.height, file.width) == size:
+                    why = (
+                        "the annotations are of the image as it was before its EXIF data turned "
+                        "it: take these away (exiftool -Orientation= FILE), or annotate it anew"
+                    )
         raise ValueError(
-            f"{by} says {size[1]}×{size[0]} pixels, but {path} is "
-            f"{true_size[1]}×{true_size[0]}{turned}: the annotations are of another image"
+            f"{by} says {size[1]}×{size[0]} pixels, but {path} is {true_size[1]}×{true_size[0]}: "
+            f"{why}"
         )
 
 

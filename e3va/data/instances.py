@@ -16,6 +16,8 @@ from typing import Any
 from e3va.data import geometry
 from e3va.data.geometry import Unusable
 
+CLIPPED = "box reaching out of its image"
+
 
 @dataclass
 class Instances:
@@ -29,6 +31,7 @@ class Instances:
             a ``segmentation`` where there is a mask.
         dropped: instances left out, by reason.
         clipped: instances kept whose boxes reached out of their image by more than a pixel or so.
+        examples: where the first instance is that was dropped for a reason, or :data:`CLIPPED`.
         notes: what a user should know of how they were read.
     """
 
@@ -38,6 +41,7 @@ class Instances:
     annotations: list[dict[str, Any]] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     clipped: int = 0
+    examples: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -109,11 +113,13 @@ class Instances:
             if mask is not None:
                 geometry.check_mask_in_box(mask, box)
         except Unusable as reason:
-            self.dropped[str(reason)] += 1
+            self.drop(str(reason), where=where)
             return
         except ValueError as error:
             raise ValueError(f"{where} {error}") from None
-        self.clipped += geometry.is_cut(bbox, box)
+        if geometry.is_cut(bbox, box):
+            self.clipped += 1
+            self.examples.setdefault(CLIPPED, where)
         x1, y1, x2, y2 = box
         annotation = {
             "area": (x2 - x1) * (y2 - y1),
@@ -128,21 +134,30 @@ class Instances:
             annotation["segmentation"] = mask.segmentation
         self.annotations.append(annotation)
 
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count instances that are left out."""
+    def drop(self, reason: str, count: int = 1, where: str | None = None) -> None:
+        """Count instances that are left out; ``where`` names the first."""
         self.dropped[reason] += count
+        if where:
+            self.examples.setdefault(reason, where)
 
     def warn(self, logger: logging.Logger) -> None:
         """Tell what was dropped, and why, and what was clipped, in one warning."""
         told = []
         if self.dropped:
-            reasons = "; ".join(f"{number}: {reason}" for reason, number in self.dropped.items())
+            reasons = "; ".join(
+                f"{number}: {reason}{self._example(reason)}"
+                for reason, number in self.dropped.items()
+            )
             total = len(self.annotations) + self.dropped.total()
             told.append(f"dropped {self.dropped.total()} of {total} instances ({reasons})")
         if self.clipped:
-            told.append(f"clipped {self.clipped} boxes to their images")
+            example = self._example(CLIPPED)
+            told.append(f"clipped {self.clipped} boxes to their images{example}")
         if told:
             logger.warning("%s: %s", self.source, ", ".join(told))
+
+    def _example(self, reason: str) -> str:
+        return f", such as {self.examples[reason]}" if reason in self.examples else ""
 
     def content(self) -> dict[str, Any]:
         """As a COCO JSON file has it."""
@@ -179,7 +194,7 @@ class Instances:
         ]
         result = Instances(self.source, categories_of(classes), self.images, kept)
         result.dropped, result.notes = self.dropped.copy(), list(self.notes)
-        result.clipped = self.clipped
+        result.clipped, result.examples = self.clipped, dict(self.examples)
         if left_out := len(self.annotations) - len(kept):
             result.drop("class left out", left_out)
         return result

@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from e3va.files import placeholder
+
 _MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
@@ -16,10 +18,12 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is in another encoding; names the file.
+        ValueError: it is in another encoding, or stands where it should be; names the file.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no file at {path}")
+    if what := placeholder(path):
+        raise ValueError(f"{path} is {what}")
     content = Path(path).read_bytes()
     try:
         return content.decode(_MARKS.get(content[:2], "utf-8-sig"))

@@ -182,17 +182,18 @@ def _read(pairs: dict[str, Pairs], source: str) -> dict[str, Instances]:
                 check_size(path, size, told, xml)
             image = result.add_image(path, *size)
             for number, found in enumerate(objects, start=1):
+                where = f"object {number} of {xml}"
                 xmin, ymin, xmax, ymax = found.corners
                 boxes.append(([xmin, ymin, xmax, ymax], image["height"], image["width"]))
                 if not (xmin < xmax and ymin < ymax):
-                    result.drop("box without width or height")
+                    result.drop("box without width or height", where=where)
                     continue
                 # VOC counts pixels from 1 and includes the last.
                 result.add(
                     image,
                     numbers[found.name],
                     [xmin - 1, ymin - 1, xmax - xmin + 1, ymax - ymin + 1],
-                    where=f"object {number} of {xml}",
+                    where=where,
                     crowd=found.difficult,
                 )
         check_fractions(boxes, result.source, "VOC's are corners in pixels")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from e3va.data.folder import Data
 from e3va.data.images import SUFFIXES, list_images, read_image
+from e3va.data.instances import CLIPPED
 from e3va.files import write_json
 from e3va.runs import pictures
 from e3va.runs.folder import (
@@ -58,9 +59,12 @@ def describe(data: Data) -> str:
     lines += [f"  {name:{width}}  {number}" for name, number in report["classes"].items()]
     if sizes := _sizes(data):
         lines.append(sizes)
-    lines += [f"  dropped {number}: {why}" for why, number in report["dropped"].items()]
+    told = [("dropped", why, number) for why, number in report["dropped"].items()]
     if report["clipped"]:
-        lines.append(f"  clipped {report['clipped']}: box reaching out of its image")
+        told.append(("clipped", CLIPPED, report["clipped"]))
+    for what, why, number in told:
+        example = report["examples"].get(why)
+        lines.append(f"  {what} {number}: {why}" + (f", such as {example}" if example else ""))
     lines += [f"  note: {note}" for note in report["notes"]]
     return "\n".join(lines)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from e3va.files import atomic_path
+from e3va.files import atomic_path, placeholder
 from e3va.weights.pickles import read_pickle
 
 State = dict[str, Tensor]
@@ -99,7 +99,8 @@ def read_candidates(path: str | os.PathLike[str]) -> dict[str, State]:
             f"cannot read {path}: weights are files ending in {', '.join(_READERS)}, "
             f"not {path.suffix!r}"
         )
-    _refuse_placeholder(path)
+    if what := placeholder(path):
+        raise ValueError(f"{path} is no weights but {what}")
     try:
         content = _READERS[path.suffix](path)
     except pickle.UnpicklingError as error:
@@ -146,22 +147,6 @@ def _dictionaries(content: Mapping[Any, Any]) -> Iterator[tuple[str, State]]:
 
 def _kind(value: Any) -> str:
     return f"{len(value)} entries" if isinstance(value, Mapping) else type(value).__name__
-
-
-_PLACEHOLDERS = {
-    b"version https://git-lfs.github.com/spec": "a pointer of Git LFS: run `git lfs pull`",
-    b"<!doctype html": "an HTML page: the download has brought an error or a login",
-    b"<html": "an HTML page: the download has brought an error or a login",
-}
-"""What a file begins with that stands where weights should be, in small letters."""
-
-
-def _refuse_placeholder(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(256).lstrip().lower()
-    for mark, what in _PLACEHOLDERS.items():
-        if start.startswith(mark):
-            raise ValueError(f"{path} is no weights but {what}")
 
 
 def _read_timm(source: str) -> State:

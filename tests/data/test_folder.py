@@ -342,3 +342,36 @@ def test_boxes_that_reach_out_are_told_alike_in_all_formats(tmp_path):
         assert report["clipped"] == 1 and report["instances"] == 2, path
         ((reason, number),) = report["dropped"].items()
         assert "outside its image" in reason and number == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"no format that is known.*a\.json is not valid JSON"),
+        ('{"images": []}', r"a\.json is not in COCO's format: it has no list 'annotations'"),
+        ("version https://git-lfs.github.com/spec/v1", r"a\.json is a pointer of Git LFS"),
+    ],
+)
+def test_a_file_that_is_no_coco_is_named(tmp_path, text, message):
+    write_image(tmp_path / "1.png")
+    write_text(tmp_path / "annotations/a.json", text)
+    with pytest.raises(ValueError, match=message):
+        open_data(tmp_path)
+
+
+def test_why_nothing_is_left_to_train_on(tmp_path):
+    crowds = coco([annotation(1, iscrowd=1), annotation(2, segmentation=[[1, 1, 9, 9]])])
+    path = write_coco(tmp_path, crowds)
+    with pytest.raises(ValueError, match=r"1 × no mask: .*, 1 × crowd or difficult"):
+        open_data(path, task="masks")
+
+
+def test_maps_of_one_class_are_refused(tmp_path):
+    path = write_maps(tmp_path, {"train": [[0]] * 3, "val": [[0, 1]]}, "0,background\n1,cat")
+    with pytest.raises(ValueError, match=r"\(train\): all that is labelled .* is background"):
+        open_data(path)
+
+
+def test_neither_a_folder_nor_a_file():
+    with pytest.raises(FileNotFoundError, match="no folder or file /dev/null"):
+        open_data("/dev/null")

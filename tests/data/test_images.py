@@ -206,8 +206,23 @@ def test_check_size(tmp_path):
     check_size(path, (30, 40), (30, 40), "x.json")
     with pytest.raises(ValueError, match=r"x\.json says 41×30 .*a\.png is 40×30"):
         check_size(path, (30, 40), (30, 41), "x.json")
-    with pytest.raises(ValueError, match="EXIF"):
+    with pytest.raises(ValueError, match="height and width are swapped"):
         check_size(path, (30, 40), (40, 30), "x.json")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(tmp_path / "b.jpg", exif=turned)
+    with pytest.raises(ValueError, match="before its EXIF data turned it: take these away"):
+        check_size(tmp_path / "b.jpg", image_size(tmp_path / "b.jpg"), (30, 40), "x.json")
+
+
+def test_what_stands_where_an_image_should_be_is_named(tmp_path):
+    path = tmp_path / "a.jpg"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n")
+    with pytest.raises(ValueError, match=r"a\.jpg is no image but a pointer of Git LFS: run"):
+        read_image(path)
+    path.write_text("<!DOCTYPE html><html>404</html>")
+    with pytest.raises(ValueError, match="no image but an HTML page"):
+        read_image(path)
 
 
 def test_list_images(tmp_path):

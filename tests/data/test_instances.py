@@ -1,10 +1,11 @@
 """Instances as the content of a COCO JSON file, and other classes for them."""
 
+import logging
 from pathlib import Path
 
 import pytest
 
-from e3va.data.instances import Instances, categories_of
+from e3va.data.instances import CLIPPED, Instances, categories_of
 from tests.data.factories import SQUARE
 
 
@@ -114,3 +115,14 @@ def test_boxes_that_reach_out_are_counted(bbox, clipped):
     split.add(split.add_image(Path("a.png"), 30, 40), 1, bbox, where="annotation 1")
     assert (split.clipped, len(split.annotations)) == (clipped, 1)
     assert split.renamed({"a": "b"}, ["b"]).clipped == clipped
+
+
+def test_the_first_of_each_reason_is_named(instances, caplog):
+    image = instances.images[0]
+    for number, box in enumerate([[50, 5, 9, 9], [-9, 5, 20, 9], [60, 5, 9, 9], [-8, 5, 20, 9]]):
+        instances.add(image, 1, box, where=f"annotation {number}")
+    outside = "box outside its image or thinner than 0.1 pixels"
+    assert instances.examples == {outside: "annotation 0", CLIPPED: "annotation 1"}
+    instances.warn(logging.getLogger("e3va"))
+    assert f"2: {outside}, such as annotation 0)" in caplog.text
+    assert "clipped 2 boxes to their images, such as annotation 1" in caplog.text

@@ -231,8 +231,8 @@ def test_data_alone(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["train", "nowhere"], "there is no nowhere"),
-        (["data", "nowhere"], "there is no nowhere"),
+        (["train", "nowhere"], "there is no folder or file nowhere"),
+        (["data", "nowhere"], "there is no folder or file nowhere"),
         (["train", "{data}", "--model", "swin_xl"], "unknown model 'swin_xl': a trunk (swin_t,"),
         (["train", "{data}", "--model", "upernet_swin_t"], "'upernet_swin_t' is not for masks"),
         (["train", "{data}", "--task", "semantic"], "is for masks, it cannot be used for semantic"),
