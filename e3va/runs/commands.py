@@ -55,8 +55,11 @@ def describe(data: Data) -> str:
         f"{report['format']}, for {report['task']}: {report['images']} images ({splits}), "
         f"{report['instances']} instances of {len(report['classes'])} classes"
     ]
-    width = max(map(len, report["classes"]), default=0)
-    lines += [f"  {name:{width}}  {number}" for name, number in report["classes"].items()]
+    found = {name: number for name, number in report["classes"].items() if number}
+    width = max(map(len, found), default=0)
+    lines += [f"  {name:{width}}  {number}" for name, number in found.items()]
+    if missing := [name for name in report["classes"] if name not in found]:
+        lines.append(f"  without an instance: {', '.join(missing)}")
     if sizes := _sizes(data):
         lines.append(sizes)
     told = [("dropped", why, number) for why, number in report["dropped"].items()]

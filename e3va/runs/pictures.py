@@ -21,6 +21,9 @@ from e3va.files import atomic_path
 CELL = 320
 """Width of a picture on a page, in pixels."""
 
+THINNEST = 24
+"""The least that a side of such a picture has: of a panorama more than a line is seen."""
+
 COLUMNS = 4
 EXAMPLES = 12
 OPACITY = 0.45
@@ -28,6 +31,9 @@ LONGEST_NAME = 80
 """Letters of a name that are drawn."""
 BACKGROUND = "background"
 """Name, in small letters, of a class that is drawn as no colour: it would veil the picture."""
+
+Plate = tuple[float, float, float, float]
+"""Left, top, right and lower edge of what a name is written on."""
 
 
 def colour(index: int) -> tuple[int, int, int]:
@@ -43,7 +49,9 @@ def draw_instances(
     classes: Sequence[str],
     size: tuple[int, int] | None = None,
 ) -> Image.Image:
-    """An image with its instances drawn in.
+    """An image with its instances drawn in, each called by its class, unless there is one alone.
+
+    Where names would cover each other that of the larger instance is drawn.
 
     Args:
         pixels: [H, W, 3], uint8, RGB.
@@ -63,15 +71,23 @@ def draw_instances(
     pen = ImageDraw.Draw(image)
     width = max(1, min(image.size) // 250)
     font = _font(image)
-    for instance in instances:
+    names = []
+    for instance in sorted(instances, key=lambda i: -i["bbox"][2] * i["bbox"][3]):
         x, y, w, h = instance["bbox"]
         left, top = x * across, y * down
         ink = colour(instance["label"])
         pen.rectangle((left, top, left + w * across, top + h * down), outline=ink, width=width)
-        text = classes[instance["label"]]
+        words = [classes[instance["label"]]] if len(classes) > 1 else []
         if "score" in instance:
-            text += f" {instance['score']:.2f}"
-        _label(pen, (left, top), text, ink, font)
+            words.append(f"{instance['score']:.2f}")
+        if words:
+            names.append((" ".join(words), ink, (left, top)))
+    taken: list[Plate] = []
+    for text, ink, corner in names:  # above all boxes
+        plate = _plate(pen, corner, text, font)
+        if not any(_overlap(plate, other) for other in taken):
+            _label(pen, plate, text, ink, font)
+            taken.append(plate)
     return image
 
 
@@ -91,9 +107,14 @@ def draw_map(
     image = _resized(pixels, size)
     pen = ImageDraw.Draw(image)
     font = _font(image)
-    y = 2
+    x, y, right = 2.0, 2.0, 0.0
     for index in shown:
-        y = _label(pen, (2, y), classes[index], colour(int(index)), font, below=True)
+        plate = _plate(pen, (x, y), classes[index], font, below=True)
+        if plate[3] > image.height and y > 2:
+            x, y = right + 2, 2.0
+            plate = _plate(pen, (x, y), classes[index], font, below=True)
+        _label(pen, plate, classes[index], colour(int(index)), font)
+        y, right = plate[3], max(right, plate[2])
     return image
 
 
@@ -111,7 +132,7 @@ def read_cell(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     pixels = read_image(path)
     height, width = pixels.shape[:2]
     scale = CELL / max(width, height)
-    return pixels, (max(1, round(width * scale)), max(1, round(height * scale)))
+    return pixels, (max(THINNEST, round(width * scale)), max(THINNEST, round(height * scale)))
 
 
 def page(pictures: Sequence[tuple[str, Image.Image]], columns: int = COLUMNS) -> Image.Image:
@@ -125,7 +146,8 @@ def page(pictures: Sequence[tuple[str, Image.Image]], columns: int = COLUMNS) ->
     for row, height in zip(rows, heights, strict=True):
         for column, (title, image) in enumerate(row):
             x = column * (CELL + 8)
-            pen.text((x, y + 3), title[-44:], fill="black", font=font)
+            shown = title if len(title) <= 40 else f"{title[:10]}…{title[-29:]}"
+            pen.text((x, y + 3), shown, fill="black", font=font)
             sheet.paste(image, (x, y + 22))
         y += height
     return sheet
@@ -155,13 +177,19 @@ def curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
             [line["iteration"] for line in steps], [line["lr"] for line in steps], color="0.8"
         )
         rate.set_ylabel("learning rate")
-        left.set(xlabel="iteration", ylabel=f"loss (mean of {window})", title="training")
+        rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        left.set_zorder(rate.get_zorder() + 1)  # the loss is not hidden
+        left.patch.set_visible(False)
+        name = "loss" if window == 1 else f"loss (mean of {window})"
+        left.set(xlabel="iteration", ylabel=name, title="training")
     for name in sorted({key for line in scores for key in line} - {"iteration"}):
         points = [(line["iteration"], line[name]) for line in scores if name in line]
         right.plot(*zip(*points, strict=True), marker="o", label=name)
     if scores:
         right.legend()
     right.set(xlabel="iteration", title="validation")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
     figure.tight_layout()
     save_figure(figure, path)
 
@@ -209,15 +237,31 @@ def _font(image: Image.Image) -> Any:
     return ImageFont.load_default(size=max(10, min(image.size) // 35))
 
 
-def _label(
-    pen: Any, corner: tuple[float, float], text: str, ink: Any, font: Any, below: bool = False
-) -> int:
-    """Text on a plate of ``ink`` above or below ``corner``; returns where it ends."""
-    text = text[:LONGEST_NAME]
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
+def _plate(
+    pen: Any, corner: tuple[float, float], text: str, font: Any, below: bool = False
+) -> Plate:
+    """Where text is written above or below ``corner``, within the picture."""
+    left, top, right, bottom = pen.textbbox((0, 0), text[:LONGEST_NAME], font=font)
     width, height = right - left + 4, bottom - top + 4
-    x = max(0, corner[0])
+    x = max(0, min(corner[0], pen.im.size[0] - 1 - width))
     y = corner[1] if below else max(0, corner[1] - height)
-    pen.rectangle((x, y, x + width, y + height), fill=ink)
-    pen.text((x + 2 - left, y + 2 - top), text, fill="black", font=font)
-    return round(y + height)
+    return x, y, x + width, y + height
+
+
+def _label(pen: Any, plate: Plate, text: str, ink: tuple[int, int, int], font: Any) -> None:
+    """Text on a plate of ``ink``, black or white, whichever can be read."""
+    text = text[:LONGEST_NAME]
+    left, top, _, _ = pen.textbbox((0, 0), text, font=font)
+    red, green, blue = ink
+    dark = 0.299 * red + 0.587 * green + 0.114 * blue < 128
+    pen.rectangle(plate, fill=ink)
+    pen.text(
+        (plate[0] + 2 - left, plate[1] + 2 - top),
+        text,
+        fill="white" if dark else "black",
+        font=font,
+    )
+
+
+def _overlap(one: Plate, other: Plate) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -50,15 +50,60 @@ def test_a_smaller_picture_has_boxes_and_names_that_can_be_seen():
         "label": 0,
         "segmentation": encoding(800, 1200, 1600, 600, 2400, 3200),
     }
-    picture = pictures.draw_instances(large, [found], ["name"], (320, 240))
+    picture = pictures.draw_instances(large, [found], ["name", "other"], (320, 240))
     pixels = np.asarray(picture).astype(float)
     assert picture.size == (320, 240)
     ink = pictures.colour(0)
     assert (pixels[120, 80:240] == ink).all() and (pixels[120:180, 80] == ink).all()
     veiled = 100 + pictures.OPACITY * (np.array(ink) - 100)
     assert np.abs(pixels[125:175, 85:235] - veiled).max() <= 1
-    name = (pixels[100:120, 80:120] < 60).all(2)
+    name = (pixels[100:120, 80:120] > 200).all(2)  # white on red
     assert name.any(1).sum() >= 6  # rows of letters
+
+
+def letters(picture):
+    """Pixels that are nearly black or white."""
+    pixels = np.asarray(picture)
+    return (pixels < 40).all(2) | (pixels > 215).all(2)
+
+
+def test_one_class_alone_is_not_called_by_its_name():
+    found = {"bbox": [30, 30, 40, 30], "label": 0}
+    assert not letters(pictures.draw_instances(GREY, [found], ["a"])).any()
+    assert letters(pictures.draw_instances(GREY, [found], ["a", "b"])).any()
+    assert letters(pictures.draw_instances(GREY, [{**found, "score": 0.5}], ["a"])).any()
+
+
+def test_names_do_not_cover_each_other():
+    large, small = {"bbox": [10, 30, 60, 40], "label": 0}, {"bbox": [12, 32, 5, 5], "label": 1}
+    both = np.asarray(pictures.draw_instances(GREY, [small, large], ["first", "second"]))
+    alone = np.asarray(pictures.draw_instances(GREY, [large], ["first", "second"]))
+    assert (both[:30] == alone[:30]).all() and (both[32:38, 12] == pictures.colour(1)).all()
+
+
+@pytest.mark.parametrize("x", [0, 50, 94])
+def test_names_lie_within_the_picture(x):
+    found = {"bbox": [x, 40, 2, 20], "label": 1}
+    wide = letters(pictures.draw_instances(GREY, [found], ["a", "fifteen letters"]))
+    middle = letters(
+        pictures.draw_instances(GREY, [{**found, "bbox": [5, 40, 2, 20]}], ["a", "fifteen letters"])
+    )
+    assert wide.sum() == middle.sum() > 0
+
+
+def test_all_names_of_a_map_are_seen():
+    labels = np.arange(72 * 96).reshape(72, 96) % 12
+    names = [f"c{i}" for i in range(12)]
+    picture = np.asarray(pictures.draw_map(GREY, labels.astype(np.uint8), names))
+    for i in range(12):
+        assert (picture == pictures.colour(i)).all(2).sum() > 40, i
+
+
+@pytest.mark.parametrize("shape", [(4, 3000), (3000, 4), (5, 5)])
+def test_thin_pictures_are_more_than_a_line(tmp_path, shape):
+    Image.fromarray(np.zeros((*shape, 3), np.uint8)).save(tmp_path / "a.png")
+    _, size = pictures.read_cell(tmp_path / "a.png")
+    assert max(size) == pictures.CELL and min(size) >= pictures.THINNEST
 
 
 def test_colours_of_neighbours_differ():
