@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import platform
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import e3va
 from e3va import native
@@ -56,6 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if more and (options.run not in (_train, _plan) or any(word.startswith("--") for word in more)):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     options.overrides = more
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:  # libraries warn those who write programs
@@ -71,6 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ImportError,
         KeyError,
         OSError,
+        SafetensorError,
         TypeError,
         ValueError,
         torch.OutOfMemoryError,

@@ -155,3 +155,11 @@ def test_export_needs_no_other_weights(trained, tmp_path, suffix, capsys):
         load_model(load_config(str(folder / "config.yaml"), other))
     assert main(["export", str(folder), str(tmp_path / "whole.onnx")]) == 2
     assert "exported as .safetensors or .pth" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_ends_in_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for target in (tmp_path / "file/a.safetensors", Path("/proc/a.safetensors")):
+        assert main(["convert", "e3va://swin_digits.safetensors", str(target)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")

@@ -109,7 +109,8 @@ def read_candidates(path: str | os.PathLike[str]) -> dict[str, State]:
             f"they could run code. If you trust it, save its tensors again, alone: {error}"
         ) from error
     except _DAMAGED as error:
-        raise ValueError(f"{path} is damaged or no {path.suffix} file: {error}") from error
+        why = str(error) or "it ends too early"
+        raise ValueError(f"{path} is damaged or no {path.suffix} file: {why}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
     found = dict(_dictionaries(content))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -226,6 +227,20 @@ def test_data_alone(tmp_path, capsys):
     with Image.open(page) as image:
         pixels = np.asarray(image)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 1000
+
+
+def test_names_of_files_need_not_be_text(tmp_path, monkeypatch):
+    data = write_yolo(tmp_path / "data")
+    name = os.fsdecode(b"/\xff")
+    shutil.copy(data / "images/0.png", f"{data}/images{name}.png")
+    Path(f"{data}/labels{name}.txt").write_text("0 0.5 nan 0.1 0.1\n")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(["data", str(data), "--output", str(tmp_path / "page.png")]) == 0
+    assert b"dropped 1: box without four finite numbers, such as line 1 of" in (
+        told := stream.buffer.getvalue()
+    )
+    assert rb"\udcff.txt" in told
 
 
 @pytest.mark.parametrize(
