@@ -6,14 +6,22 @@ import torch
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
 from detectron2.layers import ROIAlign, ShapeSpec
-from detectron2.modeling import build_model, build_proposal_generator, build_roi_heads
+from detectron2.modeling import (
+    FPN,
+    Backbone,
+    build_model,
+    build_proposal_generator,
+    build_roi_heads,
+)
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from fvcore.nn import sigmoid_focal_loss
 
 from bench.step import build
 from bench.step import step as whole_step
-from e3va.detectron2 import LeanConvFCHead, LeanROIAlign, load_config, retinanet
+from e3va.detectron2 import LeanConvFCHead, LeanFPN, LeanROIAlign, load_config, retinanet
 from e3va.detectron2.budget import sample_batch
 from e3va.detectron2.rpn import _Take
 from e3va.measure import LiveBytes, whole_step_bytes
@@ -185,6 +193,70 @@ def test_lean_box_head():
         torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.std().item())
     without_autocast = LeanConvFCHead.forward(head.double(), x.double())
     assert without_autocast.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("names", [["p3", "p4", "p5"], ["p4", "p5"]])
+def test_lean_fpn(dtype, names):
+    """Casts of its weights are not kept, and its results and gradients have the same bits."""
+    results = []
+    for kind in (LeanFPN, FPN):
+        torch.manual_seed(0)
+        bottom_up = _Maps()
+        top = LastLevelP6P7(CHANNELS, 256, "p5")
+        fpn = kind(bottom_up, names, 256, norm="GN" if len(names) == 2 else "", top_block=top)
+        assert {n for n, _ in bottom_up.named_modules()} == {"", "conv"}
+        assert type(bottom_up.conv) is torch.nn.Conv2d  # no part of it
+        x = torch.randn(1, CHANNELS, 16, 24)
+        with torch.autocast("cpu", dtype), LiveBytes() as memory:
+            out = fpn(x)
+        assert (memory.live < 2 * 2 * 256 * 256 * 9) == (kind is LeanFPN)
+        sum((y.float() * torch.randn(y.shape)).sum() for y in out.values()).backward()
+        gradients = {n: p.grad for n, p in fpn.named_parameters() if not n.startswith("bottom_up")}
+        results.append({**out, **gradients, "x": bottom_up.conv.weight.grad})
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert value.abs().sum() > 0 and torch.equal(ours[name], value), name
+
+
+class _Maps(Backbone):
+    """Maps of noise that one convolution makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self._out_features = ["p3", "p4", "p5"]
+        self._out_feature_channels = dict.fromkeys(self._out_features, CHANNELS)
+        self._out_feature_strides = {"p3": 8, "p4": 16, "p5": 32}
+
+    def forward(self, x):
+        x = self.conv(x)
+        return {"p3": x, "p4": x[..., ::2, ::2], "p5": x[..., ::4, ::4]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [0.25, -1.0])
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
+def test_focal_loss_in_parts(dtype, alpha, gamma, monkeypatch):
+    """Of confident logits, ignored and unlabelled anchors too, against fvcore's in float32; the
+    gradient as if the loss were scaled, as under float16."""
+    monkeypatch.setattr(retinanet, "VALUES", 1000)
+    torch.manual_seed(0)
+    x = (5 * torch.randn(2, 333, 7)).to(dtype)
+    x[0, :4] = torch.tensor([-60.0, 60, -0.0, 15])[:, None]
+    y = torch.randint(-1, 8, (2, 333))
+    ours, theirs = x.clone().requires_grad_(), x.float().requires_grad_()
+    loss = retinanet._FocalLoss.apply(ours, y, alpha, gamma)
+    there = y >= 0
+    targets = torch.nn.functional.one_hot(y[there], 8)[:, :-1].float()
+    expected = sigmoid_focal_loss(theirs[there], targets, alpha, gamma, "sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for scaled in (loss, expected):
+        (64 * scaled).backward()
+    assert ours.grad.dtype == dtype and not ours.grad[~there].any()
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 64 * 1e-5}
+    torch.testing.assert_close(ours.grad.float(), theirs.grad, **tolerance)
 
 
 @pytest.mark.parametrize(("values", "counts"), [(2**19, (3,)), (500, (0, 2))])
