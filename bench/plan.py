@@ -38,17 +38,21 @@ class Case(NamedTuple):
     overrides: tuple[Any, ...] = ()
 
 
+FEW = "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE", 64
+FLOAT32 = "SOLVER.AMP.ENABLED", False
+GROUPS = "MODEL.SEM_SEG_HEAD.NORM", "GN"
+
 CASES = (
-    Case("coco/mask_rcnn_e3va_swin_t_1x", "e3va", (224, 320), 1, 1),
-    Case("coco/mask_rcnn_e3va_swin_t_1x", "lora", (192, 256), 1, 2),
-    Case("coco/mask_rcnn_e3va_swin_s_1x", "full", (160, 256), 1, 1),
-    Case("coco/cascade_mask_rcnn_e3va_swin_t_1x", "e3va", (192, 320), 2, 2),
-    Case("coco/cascade_mask_rcnn_e3va_swin_t_1x", "frozen", (256, 256), 1, 1),
-    Case("voc/faster_rcnn_e3va_swin_b", "e3va", (160, 224), 1, 1),
-    Case("voc/retinanet_e3va_swin_b", "adaptformer", (192, 288), 1, 1),
-    Case("voc/retinanet_e3va_swin_b", "e3va", (160, 352), 2, 4),
-    Case("ade20k/upernet_e3va_swin_b", "e3va", (128, 192), 1, 1, ("MODEL.SEM_SEG_HEAD.NORM", "GN")),
-    Case("ade20k/upernet_e3va_swin_b", "norm", (160, 128), 2, 2),
+    Case("coco/mask_rcnn_e3va_swin_t_1x", "e3va", (224, 320), 1, 1, FEW),
+    Case("coco/mask_rcnn_e3va_swin_t_1x", "lora", (192, 256), 1, 2, (*FEW, *FLOAT32)),
+    Case("coco/mask_rcnn_e3va_swin_s_1x", "full", (160, 256), 1, 1, (*FEW, *FLOAT32)),
+    Case("coco/cascade_mask_rcnn_e3va_swin_t_1x", "e3va", (192, 320), 2, 2, (*FEW, *FLOAT32)),
+    Case("coco/cascade_mask_rcnn_e3va_swin_t_1x", "frozen", (256, 256), 1, 1, FEW),
+    Case("voc/faster_rcnn_e3va_swin_b", "e3va", (160, 224), 1, 1, FEW),
+    Case("voc/retinanet_e3va_swin_b", "adaptformer", (192, 288), 1, 1, FLOAT32),
+    Case("voc/retinanet_e3va_swin_b", "e3va", (160, 352), 2, 4, FLOAT32),
+    Case("ade20k/upernet_e3va_swin_b", "e3va", (128, 192), 1, 1, (*GROUPS, *FLOAT32)),
+    Case("ade20k/upernet_e3va_swin_b", "norm", (160, 128), 2, 2, FLOAT32),
 )
 
 
