@@ -28,6 +28,11 @@ from e3va.budget import ShapesOnly, budget, card
 from e3va.files import write_json
 from e3va.measure import step_split
 
+SETUPS_SHOWN = (
+    "coco/mask_rcnn_e3va_swin_b_1x",
+    "coco/cascade_mask_rcnn_e3va_swin_l_1x",
+    "voc/retinanet_e3va_swin_l",
+)
 CARDS = ("4GB", "6GB", "8GB", "11GB", "24GB")
 METHODS = ("stock", "full", "frozen", "lora", "e3va")
 
@@ -71,12 +76,15 @@ def fits(name: str, method: str, cards: list[str]) -> dict[str, dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setup", nargs="+", choices=SETUPS, default=list(SETUPS))
+    parser.add_argument("--setup", nargs="+", choices=SETUPS, default=list(SETUPS_SHOWN))
     parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
     parser.add_argument("--cards", nargs="+", metavar="CARD", default=list(CARDS))
     parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
     options = parser.parse_args(arguments)
-    usable = {name: card(name).usable for name in options.cards}
+    try:
+        usable = {name: card(name).usable for name in options.cards}
+    except ValueError as error:
+        parser.error(str(error))
     setups: dict[str, dict[str, Any]] = {}
     report = {"environment": environment(), "usable_bytes": usable, "setups": setups}
     pairs = [(name, method) for name in options.setup for method in options.methods]
