@@ -93,6 +93,7 @@ class Trainee:
         self.model = build(config, method, settings, shapes)
         self.optimizer = build_optimizer(self._cfg, self.model)
         if shapes:
+            shapes.never_look_in(self.optimizer)
             with shapes, shapes.unseen():
                 make_state(self.model, self.optimizer)
         self.batch = self.sample(size, images)

@@ -71,15 +71,16 @@ class ShapesOnly(TorchDispatchMode):
         finally:
             self._unseen -= 1
 
-    def never_look_in(self, module: nn.Module) -> None:
-        """The same in each forward of ``module``."""
-        forward = module.forward
+    def never_look_in(self, owner: nn.Module | torch.optim.Optimizer) -> None:
+        """The same in each forward of a module, or step of an optimizer."""
+        name = "forward" if isinstance(owner, nn.Module) else "step"
+        run = getattr(owner, name)
 
-        def unseen_forward(*args: Any, **kwargs: Any) -> Any:
+        def unseen(*args: Any, **kwargs: Any) -> Any:
             with self.unseen():
-                return forward(*args, **kwargs)
+                return run(*args, **kwargs)
 
-        module.forward = unseen_forward
+        setattr(owner, name, unseen)
 
     def __torch_dispatch__(
         self,

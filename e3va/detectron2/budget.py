@@ -112,7 +112,8 @@ class Setup:
                 make_state(model, optimizer)
         finally:
             package.setLevel(level)
-        shapes.never_look_in(bottom_up(model))
+        for owner in (bottom_up(model), optimizer):
+            shapes.never_look_in(owner)
         return shapes, model, optimizer
 
     def _with(self, changes: dict[str, Any]) -> Setup:

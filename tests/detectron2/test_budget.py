@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from bench.plan import real_split
 from bench.step import with_stock_heads
@@ -86,6 +87,21 @@ def test_big_steps_are_what_was_measured(config, method, size, measured):
     cfg = with_stock_heads(load_config(str(config), ["MODEL.TUNING.METHOD", method]))
     total = sum(Setup(cfg).split(1, size).values())
     assert total / MIB == pytest.approx(measured, rel=0.05)
+
+
+def test_a_trace_finds_the_same_after_others():
+    """Memory that others have left is dirty, and each trace ends with the optimizer's step, by the
+    fused AdamW, one that has to see all gradients first, or SGD."""
+    clip = "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"
+    float16 = "SOLVER.AMP.DTYPE", "float16"
+    for more in ((), clip, float16, ("SOLVER.OPTIMIZER", "SGD")):
+        setup = Setup(load_config(str(MASKS), [*flat(SMALL), *more]))
+        first = setup.split(2, (96, 128))
+        torch.full((2**26,), float("nan"))  # dirties what is given out next
+        setup.split(1, (64, 96))
+        assert setup.split(2, (96, 128)) == first
+        weights = [p for p in setup._built[1].parameters() if p.requires_grad]
+        assert all(setup._built[0]._is_unknown(p) for p in weights if p.numel() >= 2**16)
 
 
 def test_a_trace_leaves_the_random_numbers_and_the_memory_alone():
