@@ -28,7 +28,7 @@ from e3va.budget import ShapesOnly, budget, card
 from e3va.files import write_json
 from e3va.measure import step_split
 
-SETUPS_SHOWN = (
+DETECTORS = (
     "coco/mask_rcnn_e3va_swin_b_1x",
     "coco/cascade_mask_rcnn_e3va_swin_l_1x",
     "voc/retinanet_e3va_swin_l",
@@ -76,7 +76,7 @@ def fits(name: str, method: str, cards: list[str]) -> dict[str, dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setup", nargs="+", choices=SETUPS, default=list(SETUPS_SHOWN))
+    parser.add_argument("--setup", nargs="+", choices=SETUPS, default=list(DETECTORS))
     parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
     parser.add_argument("--cards", nargs="+", metavar="CARD", default=list(CARDS))
     parser.add_argument("--json", type=Path, help="write the results to this file, as they come")

@@ -7,8 +7,9 @@ semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak co
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
 step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole
 step as the trainer takes it, everything included: there gradients are made and freed along the
-backward (e3va.optim.stepping). ``stock`` is Detectron2's own Swin, frozen, its weights in fp32,
-under Detectron2's own heads, the optimizer stepping after the backward.
+backward (e3va.optim.stepping). ``METHOD/own`` is a method under Detectron2's own FPN and heads;
+``stock`` is Detectron2's own Swin, frozen, its weights in fp32, under those, the optimizer stepping
+after the backward.
 Times are medians of interleaved forwards and backwards, as a ratio to the first method.
 ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
@@ -39,6 +40,9 @@ from e3va.optim import take_step
 MIB = 2**20
 DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+OWN_HEADS = "/own"
+"""Ends the name of a method that is taken under Detectron2's own FPN and heads."""
+
 STOCK = {
     "LeanCascadeROIHeads": "CascadeROIHeads",
     "LeanConvFCHead": "FastRCNNConvFCHead",
@@ -52,10 +56,14 @@ STOCK = {
 def config_of(config_file: str, method: str, overrides: Sequence[Any]) -> Any:
     from e3va.detectron2.config import load_config
 
-    ours = "frozen" if method == "stock" else method
+    ours = "frozen" if method == "stock" else method.removesuffix(OWN_HEADS)
     cfg = load_config(config_file, ["MODEL.TUNING.METHOD", ours, *overrides])
     cfg.MODEL.DEVICE = DEVICE
-    return with_stock_heads(cfg) if method == "stock" else cfg
+    return with_stock_heads(cfg) if has_own_heads(method) else cfg
+
+
+def has_own_heads(method: str) -> bool:
+    return method == "stock" or method.endswith(OWN_HEADS)
 
 
 def with_stock_heads(cfg: Any) -> Any:
@@ -85,9 +93,10 @@ def build(
     cfg = config_of(config_file, method, overrides)
     torch.manual_seed(0)
     model = build_model(cfg).train()
-    if method == "stock":
+    if has_own_heads(method):
         for conv in (m for m in model.backbone.modules() if isinstance(m, LeanConv2d)):
             conv.__class__ = Conv2d
+    if method == "stock":
         stock = stock_swin(bottom_up(model)).to(DEVICE)
         if bottom_up(model) is model.backbone:
             model.backbone = stock

@@ -1,5 +1,8 @@
 """What takes less memory computes what Detectron2's own modules do."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 
@@ -21,6 +24,8 @@ from fvcore.nn import sigmoid_focal_loss
 
 from bench.step import build
 from bench.step import step as whole_step
+from bench.train_step import Trainee
+from e3va.budget import ShapesOnly
 from e3va.detectron2 import LeanConvFCHead, LeanFPN, LeanROIAlign, load_config, retinanet
 from e3va.detectron2.budget import sample_batch
 from e3va.detectron2.rpn import _Take
@@ -302,11 +307,11 @@ def test_lean_retinanet(values, counts, monkeypatch):
     assert peaks[0] < peaks[1] / 2 or values > 500
 
 
-def bytes_of_a_step(config_file, size, limit, *overrides, images=1):
+def bytes_of_a_step(config_file, size, limit, *overrides):
     model = build(str(FOLDER / config_file), "e3va", ["MODEL.TRUNK.WEIGHTS", "", *overrides])
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, 0.0, fused=True)
-    batch = sample_batch(load_config(str(FOLDER / config_file), overrides), *size) * images
+    batch = sample_batch(load_config(str(FOLDER / config_file), overrides), *size)
     return whole_step_bytes(
         model, adamw, lambda: whole_step(model, batch, adamw, early=True), limit
     )
@@ -329,17 +334,36 @@ def test_a_step_takes_less_than_with_detectron2s_own(config_file):
         bytes_of_a_step(config_file, (320, 448), ours - 2**16, *narrow)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("config_file", "size", "images", "mib"),
-    [
-        ("coco/mask_rcnn_e3va_swin_b_1x.yaml", (800, 1344), 1, 2048),
-        ("coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml", (800, 1344), 1, 1150),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1344), 1, 1400),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 1, 4096),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 2, 6144),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 4, 11264),
-    ],
-)
-def test_a_step_fits(config_file, size, images, mib):
-    bytes_of_a_step(config_file, size, mib * 2**20, images=images)
+CAPS = [
+    ("coco/mask_rcnn_e3va_swin_b_1x", (800, 1344), 1, 2048),
+    ("coco/cascade_mask_rcnn_e3va_swin_b_1x", (800, 1344), 1, 1150),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1344), 1, 1400),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1333), 1, 4096),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1333), 2, 6144),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1333), 4, 11264),
+    ("voc/retinanet_e3va_swin_l", (600, 1000), 1, 720),
+]
+"""Setups of bench.train_step, sizes, images, and MiB that their steps have to do with."""
+
+
+@pytest.mark.parametrize(("name", "size", "images", "mib"), CAPS)
+@pytest.mark.parametrize("traced", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_step_fits(name, size, images, mib, traced):
+    """Traced on shapes, and for real, which takes a CPU minutes to hours."""
+    shapes = ShapesOnly() if traced else None
+    trainee = Trainee(name, "e3va", size, images, shapes)
+    model, adamw = trainee.model, trainee.optimizer
+    run = partial(whole_step, model, trainee.batch, adamw, early=True)
+    with shapes or contextlib.nullcontext():
+        assert whole_step_bytes(model, adamw, run, limit=mib * 2**20) > mib * 2**17
+
+
+def test_a_traced_step_that_does_not_fit_raises():
+    shapes = ShapesOnly()
+    trainee = Trainee(CAPS[0][0], "e3va", (320, 448), 1, shapes)
+    model, adamw = trainee.model, trainee.optimizer
+    run = partial(whole_step, model, trainee.batch, adamw, early=True)
+    with shapes:
+        needed = whole_step_bytes(model, adamw, run)
+        with pytest.raises(torch.OutOfMemoryError):
+            whole_step_bytes(model, adamw, run, limit=needed - 2**20)
