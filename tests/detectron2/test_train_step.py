@@ -12,6 +12,8 @@ from bench import growth, step, train_step
 from e3va.budget import ShapesOnly
 from e3va.measure import SPLIT, LiveBytes
 from e3va.optim import take_step
+from tests.detectron2.factories import SMALL as NARROW
+from tests.detectron2.factories import flat
 
 SMALL = {
     "digits/mask_rcnn_e3va": (64, 96),
@@ -152,7 +154,8 @@ def test_growth(tmp_path, monkeypatch):
 def test_step_alone(tmp_path):
     file = tmp_path / "step.json"
     config = str(train_step.CONFIGS / "digits/mask_rcnn_e3va.yaml")
-    options = ["--config-file", config, "--methods", "stock", "e3va", "--size", "64", "96"]
+    methods = ["stock", "e3va", "e3va/own"]
+    options = ["--config-file", config, "--methods", *methods, "--size", "64", "96"]
     options += ["--repeats", "1", "--json", str(file)]
     step.main([*options, "MODEL.TRUNK.WEIGHTS", ""])
     report = json.loads(file.read_text())
@@ -160,4 +163,15 @@ def test_step_alone(tmp_path):
     keys = ("backbone_trainable_params", "saved_bytes", "peak_live_bytes", "step_bytes")
     for result in report["methods"].values():
         assert all(key in result for key in keys) and result["seconds_per_step"] > 0
+    assert list(report["methods"]) == methods
     assert report["methods"]["stock"]["saved_bytes"] == 0
+
+
+@pytest.mark.parametrize("method", ["stock", "e3va/own", "e3va"])
+def test_own_heads_are_detectron2s(method):
+    """And FPN, of which nothing of ours is left."""
+    config = str(train_step.CONFIGS / "coco/mask_rcnn_e3va_swin_t_1x.yaml")
+    model = step.build(config, method, flat(NARROW))
+    found = {type(m).__name__ for m in model.modules()} & {*step.STOCK, "LeanConv2d"}
+    lean = {"SampledRPN", "LeanROIHeads", "LeanConvFCHead", "LeanConv2d"}
+    assert found == (lean if method == "e3va" else set())
