@@ -7,8 +7,9 @@ semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak co
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
 step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole
 step as the trainer takes it, everything included: there gradients are made and freed along the
-backward (e3va.optim.stepping). ``stock`` is Detectron2's own Swin, frozen, its weights in fp32,
-under Detectron2's own heads, the optimizer stepping after the backward.
+backward (e3va.optim.stepping). ``METHOD/own`` is a method under Detectron2's own FPN and heads;
+``stock`` is Detectron2's own Swin, frozen, its weights in fp32, under those, the optimizer stepping
+after the backward.
 Times are medians of interleaved forwards and backwards, as a ratio to the first method.
 ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
@@ -16,7 +17,6 @@ Times are medians of interleaved forwards and backwards, as a ratio to the first
 from __future__ import annotations
 
 import argparse
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -29,19 +29,19 @@ from e3va.budget import ShapesOnly
 from e3va.files import write_json
 from e3va.measure import (
     bottom_up,
+    peak_live_bytes,
     saved_bytes,
     step_seconds,
     step_split,
     trainable_parameters,
-    whole_step_bytes,
 )
-from e3va.optim import stepping
+from e3va.optim import take_step
 
 MIB = 2**20
 DEFAULT_CONFIG = "detectron2_configs/coco/mask_rcnn_e3va_swin_b_1x.yaml"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FIXED = ("trunk_weights", "other_weights", "gradients", "optimizer")
-"""What of a step's bytes is there before it."""
+OWN_HEADS = "/own"
+"""Ends the name of a method that is taken under Detectron2's own FPN and heads."""
 
 STOCK = {
     "LeanCascadeROIHeads": "CascadeROIHeads",
@@ -56,10 +56,14 @@ STOCK = {
 def config_of(config_file: str, method: str, overrides: Sequence[Any]) -> Any:
     from e3va.detectron2.config import load_config
 
-    ours = "frozen" if method == "stock" else method
+    ours = "frozen" if method == "stock" else method.removesuffix(OWN_HEADS)
     cfg = load_config(config_file, ["MODEL.TUNING.METHOD", ours, *overrides])
     cfg.MODEL.DEVICE = DEVICE
-    return with_stock_heads(cfg) if method == "stock" else cfg
+    return with_stock_heads(cfg) if has_own_heads(method) else cfg
+
+
+def has_own_heads(method: str) -> bool:
+    return method == "stock" or method.endswith(OWN_HEADS)
 
 
 def with_stock_heads(cfg: Any) -> Any:
@@ -75,7 +79,10 @@ def build(
     config_file: str, method: str, overrides: Sequence[Any], shapes: ShapesOnly | None = None
 ) -> Any:
     """The detector, in training; for steps within ``shapes`` where that is given."""
+    from detectron2.layers import Conv2d
     from detectron2.modeling import build_model
+
+    from e3va.detectron2 import LeanConv2d
 
     if shapes is not None:
         with shapes, shapes.unseen():
@@ -86,6 +93,9 @@ def build(
     cfg = config_of(config_file, method, overrides)
     torch.manual_seed(0)
     model = build_model(cfg).train()
+    if has_own_heads(method):
+        for conv in (m for m in model.backbone.modules() if isinstance(m, LeanConv2d)):
+            conv.__class__ = Conv2d
     if method == "stock":
         stock = stock_swin(bottom_up(model)).to(DEVICE)
         if bottom_up(model) is model.backbone:
@@ -116,10 +126,9 @@ def stock_swin(ours: Any) -> Any:
 def measure(
     model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer, stock: bool = False
 ) -> dict[str, Any]:
-    """Bytes: peak of live activations in a step, saved for backward in the backbone, the peak with
-    weights, all gradients and the optimizer's state, which is also split by what it is of, see
-    :func:`e3va.measure.step_split`, and that of a whole step. On a GPU also what its allocator has
-    given and held."""
+    """Bytes: saved for backward in the backbone, the peak of live activations in a step, and that
+    of a whole step, also split by what it is of, see :func:`e3va.measure.step_split`. On a GPU
+    also what its allocator has given and held."""
     from detectron2.structures import ImageList
 
     backbone = bottom_up(model)
@@ -135,19 +144,17 @@ def measure(
 
     saved = saved_bytes(model, run_backbone)
     torch.manual_seed(0)
-    split = step_split(model, partial(loss, model, batch, DEVICE), optimizer)
-    total = sum(split["peak"].values())
+    activations = peak_live_bytes(model, partial(loss, model, batch, DEVICE))
+    optimizer.zero_grad()
+    early = not stock
+    split = step_split(model, partial(step, model, batch, optimizer, early), optimizer)
     costs = {
         "trainable_params": trainable_parameters(model),
         "backbone_trainable_params": trainable_parameters(backbone),
         "saved_bytes": saved,
-        "peak_live_bytes": total - sum(split["peak"][key] for key in FIXED),
-        "total_bytes": total,
-        "step_bytes": whole_step_bytes(
-            model, optimizer, partial(step, model, batch, optimizer, early=not stock)
-        ),
-        "split": split["peak"],
-        "split_after": split["end"],
+        "peak_live_bytes": activations,
+        "step_bytes": sum(split.values()),
+        "split": split,
     }
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
@@ -163,11 +170,7 @@ def step(
 ) -> None:
     """A whole step: forward, backward, and that of the optimizer, along the backward or after."""
     torch.manual_seed(0)
-    with stepping(optimizer) if early else contextlib.nullcontext():
-        loss(model, batch, DEVICE).backward()
-    if not early:
-        optimizer.step()
-        optimizer.zero_grad()
+    take_step(partial(loss, model, batch, DEVICE), optimizer, early)
 
 
 def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tensor:
@@ -200,7 +203,6 @@ def main(arguments: list[str] | None = None) -> None:
         del optimizer
         print(
             f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "
-            f"with weights, gradients, AdamW {results[method]['total_bytes'] / MIB:7.1f} MiB   "
             f"a whole step {results[method]['step_bytes'] / MIB:7.1f} MiB   "
             f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
             flush=True,

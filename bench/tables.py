@@ -59,6 +59,20 @@ def costs() -> str:
     return "\n".join([*lines, "", f"{memory}."])
 
 
+def plans() -> str:
+    """What was planned of ten steps, and what they took."""
+    cases = json.loads((RESULTS / "plan.json").read_text())["cases"]
+    lines = [_row("", "", "images", "planned", "real", "error"), "|---" * 6 + "|"]
+    for case in cases:
+        planned, real = case["planned_bytes"], case["real_bytes"]
+        height, width = case["size"]
+        parts = "" if case["images"] == case["batch"] else f" of {case['batch']}"
+        images = f"{case['images']}{parts} × {height}×{width}"
+        numbers = f"{planned / MIB:.1f}", f"{real / MIB:.1f}", f"{100 * abs(planned / real - 1):.2f} %"
+        lines.append(_row(f"`{case['config']}`", f"`{case['method']}`", images, *numbers))
+    return "\n".join(lines)
+
+
 def kernels() -> str:
     """How many times as fast the CPU kernels are as what they replace, in two dtypes."""
     rows = {
@@ -138,6 +152,7 @@ def _row(*cells: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "plans": plans,
     "costs": costs,
     "kernels": kernels,
     "h100": h100,

@@ -86,18 +86,24 @@ class Trainee:
         shapes: ShapesOnly | None = None,
         more: Sequence[Any] = (),
     ) -> None:
-        from e3va.detectron2.budget import sample_batch
         from e3va.detectron2.solver import build_optimizer
 
         config, settings = str(CONFIGS / f"{name}.yaml"), [*overrides(name), *more]
-        cfg = config_of(config, method, settings)
+        self._cfg = config_of(config, method, settings)
         self.model = build(config, method, settings, shapes)
-        self.optimizer = build_optimizer(cfg, self.model)
+        self.optimizer = build_optimizer(self._cfg, self.model)
         if shapes:
+            shapes.never_look_in(self.optimizer)
             with shapes, shapes.unseen():
                 make_state(self.model, self.optimizer)
-        self.batch = sample_batch(cfg, *size) * images
+        self.batch = self.sample(size, images)
         self.loss = partial(loss, self.model, self.batch, DEVICE)
+
+    def sample(self, size: tuple[int, int], images: int) -> list[dict[str, Any]]:
+        """A batch of other images."""
+        from e3va.detectron2.budget import sample_batch
+
+        return sample_batch(self._cfg, *size) * images
 
 
 def saving(methods: dict[str, dict[str, Any]], key: str) -> float | None:
@@ -128,17 +134,16 @@ def savings_table(setups: dict[str, dict[str, Any]]) -> str:
 
 
 def table(name: str, methods: dict[str, dict[str, Any]]) -> str:
-    """Trained and saved are the backbone's; in the total all gradients are counted, in a whole step
-    those that exist at once; ratios are to full and to stock."""
+    """Trained and saved are the backbone's; ratios are to full and to stock."""
     titles = f"{'':12}{'trained':>10}"
-    titles += "".join(f"{title:>11}" for title in ("saved", "peak live", "total", "whole step"))
+    titles += "".join(f"{title:>11}" for title in ("saved", "peak live", "whole step"))
     titles += (
         f"{'× full':>8}{'× stock':>8}{'forward':>9}{'backward':>9}{'optimizer':>10}{'step':>9}"
     )
     rows = [f"{name}\n{titles}{'× full':>8}{'× stock':>8}"]
     for method, r in methods.items():
         row = f"{method:12}{r['backbone_trainable_params'] / 1e6:8.3f} M"
-        for key in ("saved_bytes", "peak_live_bytes", "total_bytes", "step_bytes"):
+        for key in ("saved_bytes", "peak_live_bytes", "step_bytes"):
             row += f"{r[key] / MIB:7.0f} MiB"
         row += _ratios(methods, r, "step_bytes")
         if r["seconds_per_step"] is not None:

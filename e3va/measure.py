@@ -114,7 +114,8 @@ class PartsBytes(LiveBytes):
     the parts that runs, in the backward by the part whose forward made the node of the graph.
 
     What the backbone's forward leaves behind is "backbone_saved", what else it makes
-    "backbone_transient"; what no part makes is "loss_and_data".
+    "backbone_transient"; what becomes the gradient of a parameter is "gradients"; what no part
+    makes is "loss_and_data".
 
     Made by :meth:`of`.
 
@@ -134,11 +135,10 @@ class PartsBytes(LiveBytes):
 
     def at_peak(self) -> Counter[str]:
         """Bytes that each part had at the peak; their sum is ``peak``."""
-        return _sum(self._history[: self._peak_at])
-
-    def now(self) -> Counter[str]:
-        """Bytes that each part has now; their sum is ``live``."""
-        return _sum(self._history)
+        parts: Counter[str] = Counter()
+        for storage, size in self._history[: self._peak_at]:
+            parts[storage.part] += size
+        return parts
 
     @classmethod
     @contextlib.contextmanager
@@ -151,6 +151,8 @@ class PartsBytes(LiveBytes):
                 module.register_forward_pre_hook(lambda *_, name=name: memory._begin(name)),
                 module.register_forward_hook(lambda *_: memory._end(), always_call=True),
             ]
+        trained = [p for p in model.parameters() if p.requires_grad]
+        hooks += [p.register_post_accumulate_grad_hook(memory._accumulated) for p in trained]
         try:
             with memory:
                 yield memory
@@ -168,6 +170,12 @@ class PartsBytes(LiveBytes):
                 if storage.part == "backbone_transient":
                     storage.part = "backbone_saved"
         self._owned_from_here()
+
+    def _accumulated(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        storage = self._storages.get(_storage_key(parameter.grad))
+        if storage is not None:  # not there beforehand
+            storage.part = "gradients"
 
     def _owned_from_here(self) -> None:
         self._nodes.append(torch._C._autograd._get_sequence_nr())
@@ -195,13 +203,6 @@ class PartsBytes(LiveBytes):
 class _Storage:
     def __init__(self, part: str) -> None:
         self.part = part
-
-
-def _sum(history: Iterable[tuple[_Storage, int]]) -> Counter[str]:
-    parts: Counter[str] = Counter()
-    for storage, size in history:
-        parts[storage.part] += size
-    return parts
 
 
 def _parts(model: Any) -> dict[str, nn.Module]:
@@ -257,8 +258,7 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
-        storages = {_storage_key(t): t.untyped_storage().nbytes() for t in self.tensors}
-        return sum(storages.values())
+        return _bytes_of(self.tensors)
 
     def __enter__(self) -> SavedBytes:
         self._hooks.__enter__()
@@ -283,21 +283,21 @@ def peak_live_bytes(module: nn.Module, step: Callable[[], Tensor]) -> int:
 
     Gradients of parameters exist beforehand, as from the second step on, and are not counted.
     """
-    _make_gradients(module)
+    make_gradients(module)
     with LiveBytes() as memory:
         step().backward()
     return memory.peak
 
 
 def step_split(
-    model: nn.Module, step: Callable[[], Tensor], optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, int]]:
-    """The bytes of a training step by what they are of: {"peak": {…}, "end": {…}}, at their peak
-    and after the backward, each with the keys :data:`SPLIT`, whose sum is the total.
+    model: nn.Module, step: Callable[[], Any], optimizer: torch.optim.Optimizer
+) -> dict[str, int]:
+    """The bytes of a training step at their peak by what they are of, with the keys :data:`SPLIT`;
+    their sum is :func:`whole_step_bytes`.
 
-    - "trunk_weights", "other_weights": parameters of the trunk, and all others.
-    - "gradients": of what is trained. They exist beforehand, as from the second step on.
-    - "optimizer": its state of the shapes of parameters, such as Adam's moments.
+    - "trunk_weights", "other_weights": parameters and buffers of the trunk, and all others.
+    - "gradients": of what is trained, as many as there are at once.
+    - "optimizer": its state, such as Adam's moments.
     - "backbone_saved": what the backbone's forward leaves behind, for its backward (of E³VA: the
       kept taps, u, the maps) or as its maps alone (of a frozen one).
     - "backbone_transient": what else the backbone makes, in forward and backward.
@@ -305,46 +305,41 @@ def step_split(
       semantic segmentation; with their losses.
     - "loss_and_data": images, targets and what no part makes, such as RetinaNet's losses.
 
-    The sum of the last six at the peak is :func:`peak_live_bytes`. See :class:`PartsBytes`.
+    Gradients that there are beforehand stay, as between the parts of an accumulated step. See
+    :class:`PartsBytes`.
 
     Args:
         model: a detector of Detectron2 or torchvision, or a semantic segmentor of Detectron2.
-        step: gives the loss, whose backward runs.
-        optimizer: of the model. Where it has no state yet :func:`make_state` makes it.
+        step: forward, backward and, if it is a whole one, the optimizer's step.
+        optimizer: of the model. Where it has no state yet it is made, as from the second step on.
     """
-    make_state(model, optimizer)
+    if not optimizer.state:
+        make_state(model, optimizer)
     trunk = find_trunk(model)[1] or bottom_up(model)
-    trunk_weights = sum(p.nbytes for p in trunk.parameters())
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trunk_weights = _bytes_of((*trunk.parameters(), *trunk.buffers()))
     fixed = {
         "trunk_weights": trunk_weights,
-        "other_weights": sum(p.nbytes for p in model.parameters()) - trunk_weights,
-        "gradients": sum(p.grad.nbytes for p in trained if p.grad is not None),
-        "optimizer": sum(
-            value.nbytes
-            for p in trained
-            for value in optimizer.state[p].values()
-            if isinstance(value, Tensor) and value.shape == p.shape
-        ),
+        "other_weights": _bytes_of((*model.parameters(), *model.buffers())) - trunk_weights,
+        "gradients": _bytes_of([p.grad for p in model.parameters() if p.grad is not None]),
+        "optimizer": _bytes_of(_state(optimizer)),
     }
     with PartsBytes.of(model) as memory:
-        step().backward()
-    return {
-        when: {part: fixed.get(part, made[part]) for part in SPLIT}
-        for when, made in (("peak", memory.at_peak()), ("end", memory.now()))
-    }
+        step()
+    made = memory.at_peak()
+    return {part: fixed.get(part, 0) + made[part] for part in SPLIT}
 
 
 def make_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """What there is from the second step of a training on: gradients, and, where there is none, the
-    optimizer's state, by a step of zero gradients."""
-    _make_gradients(model)
-    if not optimizer.state:
-        optimizer.zero_grad(set_to_none=False)
-        optimizer.step()
+    """Make the optimizer's state, as there is from the second step of a training on, by a step of
+    zero gradients. Leaves none."""
+    make_gradients(model)
+    optimizer.zero_grad(set_to_none=False)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
-def _make_gradients(module: nn.Module) -> None:
+def make_gradients(module: nn.Module) -> None:
+    """Zeros, where a parameter that is trained has no gradient yet."""
     for parameter in module.parameters():
         if parameter.requires_grad and parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -352,10 +347,16 @@ def _make_gradients(module: nn.Module) -> None:
 
 def resident_bytes(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes that stay between two training steps: parameters, buffers, the optimizer's state."""
-    state = [v for values in optimizer.state.values() for v in values.values()]
-    tensors = (*model.parameters(), *model.buffers(), *tensors_in(state))
-    storages = {_storage_key(t): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    return _bytes_of((*model.parameters(), *model.buffers(), *_state(optimizer)))
+
+
+def _state(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return list(tensors_in(v for values in optimizer.state.values() for v in values.values()))
+
+
+def _bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Of their storages, each counted once."""
+    return sum({_storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
 
 
 def whole_step_bytes(
@@ -372,10 +373,7 @@ def whole_step_bytes(
         limit: of these bytes, see :class:`CappedBytes` (default: none).
     """
     if not optimizer.state:  # as from the second step on
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
+        make_state(model, optimizer)
     optimizer.zero_grad()
     before = resident_bytes(model, optimizer)
     memory = LiveBytes() if limit is None else CappedBytes(limit - before)

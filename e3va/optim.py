@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -123,3 +123,16 @@ def stepping(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         for hook in hooks:
             hook.remove()
     finish()
+
+
+def take_step(
+    loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer, early: bool = False
+) -> None:
+    """A whole training step: ``loss()``, its backward and the optimizer's step, along the backward
+    if ``early`` (see :func:`stepping`; default: after it). Leaves no gradients."""
+    total = loss()
+    with stepping(optimizer) if early else nullcontext():
+        total.backward()
+    if not early:
+        optimizer.step()
+        optimizer.zero_grad()

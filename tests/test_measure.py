@@ -1,8 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, SwinConfig, ops
+from e3va import E3VABackbone, FrozenSwin, HighwayConfig, SwinConfig, ops, optim
 from e3va.measure import (
     SPLIT,
     LiveBytes,
@@ -14,6 +16,7 @@ from e3va.measure import (
     trainable_parameters,
     whole_step_bytes,
 )
+from e3va.optim import take_step
 
 MIB = 2**18  # float32 values in a MiB
 
@@ -101,27 +104,49 @@ def _detector():
 def test_split_of_a_step_by_what_made_it():
     model = _detector()
 
-    def step():
+    def loss():
         image = torch.randn(2**16)
         kept = torch.randn(2**18).requires_grad_()  # 1 MiB that belongs to no part
         x = model.backbone(image.requires_grad_())
         return model.rpn(x) + model.roi_heads(x) + (kept * kept).sum()
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    split = step_split(model, step, optimizer)
-    assert set(split) == {"peak", "end"} and tuple(split["peak"]) == SPLIT
-    peak, small = split["peak"], 2**10
-    fixed = {"trunk_weights": 16, "other_weights": 48, "gradients": 48, "optimizer": 96}
-    assert {key: peak[key] for key in fixed} == fixed
-    assert 0 <= peak["backbone_saved"] - 2**20 < small and peak["backbone_transient"] < small
-    assert 0 <= peak["neck"] - 2**21 < small
-    assert 0 <= peak["proposals"] - 2**22 < small
+    split = step_split(model, lambda: take_step(loss, optimizer), optimizer)
+    assert tuple(split) == SPLIT
+    small = 2**10
+    fixed = {"trunk_weights": 16, "other_weights": 48, "optimizer": 96 + 3 * 4}
+    assert {key: split[key] for key in fixed} == fixed
+    assert split["gradients"] == 0  # there are none yet at the peak
+    assert 0 <= split["backbone_saved"] - 2**20 < small and split["backbone_transient"] < small
+    assert 0 <= split["neck"] - 2**21 < small
+    assert 0 <= split["proposals"] - 2**22 < small
     # Its exp(x) and the gradient of that, which the backward makes, are alive with all the others.
-    assert 0 <= peak["heads"] - 2 * 2**23 < small
-    assert peak["loss_and_data"] >= 2**20 + 2**18
-    made = sum(peak.values()) - sum(fixed.values())
-    assert made == peak_live_bytes(model, step)
-    assert {k: v for k, v in split["end"].items() if v} == fixed
+    assert 0 <= split["heads"] - 2 * 2**23 < small
+    assert split["loss_and_data"] >= 2**20 + 2**18
+    assert sum(split.values()) == whole_step_bytes(
+        model, optimizer, lambda: take_step(loss, optimizer)
+    )
+    assert sum(split.values()) - sum(fixed.values()) == pytest.approx(
+        peak_live_bytes(model, loss), abs=small
+    )
+    # Made beforehand, as by the last part of an accumulated step, they stay.
+    assert step_split(model, lambda: loss().backward(), optimizer)["gradients"] == 48
+
+
+@pytest.mark.parametrize(("early", "gradients"), [(False, 2), (True, 1)])
+def test_gradients_are_those_that_there_are_at_once(early, gradients, monkeypatch):
+    monkeypatch.setattr(optim, "READY", 0)
+    size = 2**8
+    model = nn.Module()
+    model.backbone, model.roi_heads = nn.Module(), nn.Linear(size, size, bias=False)
+    model.backbone.bottom_up = nn.Linear(size, size, bias=False)
+
+    def loss():
+        return model.roi_heads(model.backbone.bottom_up(torch.ones(1, size))).sum()
+
+    sgd = torch.optim.SGD(model.parameters(), foreach=False)
+    split = step_split(model, lambda: take_step(loss, sgd, early), sgd)
+    assert split["gradients"] == gradients * 4 * size**2
 
 
 def test_what_the_backbone_makes_is_saved_only_if_it_outlives_the_forward():
@@ -134,10 +159,11 @@ def test_what_the_backbone_makes_is_saved_only_if_it_outlives_the_forward():
     model.backbone.bottom_up = model.backbone.inner = Backbone(2**20)
     model.rpn = model.roi_heads = None
     optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
-    split = step_split(model, lambda: model.backbone(torch.ones(4)), optimizer)["peak"]
+    step = partial(take_step, lambda: model.backbone(torch.ones(4)), optimizer)
+    split = step_split(model, step, optimizer)
     assert split["backbone_transient"] == 2**24
     assert split["backbone_saved"] == split["neck"] == split["proposals"] == 0
-    assert split["optimizer"] == split["gradients"] == 32
+    assert split["optimizer"] == 32 and split["gradients"] == 0
 
 
 def test_whole_step_bytes_count_gradients_while_they_are_there():

@@ -12,8 +12,11 @@ from e3va.figures import pyplot, save
 from e3va.methods import METHODS
 
 MIB = 2**20
-MOST, WIDEST = 256, 4
+MOST, WIDEST = 256, 2
 """Images of a step, and times the size asked for, beyond which nobody looks."""
+
+TRIES = 4
+"""Sizes that are traced to find the largest."""
 
 STEP = 32
 """Pixels that sizes are multiples of, as the coarsest map wants them."""
@@ -34,7 +37,8 @@ class Setup(Protocol):
 
     def split(self, images: int, size: Size) -> dict[str, int]:
         """The bytes of a step of as many images of that size at once, see
-        :func:`e3va.measure.step_split`."""
+        :func:`e3va.measure.step_split`. Of fewer than ``batch`` it is the last of the parts that
+        such a step is taken in, which holds the gradients of the others."""
 
     def changed(self, method: str) -> Setup:
         """The same, tuned otherwise."""
@@ -54,8 +58,8 @@ class Budget:
         card, card_bytes, usable_bytes, fits: what it has to fit in; None without a card.
         largest_batch: images that fit at once, traced at one and at two more than ``images``, and
             taken to grow so: the first step has its peak where larger ones may not have theirs.
-        largest_size: height and width of the same shape that fit, by the pixels of ``size`` and of
-            half of it; at most :data:`WIDEST` times ``size``; None: not even the smallest.
+        largest_size: height and width of the same shape that fit, traced; at most :data:`WIDEST`
+            times ``size``; None: nothing that was tried fits.
         accumulate: the least SOLVER.ACCUMULATE by which the configured batch fits; None: no one.
         advice: what makes it smaller, where it does not fit: words, and the bytes then.
     """
@@ -148,14 +152,21 @@ def _largest_batch(setup: Setup, images: int, size: Size, usable: int, total: in
 
 
 def _largest_size(setup: Setup, images: int, size: Size, usable: int, total: int) -> Size | None:
+    """By the pixels, which bytes grow about as; what is told was traced."""
     short = min(size)
-    half = max(STEP, short // 2 // STEP * STEP)
-    saved = total - sum(setup.split(images, _shaped(size, half)).values())
-    if short == half or saved <= 0:
-        return size if total <= usable else None
-    pixels = short**2 + (usable - total) * (short**2 - half**2) / saved
-    side = min(int(max(0.0, pixels) ** 0.5), WIDEST * short) // STEP * STEP
-    return _shaped(size, side) if side else None
+    known = {short: total}
+    side = max(STEP, short // 2 // STEP * STEP)
+    for _ in range(TRIES):
+        if side in known:
+            break
+        known[side] = sum(setup.split(images, _shaped(size, side)).values())
+        # Along the line through the two that are nearest to filling the card.
+        a, b = sorted(known, key=lambda s: abs(known[s] - usable))[:2]
+        each = (known[a] - known[b]) / (a**2 - b**2)
+        pixels = a**2 + (usable - known[a]) / each if each > 0 else 0.0
+        side = max(STEP, min(int(max(0.0, pixels) ** 0.5), WIDEST * short) // STEP * STEP)
+    fitting = [s for s, needed in known.items() if needed <= usable]
+    return _shaped(size, max(fitting)) if fitting else None
 
 
 def _shaped(size: Size, short: int) -> Size:

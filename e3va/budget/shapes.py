@@ -21,6 +21,9 @@ NOISE = 0.01
 """Standard deviation of unknown values that are looked at: as that of an untrained head's outputs,
 so that proposals are anchors, in no order."""
 
+PERIOD = 65521
+"""Values of noise that are drawn; they are repeated. A prime, that rows of maps begin elsewhere."""
+
 _LOOKS = {"_local_scalar_dense", "masked_select", "nms", "nonzero"}
 """Operations whose result's shape, or what Python does next, depends on values."""
 
@@ -44,6 +47,7 @@ class ShapesOnly(TorchDispatchMode):
         self._unknown: set[int] = set()
         self._unseen = 0
         self._results: dict[Any, Any] = {}
+        self._noise: Tensor | None = None
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:  # which would import it: seconds
@@ -67,15 +71,16 @@ class ShapesOnly(TorchDispatchMode):
         finally:
             self._unseen -= 1
 
-    def never_look_in(self, module: nn.Module) -> None:
-        """The same in each forward of ``module``."""
-        forward = module.forward
+    def never_look_in(self, owner: nn.Module | torch.optim.Optimizer) -> None:
+        """The same in each forward of a module, or step of an optimizer."""
+        name = "forward" if isinstance(owner, nn.Module) else "step"
+        run = getattr(owner, name)
 
-        def unseen_forward(*args: Any, **kwargs: Any) -> Any:
+        def unseen(*args: Any, **kwargs: Any) -> Any:
             with self.unseen():
-                return forward(*args, **kwargs)
+                return run(*args, **kwargs)
 
-        module.forward = unseen_forward
+        setattr(owner, name, unseen)
 
     def __torch_dispatch__(
         self,
@@ -124,7 +129,10 @@ class ShapesOnly(TorchDispatchMode):
         storage = tensor.untyped_storage()
         values = torch.empty(0, dtype=tensor.dtype).set_(storage)
         if values.is_floating_point():
-            values.normal_(0, NOISE)
+            if self._noise is None:
+                self._noise = torch.empty(PERIOD).normal_(0, NOISE)
+            for part in values.split(PERIOD):
+                part.copy_(self._noise[: len(part)])
         else:
             values.zero_()
         self._unknown.discard(storage._cdata)

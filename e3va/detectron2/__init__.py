@@ -24,6 +24,7 @@ from e3va.detectron2.data.coco import register_coco_json
 from e3va.detectron2.data.maps import register_semantic_maps
 from e3va.detectron2.data.voc import register_voc_tree
 from e3va.detectron2.evaluation import VOCTreeEvaluator
+from e3va.detectron2.fpn import LeanConv2d, LeanFPN
 from e3va.detectron2.inference import SemanticInference
 from e3va.detectron2.retinanet import LeanRetinaNet
 from e3va.detectron2.roi_heads import (
@@ -40,7 +41,9 @@ __all__ = [
     "CompleteCheckpointer",
     "E3VASwinBackbone",
     "LeanCascadeROIHeads",
+    "LeanConv2d",
     "LeanConvFCHead",
+    "LeanFPN",
     "LeanROIAlign",
     "LeanROIHeads",
     "LeanRetinaNet",

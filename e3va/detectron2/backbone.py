@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from e3va.backbone import Backbone as CoreBackbone
 from e3va.detectron2.config import dtype_of, method_options
+from e3va.detectron2.fpn import LeanFPN
 from e3va.methods import METHODS, build_backbone
 from e3va.precision import quantize_trunk
 from e3va.trunks import family_of, trunk_config
@@ -116,7 +117,7 @@ def _fpn(cfg: CfgNode, bottom_up: E3VASwinBackbone, top_block: nn.Module) -> FPN
     for name, norm in zip(bottom_up.output_shape(), bottom_up.swin.norms, strict=True):
         if name not in in_features:  # it would get no gradient, which distributed training demands
             norm.requires_grad_(False)
-    return FPN(
+    return LeanFPN(
         bottom_up=bottom_up,
         in_features=in_features,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,

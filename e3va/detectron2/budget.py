@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from e3va.budget import Card, ShapesOnly, budget
 from e3va.budget.cards import own_card, own_memory
 from e3va.detectron2.config import dtype_of
-from e3va.detectron2.solver import build_optimizer
-from e3va.measure import bottom_up, make_state, step_split
+from e3va.detectron2.solver import build_optimizer, steps_early
+from e3va.measure import bottom_up, make_gradients, make_state, step_split
 from e3va.methods import HIGHWAYS, METHODS
+from e3va.optim import take_step
 
 INSTANCES = 8
 """Of an image, where nobody says."""
@@ -90,7 +92,12 @@ class Setup:
             torch.manual_seed(0)
             shapes, model, optimizer = self._built = self._built or self._build()
             with shapes:
-                return step_split(model, lambda: loss(model, batch, self._cfg), optimizer)["peak"]
+                optimizer.zero_grad()
+                if images < self.batch:  # a part, which finds the gradients of those before it
+                    make_gradients(model)
+                run = partial(loss, model, batch, self._cfg)
+                early = steps_early(self._cfg)
+                return step_split(model, partial(take_step, run, optimizer, early), optimizer)
 
     def _build(self) -> tuple[ShapesOnly, nn.Module, torch.optim.Optimizer]:
         shapes = ShapesOnly()
@@ -105,7 +112,8 @@ class Setup:
                 make_state(model, optimizer)
         finally:
             package.setLevel(level)
-        shapes.never_look_in(bottom_up(model))
+        for owner in (bottom_up(model), optimizer):
+            shapes.never_look_in(owner)
         return shapes, model, optimizer
 
     def _with(self, changes: dict[str, Any]) -> Setup:

@@ -290,7 +290,7 @@ class Trainer(DefaultTrainer):
 
 class StepTrainer(SimpleTrainer):
     """One optimizer step per iteration, in mixed precision on any device, of a batch that may be
-    computed in parts.
+    computed in parts. A loss that is not finite ends it before the step, with FloatingPointError.
 
     Args:
         model, data_loader, optimizer: as for ``SimpleTrainer``.
@@ -332,12 +332,13 @@ class StepTrainer(SimpleTrainer):
             with self._sync(last):
                 with torch.autocast(self._device, self._dtype, enabled=self._dtype is not None):
                     losses = self.model(data[part * size : (part + 1) * size])
+                for name, loss in losses.items():
+                    means[name] = means.get(name, 0) + loss.detach() / self.accumulate
+                if last:  # a loss that is not finite raises here, before anything is changed by it
+                    self._write_metrics(means, data_time)
                 with stepping(self.optimizer) if self._early and last else nullcontext():
                     self._scaler.scale(sum(losses.values()) / self.accumulate).backward()
-            for name, loss in losses.items():
-                means[name] = means.get(name, 0) + loss.detach() / self.accumulate
         self.after_backward()
-        self._write_metrics(means, data_time)
         if not self._early:
             self._scaler.step(self.optimizer)
             self._scaler.update()

@@ -1,19 +1,32 @@
 """What takes less memory computes what Detectron2's own modules do."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
 from detectron2.layers import ROIAlign, ShapeSpec
-from detectron2.modeling import build_model, build_proposal_generator, build_roi_heads
+from detectron2.modeling import (
+    FPN,
+    Backbone,
+    build_model,
+    build_proposal_generator,
+    build_roi_heads,
+)
+from detectron2.modeling.backbone.fpn import LastLevelP6P7
 from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNConvFCHead, StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from fvcore.nn import sigmoid_focal_loss
 
 from bench.step import build
 from bench.step import step as whole_step
-from e3va.detectron2 import LeanConvFCHead, LeanROIAlign, load_config, retinanet
+from bench.train_step import Trainee
+from e3va.budget import ShapesOnly
+from e3va.detectron2 import LeanConvFCHead, LeanFPN, LeanROIAlign, load_config, retinanet
 from e3va.detectron2.budget import sample_batch
 from e3va.detectron2.rpn import _Take
 from e3va.measure import LiveBytes, whole_step_bytes
@@ -187,6 +200,70 @@ def test_lean_box_head():
     assert without_autocast.dtype == torch.float64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("names", [["p3", "p4", "p5"], ["p4", "p5"]])
+def test_lean_fpn(dtype, names):
+    """Casts of its weights are not kept, and its results and gradients have the same bits."""
+    results = []
+    for kind in (LeanFPN, FPN):
+        torch.manual_seed(0)
+        bottom_up = _Maps()
+        top = LastLevelP6P7(CHANNELS, 256, "p5")
+        fpn = kind(bottom_up, names, 256, norm="GN" if len(names) == 2 else "", top_block=top)
+        assert {n for n, _ in bottom_up.named_modules()} == {"", "conv"}
+        assert type(bottom_up.conv) is torch.nn.Conv2d  # no part of it
+        x = torch.randn(1, CHANNELS, 16, 24)
+        with torch.autocast("cpu", dtype), LiveBytes() as memory:
+            out = fpn(x)
+        assert (memory.live < 2 * 2 * 256 * 256 * 9) == (kind is LeanFPN)
+        sum((y.float() * torch.randn(y.shape)).sum() for y in out.values()).backward()
+        gradients = {n: p.grad for n, p in fpn.named_parameters() if not n.startswith("bottom_up")}
+        results.append({**out, **gradients, "x": bottom_up.conv.weight.grad})
+    ours, theirs = results
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert value.abs().sum() > 0 and torch.equal(ours[name], value), name
+
+
+class _Maps(Backbone):
+    """Maps of noise that one convolution makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 1)
+        self._out_features = ["p3", "p4", "p5"]
+        self._out_feature_channels = dict.fromkeys(self._out_features, CHANNELS)
+        self._out_feature_strides = {"p3": 8, "p4": 16, "p5": 32}
+
+    def forward(self, x):
+        x = self.conv(x)
+        return {"p3": x, "p4": x[..., ::2, ::2], "p5": x[..., ::4, ::4]}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [0.25, -1.0])
+@pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
+def test_focal_loss_in_parts(dtype, alpha, gamma, monkeypatch):
+    """Of confident logits, ignored and unlabelled anchors too, against fvcore's in float32; the
+    gradient as if the loss were scaled, as under float16."""
+    monkeypatch.setattr(retinanet, "VALUES", 1000)
+    torch.manual_seed(0)
+    x = (5 * torch.randn(2, 333, 7)).to(dtype)
+    x[0, :4] = torch.tensor([-60.0, 60, -0.0, 15])[:, None]
+    y = torch.randint(-1, 8, (2, 333))
+    ours, theirs = x.clone().requires_grad_(), x.float().requires_grad_()
+    loss = retinanet._FocalLoss.apply(ours, y, alpha, gamma)
+    there = y >= 0
+    targets = torch.nn.functional.one_hot(y[there], 8)[:, :-1].float()
+    expected = sigmoid_focal_loss(theirs[there], targets, alpha, gamma, "sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    for scaled in (loss, expected):
+        (64 * scaled).backward()
+    assert ours.grad.dtype == dtype and not ours.grad[~there].any()
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 64 * 1e-5}
+    torch.testing.assert_close(ours.grad.float(), theirs.grad, **tolerance)
+
+
 @pytest.mark.parametrize(("values", "counts"), [(2**19, (3,)), (500, (0, 2))])
 def test_lean_retinanet(values, counts, monkeypatch):
     """Losses and gradients in one part and in many, with images that have nothing on them."""
@@ -230,11 +307,11 @@ def test_lean_retinanet(values, counts, monkeypatch):
     assert peaks[0] < peaks[1] / 2 or values > 500
 
 
-def bytes_of_a_step(config_file, size, limit, *overrides, images=1):
+def bytes_of_a_step(config_file, size, limit, *overrides):
     model = build(str(FOLDER / config_file), "e3va", ["MODEL.TRUNK.WEIGHTS", "", *overrides])
     trained = [p for p in model.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, 0.0, fused=True)
-    batch = sample_batch(load_config(str(FOLDER / config_file), overrides), *size) * images
+    batch = sample_batch(load_config(str(FOLDER / config_file), overrides), *size)
     return whole_step_bytes(
         model, adamw, lambda: whole_step(model, batch, adamw, early=True), limit
     )
@@ -257,17 +334,36 @@ def test_a_step_takes_less_than_with_detectron2s_own(config_file):
         bytes_of_a_step(config_file, (320, 448), ours - 2**16, *narrow)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(
-    ("config_file", "size", "images", "mib"),
-    [
-        ("coco/mask_rcnn_e3va_swin_b_1x.yaml", (800, 1344), 1, 2048),
-        ("coco/cascade_mask_rcnn_e3va_swin_b_1x.yaml", (800, 1344), 1, 1150),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1344), 1, 1400),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 1, 4096),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 2, 6144),
-        ("coco/cascade_mask_rcnn_e3va_swin_l_1x.yaml", (800, 1333), 4, 11264),
-    ],
-)
-def test_a_step_fits(config_file, size, images, mib):
-    bytes_of_a_step(config_file, size, mib * 2**20, images=images)
+CAPS = [
+    ("coco/mask_rcnn_e3va_swin_b_1x", (800, 1344), 1, 2048),
+    ("coco/cascade_mask_rcnn_e3va_swin_b_1x", (800, 1344), 1, 1150),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1344), 1, 1400),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1333), 1, 4096),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1333), 2, 6144),
+    ("coco/cascade_mask_rcnn_e3va_swin_l_1x", (800, 1333), 4, 11264),
+    ("voc/retinanet_e3va_swin_l", (600, 1000), 1, 720),
+]
+"""Setups of bench.train_step, sizes, images, and MiB that their steps have to do with."""
+
+
+@pytest.mark.parametrize(("name", "size", "images", "mib"), CAPS)
+@pytest.mark.parametrize("traced", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_step_fits(name, size, images, mib, traced):
+    """Traced on shapes, and for real, which takes a CPU minutes to hours."""
+    shapes = ShapesOnly() if traced else None
+    trainee = Trainee(name, "e3va", size, images, shapes)
+    model, adamw = trainee.model, trainee.optimizer
+    run = partial(whole_step, model, trainee.batch, adamw, early=True)
+    with shapes or contextlib.nullcontext():
+        assert whole_step_bytes(model, adamw, run, limit=mib * 2**20) > mib * 2**17
+
+
+def test_a_traced_step_that_does_not_fit_raises():
+    shapes = ShapesOnly()
+    trainee = Trainee(CAPS[0][0], "e3va", (320, 448), 1, shapes)
+    model, adamw = trainee.model, trainee.optimizer
+    run = partial(whole_step, model, trainee.batch, adamw, early=True)
+    with shapes:
+        needed = whole_step_bytes(model, adamw, run)
+        with pytest.raises(torch.OutOfMemoryError):
+            whole_step_bytes(model, adamw, run, limit=needed - 2**20)

@@ -1,6 +1,7 @@
 """Steps, accumulated gradients, averaged weights, and the command line."""
 
 import argparse
+import copy
 
 import numpy as np
 import pytest
@@ -155,6 +156,28 @@ def test_accumulation_in_float16(packaged):
     trainer.max_iter = 2
     trainer.train()
     assert norms == pytest.approx([0.1, 0.1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("parts", "spoiled"), [(1, 0), (2, 0), (2, 1)])
+def test_a_loss_that_is_not_finite_changes_nothing(packaged, parts, spoiled):
+    """Neither weights nor the optimizer's state, though that would step along the backward."""
+    more = "SOLVER.CLIP_GRADIENTS.ENABLED", False, "SOLVER.IMS_PER_BATCH", 4
+    trainer = Trainer(packaged(*more, "SOLVER.ACCUMULATE", parts))
+    assert trainer._trainer._early
+    step(trainer)
+    forwards = []
+
+    def spoil(model, images, losses):
+        forwards.append(images)
+        if len(forwards) - 1 == spoiled:
+            return {name: loss * float("nan") for name, loss in losses.items()}
+        return None
+
+    trainer.model.register_forward_hook(spoil)
+    before = [state(trainer.model), copy.deepcopy(trainer.optimizer.state_dict())]
+    with pytest.raises(FloatingPointError, match="infinite or NaN"):
+        step(trainer)
+    assert_same(before, [state(trainer.model), trainer.optimizer.state_dict()])
 
 
 @pytest.mark.parametrize(("batch", "parts"), [(4, 3), (4, 8), (4, 0)])
