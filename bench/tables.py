@@ -59,6 +59,21 @@ def costs() -> str:
     return "\n".join([*lines, "", f"{memory}."])
 
 
+def cards() -> str:
+    """The most images of the standard size, and the shorter side of the largest image, by card."""
+    found = json.loads((RESULTS / "cards.json").read_text())
+    names = list(found["usable_bytes"])
+    lines = [_row("", "", *names), "|---" * (2 + len(names)) + "|"]
+    for setup, methods in found["setups"].items():
+        for method, by_card in methods.items():
+            cells = []
+            for name in names:
+                batch, size = by_card[name]["largest_batch"], by_card[name]["largest_size"]
+                cells.append(f"{batch} · {min(size)}" if size else "–")
+            lines.append(_row(f"`{setup}`", f"`{method}`", *cells))
+    return "\n".join(lines)
+
+
 def plans() -> str:
     """What was planned of ten steps, and what they took."""
     cases = json.loads((RESULTS / "plan.json").read_text())["cases"]
@@ -68,8 +83,9 @@ def plans() -> str:
         height, width = case["size"]
         parts = "" if case["images"] == case["batch"] else f" of {case['batch']}"
         images = f"{case['images']}{parts} × {height}×{width}"
-        numbers = f"{planned / MIB:.1f}", f"{real / MIB:.1f}", f"{100 * abs(planned / real - 1):.2f} %"
-        lines.append(_row(f"`{case['config']}`", f"`{case['method']}`", images, *numbers))
+        found = f"{planned / MIB:.1f}", f"{real / MIB:.1f}"
+        error = f"{100 * abs(planned / real - 1):.2f} %"
+        lines.append(_row(f"`{case['config']}`", f"`{case['method']}`", images, *found, error))
     return "\n".join(lines)
 
 
@@ -152,6 +168,7 @@ def _row(*cells: str) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "cards": cards,
     "plans": plans,
     "costs": costs,
     "kernels": kernels,
