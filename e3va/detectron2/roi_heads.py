@@ -125,7 +125,9 @@ class _Linear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             dx, dW = torch.empty_like(x), torch.empty_like(weight)
             for dx_i, W_i in zip(dx.split(COLUMNS, 1), weight.split(COLUMNS, 1), strict=True):
-                dx_i.copy_(G @ W_i.to(G.dtype))
+                # Laid out so, a CPU multiplies 16 bits twenty times as fast.
+                W_i = W_i.t().to(G.dtype, memory_format=torch.contiguous_format)
+                dx_i.copy_(nn.functional.linear(G, W_i))
             for dW_i, G_i in zip(dW.split(ROWS), G.split(ROWS, 1), strict=True):
                 dW_i.copy_(G_i.t() @ x)
             return dx, dW, G.sum(0, dtype=weight.dtype)
