@@ -115,7 +115,7 @@ def compile_kernels(
     for side, state, coded in forms:
         note = f" {side}" + (" state" if state else "") + (" coded" if coded else "")
         mixing = {"SIDE": side, "STATE": state, "CODED": coded}
-        tile = adapters.forward_tiles(dtype, architecture, rank)
+        tile = adapters.forward_tiles(dtype, architecture, rank, side)
         slots = {"SLOTS": 2 if state and coded else TAPS}
         constants = adapter_constants(rank, hidden, tile) | mixing | slots
         launches.append((f"adapters{note}", adapters.adapters_kernel, constants, tile.num_warps))

@@ -53,12 +53,14 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def forward_tiles(dtype: torch.dtype, architecture: int, rank: int) -> Tiles:
+def forward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) -> Tiles:
     """The fastest tiles on an H100 that spill nowhere, see ``python -m bench.registers``. Tensor
     cores multiply 16 rows: with fewer for each warp, warps would do the same work."""
     if dtype == torch.float32 or architecture < 80:
         return Tiles(16, 32, 4)
-    return Tiles(32, 32, 4) if rank > 32 else Tiles(16, 64, 1)
+    if rank > 32:
+        return Tiles(32, 32, 4)
+    return Tiles(16, 32, 1) if side > 5 else Tiles(16, 64, 1)
 
 
 def backward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) -> Tiles:
@@ -68,7 +70,7 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) 
         if rank > 32:
             return Tiles(16, 16, 4)
         if architecture >= 86:
-            return Tiles(128, 16, 8)
+            return Tiles(128, 16, 8) if side else Tiles(64, 16, 8)
         return Tiles(32, 16, 4) if side > 5 and architecture < 80 else Tiles(64, 16, 8)
     if architecture < 80:
         return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
@@ -111,7 +113,8 @@ def adapters(
             u[0].copy_(t[0])
         else:
             torch.addcmul(t[0], gamma[0].to(heard), heard, out=u[0])
-    tile = forward_tiles(t.dtype, architecture_of(t.device), rank)
+    side = 0 if D is None else D.shape[-1]
+    tile = forward_tiles(t.dtype, architecture_of(t.device), rank, side)
     grid = triton.cdiv(tokens, tile.rows), 1 if state else K
     D_in, Q_in, U_in = fold(D, g, Q, U, g_up, t.dtype)
     for k in range(K // grid[1]):
