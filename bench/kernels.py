@@ -37,7 +37,8 @@ from e3va import ops
 from e3va.figures import pyplot, save
 from e3va.files import write_json
 from e3va.highway import HighwayStage, StageRide
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch, functional
+from e3va.ops.backends import reference
 from e3va.ops.taps import compress
 from e3va.weights import convert_weights
 
@@ -71,7 +72,7 @@ class Adapter(nn.Module):
 
     def __init__(self, stage: HighwayStage, k: int) -> None:
         super().__init__()
-        Q, U = reference.fold(stage.g, stage.Q, stage.U, stage.g_up)
+        Q, U = functional.fold(stage.g, stage.Q, stage.U, stage.g_up)
         weights = {"P": stage.P[k], "Q": Q[k], "b": stage.b[k], "U": U[k], "V": stage.V[k]}
         weights |= {"D": stage.D[k][:, None], "gamma": stage.gamma[k]}
         for name, weight in weights.items():

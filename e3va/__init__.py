@@ -1,7 +1,5 @@
 """E³VA: fine-tune big frozen vision backbones for detection and segmentation on small GPUs."""
 
-from e3va import native as native  # attaches the compiled kernels to the ops
-from e3va import triton as triton
 from e3va.adapter import load_adapter, open_backbone, save_adapter
 from e3va.backbone import Backbone
 from e3va.config import HighwayConfig

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from e3va import ops
 from e3va.config import HighwayConfig
-from e3va.ops.reference import project
+from e3va.ops.functional import project
 from e3va.ops.taps import TAPPED, room
 from e3va.trunks.base import Transition, TrunkConfig
 

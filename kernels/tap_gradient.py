@@ -20,7 +20,7 @@ from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, padded_rank, part_rows, splits_of
 from e3va.kernels.taps import decode, limit, parts, place_of
-from e3va.ops import reference
+from e3va.ops.backends import reference
 
 WORD = 4  # bytes
 

@@ -18,8 +18,8 @@ from e3va import (
     trunk_config,
 )
 from e3va.measure import LiveBytes, SavedBytes, trainable_parameters
-from e3va.native import build_info
-from e3va.ops import dispatch
+from e3va.ops.backends.native import build_info
+from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
 from e3va.ops.taps import TAPS
 from tests import oracles
 from tests.ops.backends import DEVICES
@@ -241,10 +241,10 @@ def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
 
         return recorded
 
-    for op in dispatch.operators():
-        for name, backend in list(dispatch._ops[op].items()):
+    for op in PREFERENCE:
+        for name, backend in list(IMPLEMENTATIONS[op].items()):
             recorded = backend._replace(run=record(op, name, backend.run))
-            monkeypatch.setitem(dispatch._ops[op], name, recorded)
+            monkeypatch.setitem(IMPLEMENTATIONS[op], name, recorded)
     backbone = E3VABackbone(FrozenSwin(TINY), SMALL)
     for name in ("auto", "native"):
         ran.clear()
@@ -252,7 +252,7 @@ def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 features = backbone(torch.randn(1, 3, 41, 50))
             loss_of(features).backward()
-        assert ran == {(op, "native") for op in dispatch.operators()}
+        assert ran == {(op, "native") for op in PREFERENCE}
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch, functional
 from e3va.ops.checks import check_floating, check_once, check_same_dtype, check_shape
 from e3va.ops.library import operator
 from e3va.ops.taps import TAPS, stored_channels
-
-for _op in (reference.adapters, reference.adapters_backward, reference.tap_gradient):
-    dispatch.register(_op.__name__, "reference")(_op)
 
 
 def highway(
@@ -189,7 +186,7 @@ def _highway(
     kept = "int8" if taps == "int4" else "full"
     S, after, u, u_scale = dispatch.run("adapters", y_out, rows, before, *weights, size, kept)
     with torch.autocast(y_out.device.type, enabled=False):
-        h = reference.highway(h_in, y_in, y_out, S, V, c)
+        h = functional.highway(h_in, y_in, y_out, S, V, c)
     if gamma is not None:
         after = after.view(*y_out.shape[:-1], P.shape[2])
     elif kept == "full":
@@ -279,7 +276,7 @@ def _highway_backward(
         arguments = dS, after, *u, D, gamma, g, Q, b, U, g_up, G.shape[1:3]
         S, dt, dbefore, dD, *sums = dispatch.run("adapters_backward", G, *arguments)
         dgamma = G.new_empty(0) if gamma is None else _gamma_gradient(carry, S, dt)
-        dV = reference.over_tokens(S, rows).view(V.shape).to(V)
+        dV = functional.over_tokens(S, rows).view(V.shape).to(V)
         del S, dS
         flat = tap[0] if taps != "full" else [tap_k.flatten(0, -2) for tap_k in tap]
         dP = dispatch.run("tap_gradient", G, flat, scale, taps, dt, G.shape[-1])

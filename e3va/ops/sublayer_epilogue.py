@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch
 from e3va.ops.checks import (
     check_floating,
     check_frozen,
@@ -17,9 +17,7 @@ from e3va.ops.checks import (
     check_shape,
 )
 from e3va.ops.library import frozen_operator
-from e3va.ops.taps import TAPPED, TAPS, room, stored_channels, stored_dtype
-
-dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
+from e3va.ops.taps import TAPPED, TAPS, returns_norm, room, stored_channels, stored_dtype
 
 
 def sublayer_epilogue(
@@ -145,8 +143,3 @@ def _sublayer_epilogue(
 def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, into):
     z = y.new_empty(y.shape if returns_norm(norm_weight, P, tap, taps) else 0)
     return y.new_empty(y.shape), z
-
-
-def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, taps: str) -> bool:
-    """Whether the op's second result is a norm, not empty."""
-    return norm_weight is not None or (P is not None and tap == "norm" and taps == "full")

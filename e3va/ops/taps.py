@@ -54,6 +54,11 @@ def room(x: Tensor, rank: int, taps: str, *adapters: int) -> tuple[Tensor, Tenso
     return t, codes, x.new_empty(*adapters, tokens, dtype=torch.float32)
 
 
+def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, taps: str) -> bool:
+    """Whether the op's second result is a norm, not empty."""
+    return norm_weight is not None or (P is not None and tap == "norm" and taps == "full")
+
+
 def compress(
     x: Tensor, taps: str, seed: int | Tensor, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -109,6 +114,21 @@ def expand(codes: Tensor, scale: Tensor, taps: str, channels: int, dtype: torch.
         offset = 8 if taps == "int4" else 0
         x[part] = (values.float() - offset) * scale[part, None]
     return x
+
+
+def keep(u: Tensor, kept: str) -> tuple[Tensor, Tensor]:
+    """u [K, N, r] in full or in int8, and its scales [K, N], if any."""
+    if kept == "full":
+        return u, u.new_empty(0)
+    codes, scale = compress(u, kept, seed=0)
+    return codes.view(u.shape), scale.view(u.shape[:2])
+
+
+def kept_in_full(u: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    """The inverse of :func:`keep`, in the dtype of ``like``."""
+    if scale is None:
+        return u
+    return expand(u.flatten(0, 1), scale.flatten(), "int8", u.shape[-1], like.dtype).view(u.shape)
 
 
 def _parts(rows: Tensor, channels: int) -> Iterator[slice]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from e3va.cache import cache_path, read_cache, warn_once, warn_unwritable, write_cache
-from e3va.ops import dispatch
+from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
 from e3va.ops.variants import VARIANTS, Draw, Variant, compared, examples
 
 MAPS = ((2, 13, 21), (1, 1, 1))
@@ -144,8 +144,7 @@ def check(
     Raises:
         Exception: whatever the backend raises.
     """
-    run = dispatch.implementation(op, backend)
-    reference = dispatch.implementation(op, "reference")
+    run, reference = (IMPLEMENTATIONS[op][name].run for name in (backend, "reference"))
     largest, right = 0.0, True
     for size in MAPS:
         arguments = variant.arguments(Draw(dtype), *size)
@@ -177,8 +176,9 @@ def selftest(device: torch.device) -> Iterator[Trial]:
     a GPU they are timed, too. Nothing is kept, and nothing that was kept is looked at."""
     for dtype in TOLERANCE:
         for op, variant in examples():
-            for backend in dispatch.candidates(op):
-                if backend == "reference" or dispatch.why_not(op, backend, device, dtype, variant):
+            for backend in PREFERENCE[op]:
+                implementation = IMPLEMENTATIONS[op][backend]
+                if backend == "reference" or implementation.obstacle(device, dtype, variant):
                     continue
                 with _current(device):
                     found = _try(op, backend, device, dtype, variant)
@@ -253,7 +253,7 @@ def _times(
     op: str, backend: str, device: torch.device, arguments: tuple[Any, ...]
 ) -> tuple[float | None, float | None]:
     """Median seconds of ours and of the reference, interleaved; None: it ran out of memory."""
-    runs = {name: dispatch.implementation(op, name) for name in (backend, "reference")}
+    runs = {name: IMPLEMENTATIONS[op][name].run for name in (backend, "reference")}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(RUNS + 2):
         for name, run in list(runs.items()):
@@ -394,9 +394,9 @@ def _kernels() -> str:
     package = Path(__file__).parents[1]
     spec = importlib.util.find_spec("e3va.kernels")
     folders = [*map(Path, (spec.submodule_search_locations or []) if spec else []), package / "ops"]
-    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
+    files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     digest = hashlib.sha256()
-    for path in (package / "_C.abi3.so", package / "native.py", package / "triton.py", *files):
+    for path in (package / "_C.abi3.so", *files):
         if path.exists():
             digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e3va.ops.reference import keep, output_norm
-from e3va.ops.taps import TAPS, compress, expand
+from e3va.ops.functional import output_norm
+from e3va.ops.taps import TAPS, compress, expand, keep
 
 SEED = 5  # of int4
 RARELY = 0.01

@@ -5,11 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch
 from e3va.ops.checks import check_floating, check_frozen, check_once, check_shape
 from e3va.ops.library import frozen_operator
-
-dispatch.register("window_attention", "reference")(reference.window_attention)
 
 
 def window_attention(

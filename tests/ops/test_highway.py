@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import e3va
 from e3va import ops
 from e3va.highway import HEARD
-from e3va.ops.reference import pool_2x2
+from e3va.ops.functional import pool_2x2
 from e3va.ops.taps import compress
 from tests import oracles
 from tests.ops.backends import backend_of

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from e3va.native import build_info
+from e3va.ops.backends.native import build_info
 
 HERE = Path(__file__).parent
 KERNELS = ("sublayer_epilogue", "highway", "taps", "window_attention_native")

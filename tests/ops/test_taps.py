@@ -7,8 +7,8 @@ import torch
 
 import e3va
 from e3va import ops
-from e3va.ops import dispatch
 from e3va.ops import taps as tap_storage
+from e3va.ops.backends.registry import IMPLEMENTATIONS
 from e3va.ops.taps import TAPPED
 from e3va.trunks.swin import SWIN_VARIANTS
 from tests.ops.backends import backend_of
@@ -31,7 +31,7 @@ def device(request, monkeypatch):
         if torch.cuda.is_available():
             device = "cuda"
         else:
-            for backends in (dispatch._ops[op] for op in HIGHWAY_OPS):
+            for backends in (IMPLEMENTATIONS[op] for op in HIGHWAY_OPS):
                 anywhere = backends["triton"]._replace(why_not=lambda device, dtype: None)
                 monkeypatch.setitem(backends, "triton", anywhere)
     with e3va.backend(backend_of(request.param)):

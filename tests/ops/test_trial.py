@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import e3va
-from e3va import cli, native
+from e3va import cli
 from e3va.cache import warn_once
-from e3va.ops import dispatch, reference, trial
+from e3va.ops import dispatch, trial
+from e3va.ops.backends import native, reference, triton
+from e3va.ops.backends.registry import IMPLEMENTATIONS, Implementation
 from e3va.ops.taps import compress
 from e3va.ops.variants import SEED, VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
 
@@ -70,8 +72,8 @@ def gpu(monkeypatch, tmp_path):
             return 1.0 if run is other else seconds
 
         monkeypatch.setattr(trial, "_seconds", timed)
-        backends = dispatch._ops[OP]
-        kernel = dispatch._Backend(kernel, lambda *_: None, lambda *_: None)
+        backends = IMPLEMENTATIONS[OP]
+        kernel = Implementation(kernel, lambda *_: None, lambda *_: None)
         monkeypatch.setitem(backends, "triton", kernel)
         monkeypatch.setitem(backends, "native", kernel._replace(why_not=lambda *_: "not here"))
         monkeypatch.setitem(backends, "reference", backends["reference"]._replace(run=other))
@@ -280,8 +282,8 @@ def _one_of_two(folder, barrier, results):
         time.sleep(0.01)
         return reference.sublayer_epilogue(*arguments)
 
-    backends = dispatch._ops[OP]
-    backends["triton"] = dispatch._Backend(kernel, lambda *_: None, lambda *_: None)
+    backends = IMPLEMENTATIONS[OP]
+    backends["triton"] = Implementation(kernel, lambda *_: None, lambda *_: None)
     backends["native"] = backends["triton"]._replace(why_not=lambda *_: "not here")
     barrier.wait()
     verdict = trial.verdict(OP, "triton", CPU, torch.float32, arguments(), 0)
@@ -352,7 +354,7 @@ def test_the_last_bit_of_a_norm_decides_few_codes(monkeypatch):
         y_out, _, t, *_ = reference.sublayer_epilogue(x, y, weight, bias, eps, *rest)
         return y_out, x.new_empty(0), t, *compress(z, "int4", shift + SEED)
 
-    backends = dispatch._ops[OP]
+    backends = IMPLEMENTATIONS[OP]
     monkeypatch.setitem(backends, "native", backends["native"]._replace(run=kernel))
     for dtype in trial.TOLERANCE:
         shift = 0
@@ -404,7 +406,7 @@ def test_selftest(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "ok    window_attention   native  bfloat16" in out
     assert "3 of 3 kernels are right on cpu" in out
-    backends = dispatch._ops["window_attention"]
+    backends = IMPLEMENTATIONS["window_attention"]
     broken = backends["native"]._replace(run=lambda qkv, *_: qkv[..., : qkv.shape[-1] // 3] + 0)
     monkeypatch.setitem(backends, "native", broken)
     assert cli.main(["selftest", "--device", "cpu"]) == 1
@@ -420,8 +422,8 @@ def test_what_a_kernel_cannot_do_is_told_before_it_is_tried(monkeypatch):
     assert "heads of 32 channels, not of 48" in native._window_attention_cannot(gpu, wide)
     assert "windows up to 12, not of 13" in native._window_attention_cannot(gpu, far)
     assert native._window_attention_cannot(CPU, wide) is None
-    assert "ranks up to 128, not of 256" in e3va.triton.cannot(gpu, VARIANT._replace(rank=256))
-    assert e3va.triton.cannot(gpu, fits) is None
+    assert "ranks up to 128, not of 256" in triton.cannot(gpu, VARIANT._replace(rank=256))
+    assert triton.cannot(gpu, fits) is None
 
 
 @pytest.mark.parametrize(

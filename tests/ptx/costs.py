@@ -56,8 +56,7 @@ def measure(
     from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
     from e3va.kernels.tap_gradient import tap_gradient
-    from e3va.ops.reference import keep
-    from e3va.ops.taps import LARGEST, TAPS, compress
+    from e3va.ops.taps import LARGEST, TAPS, compress, keep
 
     N, K = size[0] * size[1], adapters
     x, y = (torch.randn(N, channels).to(dtype) for _ in range(2))

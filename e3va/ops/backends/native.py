@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
-from e3va.ops.sublayer_epilogue import returns_norm
-from e3va.ops.taps import TAPS, room
+from e3va.ops.backends import reference
+from e3va.ops.backends.registry import register
+from e3va.ops.functional import fold, fold_backward
+from e3va.ops.taps import TAPS, keep, kept_in_full, returns_norm, room
 from e3va.ops.variants import WindowAttention
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parents[2]
 _PARTS = {"cpu": "C++", "cuda": "CUDA"}
 HEAD_DIM, LARGEST_WINDOW = 32, 12  # of csrc/cuda/window_attention.cu
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,7 +120,7 @@ def _cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not(device, dtype)
 
 
-@dispatch.register("sublayer_epilogue", "native", why_not=_cpu_why_not)
+@register("sublayer_epilogue", "native", why_not=_cpu_why_not)
 def sublayer_epilogue(
     x: Tensor,  # [..., C]
     y: Tensor,  # [..., C]
@@ -144,7 +145,7 @@ def sublayer_epilogue(
     return y_out, z, *into
 
 
-@dispatch.register("adapters", "native", why_not=_cpu_why_not)
+@register("adapters", "native", why_not=_cpu_why_not)
 def adapters(
     t: Tensor,  # [K, N, r]
     carry: Tensor | None,  # [N, r]
@@ -159,15 +160,15 @@ def adapters(
     kept: str = "full",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, before = t.contiguous(), None if carry is None else carry.contiguous()
-    Q, U = reference.fold(g, Q, U, g_up)
+    Q, U = fold(g, Q, U, g_up)
     weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
     S, u, after = torch.ops.e3va_native.adapters(t, before, *weights, *size)
     if gamma is None and kept != "full":
         u = t
-    return S, after, *reference.keep(u, kept)
+    return S, after, *keep(u, kept)
 
 
-@dispatch.register("adapters_backward", "native", why_not=_cpu_why_not)
+@register("adapters_backward", "native", why_not=_cpu_why_not)
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
@@ -183,8 +184,8 @@ def adapters_backward(
     size: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     after = None if dcarry is None else dcarry.contiguous()
-    u = reference.kept_in_full(u, scale, dS).contiguous()
-    folded = reference.fold(g, Q, U, g_up)
+    u = kept_in_full(u, scale, dS).contiguous()
+    folded = fold(g, Q, U, g_up)
     weights = _given(D), _given(gamma), _weight(folded[0]), _weight(b), _weight(folded[1])
     D, _, *others = weights
     dD, dQ, db, dU = (
@@ -193,11 +194,11 @@ def adapters_backward(
     results = torch.ops.e3va_native.adapters_backward(
         dS.contiguous(), after, u, *weights, *size, dD, dQ, db, dU
     )
-    dg, dQ, dU, dg_up = reference.fold_backward(dQ, dU, g, Q, U, g_up)
+    dg, dQ, dU, dg_up = fold_backward(dQ, dU, g, Q, U, g_up)
     return *results, dD, dg, dQ, db, dU, dg_up
 
 
-@dispatch.register("tap_gradient", "native", why_not=_cpu_why_not)
+@register("tap_gradient", "native", why_not=_cpu_why_not)
 def tap_gradient(
     tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
     scale: Tensor | None,  # [K, N]
@@ -213,14 +214,10 @@ def tap_gradient(
 
 
 # PyTorch's own kernels, so that "native" runs whole backbones: launches cost little on a CPU.
-dispatch.register("stage_exit_backward", "native", why_not=_cpu_why_not)(
-    reference.stage_exit_backward
-)
+register("stage_exit_backward", "native", why_not=_cpu_why_not)(reference.stage_exit_backward)
 
 
-@dispatch.register(
-    "window_attention", "native", _window_attention_why_not, _window_attention_cannot
-)
+@register("window_attention", "native", _window_attention_why_not, _window_attention_cannot)
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
     qkv_bias: Tensor,  # [3C]

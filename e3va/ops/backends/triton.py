@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch
+from e3va.ops.backends.registry import register
 from e3va.ops.variants import Variant
 
 LARGEST_RANK = 128
@@ -37,7 +37,7 @@ def cannot(device: torch.device, variant: Variant) -> str | None:
     return None
 
 
-@dispatch.register("sublayer_epilogue", "triton", why_not, cannot)
+@register("sublayer_epilogue", "triton", why_not, cannot)
 def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
@@ -45,7 +45,7 @@ def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return sublayer_epilogue(x, *arguments)
 
 
-@dispatch.register("adapters", "triton", why_not, cannot)
+@register("adapters", "triton", why_not, cannot)
 def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from e3va.kernels.adapters import adapters
 
@@ -53,7 +53,7 @@ def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
         return adapters(t, *arguments)
 
 
-@dispatch.register("adapters_backward", "triton", why_not, cannot)
+@register("adapters_backward", "triton", why_not, cannot)
 def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     from e3va.kernels.adapters import adapters_backward
 
@@ -61,7 +61,7 @@ def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         return adapters_backward(dS, *arguments)
 
 
-@dispatch.register("tap_gradient", "triton", why_not, cannot)
+@register("tap_gradient", "triton", why_not, cannot)
 def tap_gradient(
     tap: Sequence[Tensor] | Tensor, scale: Tensor | None, taps: str, dt: Tensor, channels: int
 ) -> Tensor:
@@ -71,7 +71,7 @@ def tap_gradient(
         return tap_gradient(tap, scale, taps, dt, channels)
 
 
-@dispatch.register("stage_exit_backward", "triton", why_not)
+@register("stage_exit_backward", "triton", why_not)
 def stage_exit_backward(dp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from e3va.kernels.stage_exit import stage_exit_backward
 
