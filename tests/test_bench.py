@@ -10,7 +10,7 @@ pytest.importorskip("timm", reason="the trunk is timed against timm's: pip insta
 
 from bench import gpu, kernels
 from e3va import ops
-from e3va.ops import trial
+from e3va.ops import trial, verdicts
 from e3va.ops.backends import native
 from e3va.ops.backends.registry import PREFERENCE
 
@@ -44,11 +44,11 @@ def test_the_gpu_suite_runs_dry(tmp_path, capsys, monkeypatch):
     "kind", ["UNIX x86_64 Kernel Module", "UNIX Open Kernel Module for x86_64"]
 )
 def test_the_driver_is_named(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "DRIVER", tmp_path / "version")
-    assert trial.driver() == "unknown"
+    monkeypatch.setattr(verdicts, "DRIVER", tmp_path / "version")
+    assert verdicts.driver() == "unknown"
     text = f"NVRM version: NVIDIA {kind}  580.65.06  Sun Jul 27\nGCC version:  gcc version 12.2.0\n"
-    trial.DRIVER.write_text(text)
-    assert trial.driver() == "580.65.06"
+    verdicts.DRIVER.write_text(text)
+    assert verdicts.driver() == "580.65.06"
 
 
 def test_fewest_bytes_and_lowest_ratios():

@@ -1,6 +1,7 @@
 """Imports point one way: entries → shells → runs and core → ops."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -64,6 +65,25 @@ def test_modules_import_only_what_lies_below(module):
             elif isinstance(node, ast.Import):
                 names = [a.name.split(".")[1] for a in node.names if a.name.startswith("e3va.")]
             assert set(names) <= MAY_IMPORT[module] | {module}, file
+
+
+def test_ops_import_one_another_in_one_direction():
+    """No import hides in a function, but those of kernels, which need Triton."""
+    names = {}
+    for path in (ROOT / "e3va" / "ops").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = names[module] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "e3va":
+                within = {f"{node.module}.{alias.name}" for alias in node.names}
+                assert node in tree.body or node.module.startswith("e3va.kernels."), module
+                found |= within | {node.module}
+    # Packages import their modules, so that those who import them are attached.
+    edges = {name: set(names) & found for name, found in names.items()}
+    packages = {"e3va.ops", "e3va.ops.backends"}
+    graph = graphlib.TopologicalSorter({n: e - packages for n, e in edges.items()})
+    assert len(list(graph.static_order())) == len(names)  # raises where there is a circle
 
 
 def test_importing_is_lean():

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from e3va.ops import verdicts
 from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
 from e3va.ops.variants import VARIANTS
 
@@ -98,9 +99,7 @@ def explain(
         if reason is None and device.type in TRIED_ON and name != "reference":
             if arguments is None:
                 return Choice(name, "if it is right and faster, which its first use will show")
-            from e3va.ops import trial
-
-            verdict = trial.verdict(op, name, device, dtype, arguments, size)
+            verdict = verdicts.verdict(op, name, device, dtype, arguments, size)
             if verdict.passed:
                 return Choice(name, verdict.describe())
             reason = verdict.describe()

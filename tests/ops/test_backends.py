@@ -5,8 +5,9 @@ import torch
 
 import e3va
 from e3va.ops import dispatch
+from e3va.ops.backends import native, triton
 from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE, register
-from e3va.ops.variants import VARIANTS
+from e3va.ops.variants import VARIANTS, SublayerEpilogue, WindowAttention
 
 CPU = torch.device("cpu")
 
@@ -39,3 +40,40 @@ def test_the_table_alone_decides_what_is_preferred(monkeypatch, first):
 def test_what_the_table_does_not_name_is_refused(op, backend):
     with pytest.raises(LookupError, match=f"no backend '{backend}' of '{op}'"):
         register(op, backend)
+
+
+def test_what_a_kernel_cannot_do_is_told_before_it_is_tried(monkeypatch):
+    fits, wide = WindowAttention(32, 2, 12, False), WindowAttention(48, 2, 7, False)
+    far = WindowAttention(32, 2, 13, False)
+    gpu = torch.device("cuda")
+    assert native._window_attention_cannot(gpu, fits) is None
+    assert "heads of 32 channels, not of 48" in native._window_attention_cannot(gpu, wide)
+    assert "windows up to 12, not of 13" in native._window_attention_cannot(gpu, far)
+    assert native._window_attention_cannot(CPU, wide) is None
+    assert "ranks up to 128, not of 256" in triton.cannot(
+        gpu, SublayerEpilogue(40, None, 256, "norm", "full")
+    )
+    assert triton.cannot(gpu, fits) is None
+
+
+@pytest.mark.parametrize(
+    ("code", "architecture", "runs"),
+    [
+        ("sm_80", 80, True),
+        ("sm_80", 89, True),
+        ("sm_86", 80, False),
+        ("sm_80", 90, False),
+        ("compute_80", 110, True),
+        ("compute_120", 110, False),
+        ("sm_90a", 90, True),
+        ("sm_100a", 103, False),
+        ("compute_90a", 100, False),
+        ("sm_100f", 103, True),
+        ("compute_100f", 120, False),
+        ("x86_64", 80, False),
+    ],
+)
+def test_code_for_a_gpu(code, architecture, runs):
+    """Machine code runs within a generation, on later members; PTX from its own one on (CUDA
+    programming guide, "Binary compatibility", "PTX compatibility")."""
+    assert native._runs(code, architecture) is runs
