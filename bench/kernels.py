@@ -39,7 +39,7 @@ from e3va.files import write_json
 from e3va.highway import HighwayStage, StageRide
 from e3va.ops import dispatch, functional
 from e3va.ops.backends import reference
-from e3va.ops.taps import compress
+from e3va.ops.storage import compress
 from e3va.weights import convert_weights
 
 IMAGE = (800, 1344)
@@ -166,14 +166,14 @@ def highway(case: Case, device: str) -> Competitors:
     """A stage between two others: the highway and the state come from one and go to the next."""
     config = e3va.trunk_config(case.variant)
     assert case.stage is not None
-    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
-    stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device)
+    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    stage = HighwayStage(K, channels, e3va.HighwayConfig()).to(device)
     nn.init.normal_(stage.V, std=0.02)
     nn.init.normal_(stage.D, std=0.2)
     norm = nn.LayerNorm(channels, device=device).requires_grad_(False)
-    adapters = nn.ModuleList(Adapter(stage, k) for k in range(taps))
+    adapters = nn.ModuleList(Adapter(stage, k) for k in range(K))
     c = nn.Parameter(torch.zeros(channels, device=device))
-    x = [stage_map(case, channels, device) for _ in range(taps)]
+    x = [stage_map(case, channels, device) for _ in range(K)]
     y, G = stage_map(case, channels, device), stage_map(case, channels, device)
     h = y.clone().requires_grad_()
     rank = stage.P.shape[-1]
@@ -289,10 +289,10 @@ def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
     """What the adapters of a stage are given."""
     config = e3va.trunk_config(case.variant)
     assert case.stage is not None
-    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
-    stage = HighwayStage(taps, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
+    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    stage = HighwayStage(K, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
     nn.init.normal_(stage.D, std=0.2)
-    maps = [stage_map(case, stage.P.shape[-1], device) for _ in range(taps + 1)]
+    maps = [stage_map(case, stage.P.shape[-1], device) for _ in range(K + 1)]
     t, carry = torch.stack(maps[1:]).flatten(1, 3), maps[0].flatten(0, 2)
     size = tuple(maps[0].shape[1:3])
     weights = stage.D, stage.gamma, stage.g, stage.Q, stage.b, stage.U, stage.g_up
@@ -303,11 +303,11 @@ def tap_gradient(case: Case, device: str) -> Competitors:
     """Of taps in four bits, against the same expanded."""
     config = e3va.trunk_config(case.variant)
     assert case.stage is not None
-    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
-    codes = (compress(stage_map(case, channels, device), "int4", k) for k in range(taps))
+    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    codes = (compress(stage_map(case, channels, device), "int4", k) for k in range(K))
     kept, scale = map(torch.stack, zip(*codes, strict=True))
     rank = e3va.HighwayConfig().rank
-    dt = torch.stack([stage_map(case, rank, device) for _ in range(taps)]).flatten(1, 3)
+    dt = torch.stack([stage_map(case, rank, device) for _ in range(K)]).flatten(1, 3)
     arguments = (kept, scale, "int4", dt, channels)
     return {
         OURS: lambda: dispatch.run("tap_gradient", dt, *arguments),
@@ -325,16 +325,16 @@ def least_bytes(case: Case) -> int | None:
     if case.stage is None:
         return None
     config = e3va.trunk_config(case.variant)
-    channels, taps = config.dims[case.stage], config.num_taps[case.stage]
+    channels, K = config.dims[case.stage], config.num_taps[case.stage]
     rank, size = e3va.HighwayConfig().rank, DTYPES[case.dtype].itemsize
     tokens = case.batch
     for n in case.image:
         tokens *= math.ceil(n / 4 / 2**case.stage)
     per_token = {
         "sublayer_epilogue": (4 * channels + rank) * size,
-        "adapters": (3 * taps + 2) * rank * size,
-        "adapters_backward": (4 * taps + 3) * rank * size,
-        "tap_gradient": taps * (-(-channels // 2) + 4 + rank * size),
+        "adapters": (3 * K + 2) * rank * size,
+        "adapters_backward": (4 * K + 3) * rank * size,
+        "tap_gradient": K * (-(-channels // 2) + 4 + rank * size),
     }
     return tokens * per_token[case.op] if case.op in per_token else None
 

@@ -40,7 +40,7 @@ from e3va.kernels.common import (
     sum_of_rows,
 )
 from e3va.kernels.fold import fold, fold_backward
-from e3va.kernels.taps import encode, magnitude, scales
+from e3va.kernels.storage import encode, magnitude, scales
 
 ROOM = 12 << 20  # bytes for the sums of parts: of as many adapters as that holds
 
@@ -90,10 +90,10 @@ def adapters(
     U: Tensor,  # [K, m, r]
     g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-    kept: str = "full",
+    storage: str = "full",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t = t.contiguous()
-    (K, tokens, rank), state, coded = t.shape, gamma is not None, kept != "full"
+    (K, tokens, rank), state, coded = t.shape, gamma is not None, storage != "full"
     S = t.new_empty(tokens, K * rank)
     after = t.new_empty((tokens, rank) if state else 0)
     # Where codes are kept, u is read by one adapter, while the next one's is written.
@@ -184,9 +184,9 @@ def adapters_backward(
         mixing_sums,
     )
 
-    def launch(sums: Tensor, first: int, taps: int, *, gather: bool, own: bool = True) -> None:
+    def launch(sums: Tensor, first: int, count: int, *, gather: bool, own: bool = True) -> None:
         if tokens:
-            adapters_backward_kernel[parts, taps](
+            adapters_backward_kernel[parts, count](
                 *arguments,
                 sums,
                 tokens,
@@ -228,7 +228,7 @@ def _given(values: Tensor | None, absent: Tensor) -> Tensor:
 def _sizes(Q: Tensor, D: Tensor | None, tile: Tiles) -> dict[str, Any]:
     K, rank, hidden = Q.shape
     return {
-        "TAPS": K,
+        "ADAPTERS": K,
         "RANK": rank,
         "HIDDEN": hidden,
         "SIDE": 0 if D is None else D.shape[-1],
@@ -379,7 +379,7 @@ def adapters_kernel(
     height,
     width,
     first,
-    TAPS: tl.constexpr,
+    ADAPTERS: tl.constexpr,
     RANK: tl.constexpr,
     HIDDEN: tl.constexpr,
     SIDE: tl.constexpr,
@@ -392,22 +392,22 @@ def adapters_kernel(
 ):
     dtype: tl.constexpr = u_ptr.dtype.element_ty
     # 64 bits: the offsets of large maps do not fit into 32.
-    tap = (first + tl.program_id(1)).to(tl.int64)
+    adapter = (first + tl.program_id(1)).to(tl.int64)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, RANK_TILE)
     rank_in = ranks < RANK
     inside = (rows < tokens)[:, None] & rank_in[None, :]
     at = rows[:, None] * RANK + ranks[None, :]
-    read_ptr = u_ptr + tap % SLOTS * tokens * RANK
+    read_ptr = u_ptr + adapter % SLOTS * tokens * RANK
     if CODED:
         u = tl.load(read_ptr + at, mask=inside, other=0.0).to(tl.float32)
         inverse, scale = scales(tl.max(magnitude(u), 1), "int8")
-        tl.store(scale_ptr + tap * tokens + rows, scale, mask=rows < tokens)
+        tl.store(scale_ptr + adapter * tokens + rows, scale, mask=rows < tokens)
         code = encode(u, inverse[:, None], 0, "int8")
-        tl.store(codes_ptr + tap * tokens * RANK + at, code.to(tl.uint8), mask=inside)
+        tl.store(codes_ptr + adapter * tokens * RANK + at, code.to(tl.uint8), mask=inside)
     mixed = _mix(
         read_ptr,
-        D_ptr + tap * (SIDE * SIDE * RANK),
+        D_ptr + adapter * (SIDE * SIDE * RANK),
         None,
         None,
         None,
@@ -424,22 +424,24 @@ def adapters_kernel(
     ).to(dtype)
     s = tl.zeros((ROWS, RANK_TILE), tl.float32)
     zero = tl.zeros((ROWS, HIDDEN_TILE), tl.float32)
-    Q_ptr += tap * (RANK * HIDDEN)
-    b_ptr += tap * HIDDEN
-    U_ptr += tap * (RANK * HIDDEN)
+    Q_ptr += adapter * (RANK * HIDDEN)
+    b_ptr += adapter * HIDDEN
+    U_ptr += adapter * (RANK * HIDDEN)
     for start in range(0, HIDDEN, HIDDEN_TILE):
         Q, b, U = _load_slice(Q_ptr, b_ptr, U_ptr, start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
         a = gelu(dot(mixed, Q, zero) + b[None, :])
         s = dot(a.to(dtype), tl.trans(U), s)
-    at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
+    at_S = rows[:, None] * (ADAPTERS * RANK) + adapter * RANK + ranks[None, :]
     tl.store(S_ptr + at_S, s.to(dtype), mask=inside)
     if STATE:
         state = tl.load(state_ptr + at, mask=inside, other=0.0) + s
-        next = tap + 1
-        more = inside & (next < TAPS)
+        next = adapter + 1
+        more = inside & (next < ADAPTERS)
         tl.store(state_ptr + at, state, mask=more)
-        tl.store(after_ptr + at, state.to(dtype), mask=inside & (next == TAPS))
-        heard = tl.load(gamma_ptr + next * RANK + ranks, mask=rank_in & (next < TAPS), other=0.0)
+        tl.store(after_ptr + at, state.to(dtype), mask=inside & (next == ADAPTERS))
+        heard = tl.load(
+            gamma_ptr + next * RANK + ranks, mask=rank_in & (next < ADAPTERS), other=0.0
+        )
         t = tl.load(t_ptr + next * tokens * RANK + at, mask=more, other=0.0)
         u = t.to(tl.float32) + heard.to(tl.float32)[None, :] * state
         tl.store(u_ptr + next % SLOTS * tokens * RANK + at, u.to(dtype), mask=more)
@@ -461,12 +463,12 @@ def adapters_backward_kernel(
     dt_ptr,  # [K, N, r]
     dbefore_ptr,  # [N, r]
     dD_ptr,  # [parts, K, side², r]
-    sums_ptr,  # [taps of the launch, parts, m·r + m·r + m]: dQᵀ, dU, db
+    sums_ptr,  # [adapters of the launch, parts, m·r + m·r + m]: dQᵀ, dU, db
     tokens,
     height,
     width,
     first,
-    TAPS: tl.constexpr,
+    ADAPTERS: tl.constexpr,
     RANK: tl.constexpr,
     HIDDEN: tl.constexpr,
     SIDE: tl.constexpr,
@@ -480,7 +482,7 @@ def adapters_backward_kernel(
 ):
     dtype: tl.constexpr = dS_ptr.dtype.element_ty
     part = tl.program_id(0).to(tl.int64)
-    tap = (first + tl.program_id(1)).to(tl.int64)
+    adapter = (first + tl.program_id(1)).to(tl.int64)
     rows = part * ROWS + tl.arange(0, ROWS)
     ranks = tl.arange(0, RANK_TILE)
     rank_in = ranks < RANK
@@ -489,13 +491,13 @@ def adapters_backward_kernel(
     if STATE:
         dstate = tl.load(dstate_ptr + at, mask=inside, other=0.0)
     if NEXT:
-        next = tap + 1
+        next = adapter + 1
         du = _mix(
             dmixed_ptr + next * tokens * RANK,
             D_ptr + next * (SIDE * SIDE * RANK),
             u_ptr + next * tokens * RANK,
             scale_ptr + next * tokens,
-            dD_ptr + (part * TAPS + next) * (SIDE * SIDE * RANK),
+            dD_ptr + (part * ADAPTERS + next) * (SIDE * SIDE * RANK),
             rows,
             tokens,
             height,
@@ -518,13 +520,13 @@ def adapters_backward_kernel(
         else:
             tl.store(dbefore_ptr + at, dstate.to(dtype), mask=inside)
     if OWN:
-        at_tap = tap * tokens * RANK + at
-        at_S = rows[:, None] * (TAPS * RANK) + tap * RANK + ranks[None, :]
+        at_adapter = adapter * tokens * RANK + at
+        at_S = rows[:, None] * (ADAPTERS * RANK) + adapter * RANK + ranks[None, :]
         mixed = _mix(
-            u_ptr + tap * tokens * RANK,
-            D_ptr + tap * (SIDE * SIDE * RANK),
+            u_ptr + adapter * tokens * RANK,
+            D_ptr + adapter * (SIDE * SIDE * RANK),
             u_ptr,
-            scale_ptr + tap * tokens,
+            scale_ptr + adapter * tokens,
             u_ptr,
             rows,
             tokens,
@@ -544,9 +546,9 @@ def adapters_backward_kernel(
         dmixed = tl.zeros((ROWS, RANK_TILE), tl.float32)
         zero = tl.zeros((ROWS, HIDDEN_TILE), tl.float32)
         none = tl.zeros((HIDDEN_TILE, RANK_TILE), tl.float32)
-        Q_ptr += tap * (RANK * HIDDEN)
-        b_ptr += tap * HIDDEN
-        U_ptr += tap * (RANK * HIDDEN)
+        Q_ptr += adapter * (RANK * HIDDEN)
+        b_ptr += adapter * HIDDEN
+        U_ptr += adapter * (RANK * HIDDEN)
         dQ_ptr = sums_ptr + (tl.program_id(1) * tl.num_programs(0) + part) * (
             HIDDEN * (2 * RANK + 1)
         )
@@ -568,4 +570,4 @@ def adapters_backward_kernel(
             tl.store(dU_ptr + slice, dot(tl.trans(a), ds, none), mask=slice_in)
             _store_sums(db_ptr + start, dz, hidden_in, ROWS, HIDDEN_TILE)
         tl.store(S_ptr + at_S, s.to(dtype), mask=inside)
-        tl.store(dmixed_ptr + at_tap, dmixed.to(dtype), mask=inside)
+        tl.store(dmixed_ptr + at_adapter, dmixed.to(dtype), mask=inside)

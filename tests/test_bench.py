@@ -135,18 +135,18 @@ def test_tracks(tmp_path, monkeypatch, capsys):
             tracks.main(options)
 
 
-def test_taps(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.taps is not run")
-    from bench import taps
+def test_storage(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.storage is not run")
+    from bench import storage
 
-    few = functools.partial(taps.write_digits, train=4, val=2)
-    monkeypatch.setattr(taps, "write_digits", few)
-    options = ["--taps", "full", "int4", "--seeds", "3", "--iterations", "1"]
-    file = tmp_path / "taps.json"
-    report = taps.main([*options, "--output", str(tmp_path), "--json", str(file)])
+    few = functools.partial(storage.write_digits, train=4, val=2)
+    monkeypatch.setattr(storage, "write_digits", few)
+    options = ["--storages", "full", "int4", "--seeds", "3", "--iterations", "1"]
+    file = tmp_path / "storage.json"
+    report = storage.main([*options, "--output", str(tmp_path), "--json", str(file)])
     assert json.loads(file.read_text()) == report
-    assert all(len(result["mask_ap"]) == 1 for result in report["taps"].values())
-    assert report["taps"]["int4"]["saved_bytes"] < report["taps"]["full"]["saved_bytes"]
+    assert all(len(result["mask_ap"]) == 1 for result in report["storages"].values())
+    assert report["storages"]["int4"]["saved_bytes"] < report["storages"]["full"]["saved_bytes"]
     assert "mask AP" in capsys.readouterr().out
 
 

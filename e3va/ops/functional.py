@@ -23,9 +23,9 @@ def fold(
     g_up: Tensor,  # [K, branches, d, d]
 ) -> tuple[Tensor, Tensor]:
     """Q and U with the inner kernels multiplied in, each branch's by its own."""
-    taps, branches, d, _ = g.shape
-    Q = (g @ Q.view(taps, branches, d, -1)).flatten(1, 2)
-    U = U.view(taps, -1, branches, d).transpose(1, 2) @ g_up
+    adapters, branches, d, _ = g.shape
+    Q = (g @ Q.view(adapters, branches, d, -1)).flatten(1, 2)
+    U = U.view(adapters, -1, branches, d).transpose(1, 2) @ g_up
     return Q, U.transpose(1, 2).flatten(2)
 
 
@@ -38,10 +38,10 @@ def fold_backward(
     g_up: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of g, Q, U and g_up, in the dtype of dQ."""
-    taps, branches, d, _ = g.shape
+    adapters, branches, d, _ = g.shape
     g, Q, U, g_up = (v.to(dQ) for v in (g, Q, U, g_up))
-    dQ, Q = (v.view(taps, branches, d, -1) for v in (dQ, Q))
-    dU, U = (v.view(taps, -1, branches, d).transpose(1, 2) for v in (dU, U))
+    dQ, Q = (v.view(adapters, branches, d, -1) for v in (dQ, Q))
+    dU, U = (v.view(adapters, -1, branches, d).transpose(1, 2) for v in (dU, U))
     dU_in = (dU @ g_up.mT).transpose(1, 2).flatten(2)
     return dQ @ Q.mT, (g.mT @ dQ).flatten(1, 2), dU_in, U.mT @ dU
 

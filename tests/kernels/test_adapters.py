@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from e3va.measure import LiveBytes
-from e3va.ops.taps import compress
+from e3va.ops.storage import compress
 from tests import oracles
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 

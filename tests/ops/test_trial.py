@@ -13,7 +13,7 @@ from e3va import cli
 from e3va.ops import dispatch, trial
 from e3va.ops.backends import native, reference
 from e3va.ops.backends.registry import IMPLEMENTATIONS
-from e3va.ops.taps import compress
+from e3va.ops.storage import compress
 from e3va.ops.variants import SEED, VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
 from tests.ops.trials import CPU, OP, arguments, chosen, files, raising, right, wrong_here
 

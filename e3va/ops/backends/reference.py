@@ -21,7 +21,7 @@ from e3va.ops.functional import (
     project,
     wide,
 )
-from e3va.ops.taps import compress, expand, keep, kept_in_full, room
+from e3va.ops.storage import compress, expand, keep, kept_in_full, room
 
 
 @register("sublayer_epilogue", "reference")
@@ -33,7 +33,7 @@ def sublayer_epilogue(
     eps: float,
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
-    taps: str = "full",
+    storage: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
     into: Sequence[Tensor] = (),
@@ -41,15 +41,15 @@ def sublayer_epilogue(
     x, y = x.contiguous(), y.contiguous()
     y_out, z = y + x, x.new_empty(0)
     if not into:
-        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], taps)
+        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], storage)
     t, kept, scale = into
     if norm_weight is not None or (P is not None and tap == "norm"):
         z = F.layer_norm(y_out, y.shape[-1:], _to(norm_weight, y), _to(norm_bias, y), eps)
     if P is not None:
         tapped = x if tap == "output" else z
         project(tapped, P, t)
-        if taps != "full":
-            compress(tapped, taps, index if seed is None else seed + index, (kept, scale))
+        if storage != "full":
+            compress(tapped, storage, index if seed is None else seed + index, (kept, scale))
             z = z if norm_weight is not None else x.new_empty(0)
     return y_out, z, t, kept, scale
 
@@ -66,7 +66,7 @@ def adapters(
     U: Tensor,  # [K, m, r]
     g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-    kept: str = "full",
+    storage: str = "full",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S [N, K·r]; the state after the stage [N, r]; u [K, N, r] as it is to be kept, and its scales
     [K, N], if any: "full" or "int8". What there is not is empty; so is u where it is t, in full."""
@@ -84,8 +84,8 @@ def adapters(
         if c is not None:
             c = c + s
     after = t.new_empty(0) if c is None else c.to(t)
-    read = torch.stack(u) if u else t if kept != "full" else t.new_empty(0)
-    return torch.cat(S, dim=1), after, *keep(read, kept)
+    read = torch.stack(u) if u else t if storage != "full" else t.new_empty(0)
+    return torch.cat(S, dim=1), after, *keep(read, storage)
 
 
 @register("adapters_backward", "reference")
@@ -156,16 +156,16 @@ def _adapters_backward_outputs(
 
 @register("tap_gradient", "reference")
 def tap_gradient(
-    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    taps: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
     scale: Tensor | None,  # [K, N]
-    taps: str,
+    storage: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
     dP = dt.new_empty(len(dt), channels, dt.shape[2], dtype=wide(dt[:0]).dtype)
-    for k, (tap_k, dt_k) in enumerate(zip(tap, dt, strict=True)):
+    for k, (tap_k, dt_k) in enumerate(zip(taps, dt, strict=True)):
         if scale is not None:
-            tap_k = expand(tap_k, scale[k], taps, channels, dt.dtype)
+            tap_k = expand(tap_k, scale[k], storage, channels, dt.dtype)
         dP[k] = over_tokens(tap_k, dt_k)
     return dP
 

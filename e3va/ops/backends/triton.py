@@ -63,12 +63,12 @@ def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 @register("tap_gradient", "triton", why_not, cannot)
 def tap_gradient(
-    tap: Sequence[Tensor] | Tensor, scale: Tensor | None, taps: str, dt: Tensor, channels: int
+    taps: Sequence[Tensor] | Tensor, scale: Tensor | None, storage: str, dt: Tensor, channels: int
 ) -> Tensor:
     from e3va.kernels.tap_gradient import tap_gradient
 
     with torch.cuda.device_of(dt):
-        return tap_gradient(tap, scale, taps, dt, channels)
+        return tap_gradient(taps, scale, storage, dt, channels)
 
 
 @register("stage_exit_backward", "triton", why_not)
