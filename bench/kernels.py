@@ -238,7 +238,7 @@ def trunk_forward(case: Case, device: str) -> Competitors:
         num_classes=0,
     ).eval()
     dtype = DTYPES[case.dtype]
-    ours = e3va.FrozenSwin(config, dtype)
+    ours = e3va.trunks.FrozenSwin(config, dtype)
     ours.load_state_dict(convert_weights(theirs.state_dict()))
     theirs.to(device, dtype)
     ours.to(device)

@@ -7,20 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import e3va
-from e3va import (
-    Backbone,
-    E3VABackbone,
-    FrozenSwin,
-    HighwayConfig,
-    Swin,
-    SwinConfig,
-    build_backbone,
-    trunk_config,
-)
+from e3va import Backbone, E3VABackbone, HighwayConfig, build_backbone, trunk_config
 from e3va.measure import LiveBytes, SavedBytes, trainable_parameters
 from e3va.ops.backends.native import build_info
 from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
 from e3va.ops.storage import STORAGES
+from e3va.trunks import FrozenSwin, Swin, SwinConfig
 from tests import oracles
 from tests.ops.backends import DEVICES
 from tests.oracles import relative_error

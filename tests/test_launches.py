@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import e3va
-from e3va import E3VABackbone, FrozenSwin, trunk_config
+from e3va import E3VABackbone, trunk_config
 from e3va.ops.backends.registry import IMPLEMENTATIONS
 from e3va.ops.library import FUNCTIONS
+from e3va.trunks import FrozenSwin
 
 CEILING = 449
 

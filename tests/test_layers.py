@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +85,14 @@ def test_ops_import_one_another_in_one_direction():
     packages = {"e3va.ops", "e3va.ops.backends"}
     graph = graphlib.TopologicalSorter({n: e - packages for n, e in edges.items()})
     assert len(list(graph.static_order())) == len(names)  # raises where there is a circle
+
+
+def test_a_family_is_named_in_its_own_folder_alone():
+    """Elsewhere stand only variants, what is registered in Detectron2, and files of configs."""
+    interface = r"swin_(t|s|b|l|digits)\b|build_e3va_swin\w*|E3VA-Swin|\"swin\"|\bswin\\\."
+    for path in (ROOT / "e3va").rglob("*.py"):
+        if path.relative_to(ROOT / "e3va").parts[0] not in ("trunks", "weights"):
+            assert "swin" not in re.sub(interface, "", path.read_text()).lower(), path
 
 
 def test_importing_is_lean():

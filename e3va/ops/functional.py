@@ -102,7 +102,7 @@ def gather_2x2(h: Tensor) -> Tensor:
     H, W = h.shape[1:3]
     if H % 2 or W % 2:
         h = F.pad(h, (0, 0, 0, W % 2, 0, H % 2))
-    # The order of the four neighbours is Swin's: down first, then right.
+    # The order of the four neighbours: down first, then right.
     return h.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
 
 

@@ -24,7 +24,7 @@ def stage_exit(
     merge_eps: float = 0.0,
     reduction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output norm of a stage and Swin's patch merging (arXiv 2103.14030, sec. 3.1) of one map.
+    """The output norm of a stage and patch merging (arXiv 2103.14030, sec. 3.1) of one map.
 
     Merging concatenates 2×2 neighbours, normalises and projects them with the trunk's own frozen
     weights ("inherited" down-sampling, arXiv 2306.09729, sec. 3.3). Gradients flow to ``h``,

@@ -25,7 +25,7 @@ MAPS = ((2, 13, 21), (1, 1, 1))
 """(B, H, W) of the maps that show whether a kernel is right."""
 
 STAGE = (1, 50, 84)
-"""That of the third stage of a Swin, whose patches have 4 pixels a side, of an image 800×1344."""
+"""That of a stage of 16 pixels a token, of an image 800×1344."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Relative error (norm over norm) allowed against float64: some 4 units of the dtype's rounding."""
@@ -122,8 +122,8 @@ class Trial(NamedTuple):
 
 
 def selftest(device: torch.device) -> Iterator[Trial]:
-    """Try every kernel that ``device`` can run, in every dtype, on examples of what Swin needs; on
-    a GPU they are timed, too. Nothing is kept, and nothing that was kept is looked at."""
+    """Try every kernel that ``device`` can run, in every dtype, on examples of what backbones
+    need; on a GPU they are timed, too. Nothing is kept, and nothing that was kept is looked at."""
     for dtype in TOLERANCE:
         for op, variant in examples():
             for backend in PREFERENCE[op]:

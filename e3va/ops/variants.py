@@ -247,7 +247,7 @@ def _but_for_a_step(values: Tensor, expected: Tensor, step: Tensor) -> Tensor:
 
 
 def examples() -> Iterator[tuple[str, Variant]]:
-    """(op, variant) of what Swin's highways are made of, at its least and at a large width."""
+    """(op, variant) of what backbones are made of, at their least and at a large width."""
     for window in (7, 12):
         for shifted in (False, True):
             yield "window_attention", WindowAttention(32, 4, window, shifted)

@@ -7,8 +7,9 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integ
 
 from fvcore.nn import FlopCountAnalysis
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, trunk_config
+from e3va import E3VABackbone, HighwayConfig, trunk_config
 from e3va.detectron2.flops import HANDLES
+from e3va.trunks import FrozenSwin
 
 
 def test_flops_of_our_ops():

@@ -128,7 +128,7 @@ def test_a_resumed_run_may_change_where_and_how_often_but_not_what():
 @pytest.fixture
 def trunk(tmp_path):
     path = tmp_path / "trunk.safetensors"
-    save_file(e3va.Swin(e3va.trunk_config("swin_digits")).state_dict(), path)
+    save_file(e3va.trunks.Swin(e3va.trunk_config("swin_digits")).state_dict(), path)
     return path
 
 
@@ -178,7 +178,7 @@ def test_a_run_is_rebuilt_from_its_folder(tmp_path, trunk, capsys, kind):
     data = coco(tmp_path / "data", masks=DETECTORS[kind].masks)
     assert detect(model, data, "cpu") == detect(load_run(tmp_path / "out")[0], data, "cpu")
 
-    other = e3va.Swin(e3va.trunk_config("swin_digits"))
+    other = e3va.trunks.Swin(e3va.trunk_config("swin_digits"))
     save_file(other.state_dict(), trunk)
     with pytest.raises(ValueError, match="frozen trunk"):
         load_run(tmp_path / "out")
