@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
 import e3va
 from e3va.ops import dispatch
 from e3va.ops.backends import native, triton
 from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE, register
-from e3va.ops.variants import VARIANTS, SublayerEpilogue, WindowAttention
+from e3va.ops.variants import VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
 
 CPU = torch.device("cpu")
 
@@ -40,6 +42,22 @@ def test_the_table_alone_decides_what_is_preferred(monkeypatch, first):
 def test_what_the_table_does_not_name_is_refused(op, backend):
     with pytest.raises(LookupError, match=f"no backend '{backend}' of '{op}'"):
         register(op, backend)
+
+
+def test_compiled_kernels_say_on_shapes_what_they_return():
+    if native.why_not(CPU, torch.float32):
+        pytest.skip("compiled kernels left untested")
+    for op, variant in examples():
+        if "native" in PREFERENCE[op] and getattr(variant, "adapters", 0) < 36:
+            run = IMPLEMENTATIONS[op]["native"].run
+            arguments = variant.arguments(Draw(torch.bfloat16), 1, 3, 5)
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+                fake = run(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
+            assert list(map(form, fake)) == list(map(form, run(*arguments))), (op, variant)
+
+
+def form(result):
+    return result.shape, result.dtype
 
 
 def test_what_a_kernel_cannot_do_is_told_before_it_is_tried(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 import e3va
 from e3va import ops
+from e3va.ops import dispatch
 from e3va.ops import storage as tap_storage
 from e3va.ops.backends.registry import IMPLEMENTATIONS
 from e3va.ops.sublayer_epilogue import TAPPED
