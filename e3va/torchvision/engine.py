@@ -123,7 +123,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     Raises:
         ValueError: a setting does not fit the data.
     """
-    train_data, val_data = (CocoInstances(**own) for own in _sources(config, folder).values())
+    train_data, val_data = _data(config, folder)
     torch.manual_seed(config.seed)
     assert config.model is not None
     model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
@@ -131,8 +131,14 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     return {name: value for name, value in result.items() if "_ap" in name}
 
 
+def _data(config: TrainConfig, folder: Path) -> tuple[CocoInstances, CocoInstances]:
+    """What a run in ``folder`` trains and validates on."""
+    own = _sources(config, folder)
+    return CocoInstances(**own["train"], keep_empty=config.keep_empty), CocoInstances(**own["val"])
+
+
 def _sources(config: TrainConfig, folder: Path) -> dict[str, dict[str, Any]]:
-    """What a run in ``folder`` trains and validates on, as :class:`CocoInstances` takes it."""
+    """The same as files, as :class:`CocoInstances` takes them."""
     assert config.model is not None
     place = (folder / "data").absolute()
     more = {"images": str(place), "masks": DETECTORS[config.model.detector].masks}

@@ -1,8 +1,7 @@
-"""Train a torchvision detector over an E³VA backbone: ``python -m e3va.torchvision.train -h``."""
+"""The training loop of torchvision's detectors."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -10,7 +9,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +27,9 @@ from e3va.runs.interrupt import held_back, ignore_interrupts
 from e3va.runs.progress import Bar, peak_bytes, reset_peak_bytes
 from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
-from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
+from e3va.torchvision.config import TrainConfig, fixed_settings
 from e3va.torchvision.evaluation import evaluate
-from e3va.torchvision.model import DETECTORS
-from e3va.torchvision.run import CHECKPOINT, Run, build_model
+from e3va.torchvision.run import CHECKPOINT, Run
 
 logger = logging.getLogger(__name__)
 
@@ -374,49 +371,3 @@ def _check_schedule(config: TrainConfig, start: int, before: int) -> None:
             now,
             was,
         )
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m e3va.torchvision.train",
-        description="Train a torchvision detector over a Swin on COCO JSON annotations.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    data = parser.add_argument_group("data")
-    for split, required in (("train", True), ("val", False)):
-        data.add_argument(f"--{split}-json", type=Path, required=required, help="COCO annotations")
-        data.add_argument(f"--{split}-images", type=Path, required=required, help="their images")
-    data.add_argument(
-        "--keep-empty",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train on empty images too",
-    )
-    data.add_argument("--output", type=Path, required=True, help="folder to write to")
-    data.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    if (args.val_json is None) != (args.val_images is None):
-        parser.error("--val-json and --val-images go together")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see ``--help``."""
-    args = _arguments(argv)
-    config = from_arguments(args)
-    assert config.model is not None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    masks = DETECTORS[config.model.detector].masks
-    train_data = CocoInstances(
-        args.train_json, args.train_images, masks=masks, keep_empty=args.keep_empty
-    )
-    val_data = args.val_json and CocoInstances(args.val_json, args.val_images, masks=masks)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
-    result = train(model, train_data, val_data, args.output, config, resume=args.resume)
-    print(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    main()
