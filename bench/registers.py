@@ -31,7 +31,14 @@ from triton.compiler import ASTSource
 from bench.environment import environment
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path
-from e3va.kernels import adapters, fold, stage_exit, sublayer_epilogue, tap_gradient
+from e3va.kernels import (
+    adapters,
+    adapters_backward,
+    fold,
+    stage_exit,
+    sublayer_epilogue,
+    tap_gradient,
+)
 from e3va.kernels.common import padded_rank
 from e3va.ops.storage import DEFAULT_STORAGE, LARGEST
 from e3va.trunks.swin import SWIN_VARIANTS
@@ -119,9 +126,9 @@ def compile_kernels(
         slots = {"SLOTS": 2 if state and coded else ADAPTERS}
         constants = adapter_constants(rank, hidden, tile) | mixing | slots
         launches.append((f"adapters{note}", adapters.adapters_kernel, constants, tile.num_warps))
-        tile = adapters.backward_tiles(dtype, architecture, rank, side)
+        tile = adapters_backward.backward_tiles(dtype, architecture, rank, side)
         constants = adapter_constants(rank, hidden, tile) | mixing | {"NEXT": state, "OWN": True}
-        kernel = adapters.adapters_backward_kernel
+        kernel = adapters_backward.adapters_backward_kernel
         launches.append((f"adapters_backward{note}", kernel, constants, tile.num_warps))
     gradient = tap_gradient.tiles(dtype, architecture, channels, rank)
     launches += [
@@ -210,7 +217,7 @@ def compile_kernel(
         elif name.endswith("_ptr"):
             folds = kernel in (fold.fold_kernel, fold.fold_backward_kernel)
             kind = "fp32" if folds and not name.endswith("_out_ptr") else TYPES[dtype]
-            if kernel is adapters.adapters_backward_kernel and name == "u_ptr":
+            if kernel is adapters_backward.adapters_backward_kernel and name == "u_ptr":
                 kind = "i8" if constants["CODED"] else kind
             signature[name] = f"*{types.get(name, kind)}"
         else:
@@ -356,10 +363,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for name in ("--channels", "--ranks"):
         parser.add_argument(name, nargs="+", type=int, help="these only (default: all)")
-    storages = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
-    parser.add_argument(
-        "--storages", **storages, help="of compressed taps these only (default: all)"
-    )
+    choices = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
+    parser.add_argument("--storages", **choices, help="of compressed taps (default: all)")
     parser.add_argument("--compile-only", action="store_true", help="execute nothing")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
@@ -367,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for architecture in options.architectures:
         for dtype in TYPES:
-            for shape in shapes(options.storage) if runs_on(architecture, dtype) else ():
+            for shape in shapes(options.storages) if runs_on(architecture, dtype) else ():
                 if options.channels and shape[0] not in options.channels:
                     continue
                 if options.ranks and shape[1] not in options.ranks:

@@ -15,7 +15,7 @@ from torch import nn
 import train_net
 from e3va import trunk_config
 from e3va.detectron2 import Trainer, WeightAverage
-from e3va.detectron2.train import StepTrainer
+from e3va.detectron2.step import StepTrainer
 from e3va.trunks import FrozenSwin
 from tests.detectron2.factories import (
     AVERAGEABLE,

@@ -51,7 +51,7 @@ def measure(
         adapters: K, with a state.
     """
     from e3va.kernels.adapters import adapters as forward
-    from e3va.kernels.adapters import adapters_backward as backward
+    from e3va.kernels.adapters_backward import adapters_backward as backward
     from e3va.kernels.fold import fold, fold_backward
     from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not executed")
 
-from e3va.kernels import adapters, common, sublayer_epilogue, tap_gradient
+from e3va.kernels import adapters, adapters_backward, common, sublayer_epilogue, tap_gradient
 from e3va.ops.storage import compress
 from tests.ptx.memory import GlobalMemory
 
@@ -164,10 +164,10 @@ def test_adapters_backward(device):
     whole = 64 * SIZE[0] * SIZE[1]
     N = n + (FAR // RANK // whole + 1) * whole  # the last program has n rows
     with device(80) as gpu:
-        adapters.adapters_backward(*backward(normal, n))
+        adapters_backward.adapters_backward(*backward(normal, n))
     near = backward_launches(gpu)
     with device(80, execute=False) as gpu:
-        adapters.adapters_backward(*backward(vast, N))
+        adapters_backward.adapters_backward(*backward(vast, N))
     far = backward_launches(gpu)
     parts, slot = far[0].grid[0], near[0].grid[1] - 1
     rows = far[0].arguments["ROWS"]
@@ -188,10 +188,10 @@ def test_many_adapters_backward(device):
     """Of so many adapters that the last one lies far out."""
     count, N, rank, hidden, size = 60000, 570, 64, 576, (19, 30)
     with device(80) as gpu:
-        adapters.adapters_backward(*backward(normal, N, 1, rank, hidden, size))
+        adapters_backward.adapters_backward(*backward(normal, N, 1, rank, hidden, size))
     near = backward_launches(gpu)
     with device(80, execute=False) as gpu:
-        adapters.adapters_backward(*backward(vast, N, count, rank, hidden, size))
+        adapters_backward.adapters_backward(*backward(vast, N, count, rank, hidden, size))
     far = backward_launches(gpu)
     parts, slots = far[0].grid[:2]
     first = (parts - 1) * far[0].arguments["ROWS"]

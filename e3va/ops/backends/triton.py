@@ -55,7 +55,7 @@ def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 @register("adapters_backward", "triton", why_not, cannot)
 def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from e3va.kernels.adapters import adapters_backward
+    from e3va.kernels.adapters_backward import adapters_backward
 
     with torch.cuda.device_of(dS):
         return adapters_backward(dS, *arguments)
