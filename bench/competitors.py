@@ -136,11 +136,16 @@ def stage_map(case: Case, channels: int, device: str) -> Tensor:
     return torch.randn(shape, device=device).to(DTYPES[case.dtype])
 
 
-def highway(case: Case, device: str) -> Competitors:
-    """A stage between two others: the highway and the state come from one and go to the next."""
+def stage_sizes(case: Case) -> tuple[int, int]:
+    """C and K of its stage."""
     config = e3va.trunk_config(case.variant)
     assert case.stage is not None
-    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    return config.dims[case.stage], config.num_taps[case.stage]
+
+
+def highway(case: Case, device: str) -> Competitors:
+    """A stage between two others: the highway and the state come from one and go to the next."""
+    channels, K = stage_sizes(case)
     stage = HighwayStage(K, channels, e3va.HighwayConfig()).to(device)
     nn.init.normal_(stage.V, std=0.02)
     nn.init.normal_(stage.D, std=0.2)
@@ -261,9 +266,7 @@ def adapters_backward(case: Case, device: str) -> Competitors:
 
 def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
     """What the adapters of a stage are given."""
-    config = e3va.trunk_config(case.variant)
-    assert case.stage is not None
-    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    channels, K = stage_sizes(case)
     stage = HighwayStage(K, channels, e3va.HighwayConfig()).to(device).requires_grad_(False)
     nn.init.normal_(stage.D, std=0.2)
     maps = [stage_map(case, stage.P.shape[-1], device) for _ in range(K + 1)]
@@ -275,9 +278,7 @@ def adapter_arguments(case: Case, device: str) -> tuple[Any, ...]:
 
 def tap_gradient(case: Case, device: str) -> Competitors:
     """Of taps in four bits, against the same expanded."""
-    config = e3va.trunk_config(case.variant)
-    assert case.stage is not None
-    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    channels, K = stage_sizes(case)
     codes = (compress(stage_map(case, channels, device), "int4", k) for k in range(K))
     kept, scale = map(torch.stack, zip(*codes, strict=True))
     rank = e3va.HighwayConfig().rank
@@ -298,8 +299,7 @@ def least_bytes(case: Case) -> int | None:
     """
     if case.stage is None:
         return None
-    config = e3va.trunk_config(case.variant)
-    channels, K = config.dims[case.stage], config.num_taps[case.stage]
+    channels, K = stage_sizes(case)
     rank, size = e3va.HighwayConfig().rank, DTYPES[case.dtype].itemsize
     tokens = case.batch
     for n in case.image:

@@ -9,6 +9,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -167,12 +168,7 @@ def train(
         factor = schedule(iteration, config.iterations, config.warmup)
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * factor
-        images = [image.to(device) for image, _ in batch]
-        targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-        with torch.autocast(
-            device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
-        ):
-            total = sum(model(images, targets).values())
+        total = batch_loss(model, *on_device(batch, device), config.amp_dtype)
         loss = total.item()
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -232,18 +228,10 @@ def try_largest(
     side = max(transform.min_size)
     samples = [data[i] for i in data.largest(side, transform.max_size)]
     batch = [samples[i % len(samples)] for i in range(config.batch_size)]
-    images = [image.to(device) for image, _ in batch]
-    targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-
-    def loss() -> Tensor:
-        with torch.autocast(
-            device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
-        ):
-            return sum(model(images, targets).values())
-
+    images, targets = on_device(batch, device)
     sizes, transform.min_size = transform.min_size, (side,)
     try:
-        probe(model, loss, optimizer)
+        probe(model, lambda: batch_loss(model, images, targets, config.amp_dtype), optimizer)
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())
         raise torch.OutOfMemoryError(
@@ -253,6 +241,22 @@ def try_largest(
         ) from None
     finally:
         transform.min_size = sizes
+
+
+def on_device(
+    batch: Sequence[tuple[Tensor, Target]], device: torch.device
+) -> tuple[list[Tensor], list[Target]]:
+    """The images and the targets of a batch."""
+    images = [image.to(device) for image, _ in batch]
+    return images, [{k: v.to(device) for k, v in target.items()} for _, target in batch]
+
+
+def batch_loss(
+    model: Any, images: list[Tensor], targets: list[Target], amp_dtype: torch.dtype | None
+) -> Tensor:
+    """The sum of the losses of a model in training, in autocast to a dtype if there is one."""
+    with torch.autocast(images[0].device.type, amp_dtype, enabled=amp_dtype is not None):
+        return sum(model(images, targets).values())
 
 
 def schedule(iteration: int, iterations: int, warmup: int) -> float:
