@@ -52,7 +52,7 @@ def room(x: Tensor, rank: int, storage: str, *adapters: int) -> tuple[Tensor, Te
 
 
 def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, storage: str) -> bool:
-    """Whether the op's second result is a norm, not empty."""
+    """Whether the second result of ``sublayer_epilogue`` is a norm, not empty."""
     return norm_weight is not None or (P is not None and tap == "norm" and storage == "full")
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -37,43 +37,18 @@ def cannot(device: torch.device, variant: Variant) -> str | None:
     return None
 
 
-@register("sublayer_epilogue", "triton", why_not, cannot)
-def sublayer_epilogue(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from e3va.kernels.sublayer_epilogue import sublayer_epilogue
-
-    with torch.cuda.device_of(x):
-        return sublayer_epilogue(x, *arguments)
-
-
-@register("adapters", "triton", why_not, cannot)
-def adapters(t: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from e3va.kernels.adapters import adapters
-
-    with torch.cuda.device_of(t):
-        return adapters(t, *arguments)
+def _run(module: str, op: str, *arguments: Any) -> Any:
+    kernel = getattr(importlib.import_module(f"e3va.kernels.{module}"), op)
+    like = next(argument for argument in arguments if isinstance(argument, Tensor))
+    with torch.cuda.device_of(like):
+        return kernel(*arguments)
 
 
-@register("adapters_backward", "triton", why_not, cannot)
-def adapters_backward(dS: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    from e3va.kernels.adapters_backward import adapters_backward
-
-    with torch.cuda.device_of(dS):
-        return adapters_backward(dS, *arguments)
-
-
-@register("tap_gradient", "triton", why_not, cannot)
-def tap_gradient(
-    taps: Sequence[Tensor] | Tensor, scale: Tensor | None, storage: str, dt: Tensor, channels: int
-) -> Tensor:
-    from e3va.kernels.tap_gradient import tap_gradient
-
-    with torch.cuda.device_of(dt):
-        return tap_gradient(taps, scale, storage, dt, channels)
-
-
-@register("stage_exit_backward", "triton", why_not)
-def stage_exit_backward(dp: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from e3va.kernels.stage_exit import stage_exit_backward
-
-    with torch.cuda.device_of(dp):
-        return stage_exit_backward(dp, *arguments)
+for _op, _module in {
+    "adapters": "adapters",
+    "adapters_backward": "adapters_backward",
+    "tap_gradient": "tap_gradient",
+    "stage_exit_backward": "stage_exit",
+    "sublayer_epilogue": "sublayer_epilogue",
+}.items():
+    register(_op, "triton", why_not, cannot)(functools.partial(_run, _module, _op))
