@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.run import RunTrainer, scores
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
-from e3va.runs.folder import CONFIG, LOG, Found, write_data
+from e3va.runs.folder import CONFIG, LOG, Found, check_iterations, check_settings, write_data
 from e3va.runs.plan import SMALL_TRUNKS, Plan, model_of
 
 BASES = {
@@ -271,20 +272,12 @@ def check_same(cfg: CfgNode, folder: Path) -> None:
     if not (folder / CONFIG).is_file():
         return
     was = load_config(str(folder / CONFIG))
-    for key in _FIXED:
-        then, now = was, cfg
-        for part in key.split("."):
-            then, now = then[part], now[part]
-        if then != now:
-            raise ValueError(
-                f"{folder} is of a run with {key} {then}, not {now}: resume with the same "
-                "settings, or start anew in another folder"
-            )
-    if cfg.SOLVER.MAX_ITER < was.SOLVER.MAX_ITER:
-        raise ValueError(
-            f"{folder} is of a run of {was.SOLVER.MAX_ITER} iterations, not {cfg.SOLVER.MAX_ITER}: "
-            "a run may become longer (--iterations), not shorter"
-        )
+    now, before = (
+        {key: functools.reduce(CfgNode.__getitem__, key.split("."), one) for key in _FIXED}
+        for one in (cfg, was)
+    )
+    check_settings(now, before, folder)
+    check_iterations(cfg.SOLVER.MAX_ITER, was.SOLVER.MAX_ITER, folder)
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from e3va.budget.probe import probe
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.measure import trainable_parameters
 from e3va.optim import Rates, parameter_groups
-from e3va.runs.folder import CONFIG, METRICS, History, rank
+from e3va.runs.folder import CONFIG, METRICS, History, check_settings, rank
 from e3va.runs.interrupt import held_back, ignore_interrupts
 from e3va.runs.progress import Bar, peak_bytes, reset_peak_bytes
 from e3va.seeding import reseed, seed_of
@@ -339,20 +339,6 @@ def _settings(config: TrainConfig, model: nn.Module, data: CocoInstances) -> dic
         "classes": data.classes,
     }
     return json.loads(json.dumps(settings))
-
-
-def check_settings(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
-    """That settings are those of the run that ``path`` is of.
-
-    Raises:
-        ValueError: one is another.
-    """
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{path} is of a run with {name} {saved.get(name)}, not {value}: resume with the "
-                "same settings, or start anew in another folder"
-            )
 
 
 def _check_schedule(config: TrainConfig, start: int, before: int) -> None:
