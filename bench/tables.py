@@ -68,7 +68,11 @@ def plans() -> str:
         height, width = case["size"]
         parts = "" if case["images"] == case["batch"] else f" of {case['batch']}"
         images = f"{case['images']}{parts} × {height}×{width}"
-        numbers = f"{planned / MIB:.1f}", f"{real / MIB:.1f}", f"{100 * abs(planned / real - 1):.2f} %"
+        numbers = (
+            f"{planned / MIB:.1f}",
+            f"{real / MIB:.1f}",
+            f"{100 * abs(planned / real - 1):.2f} %",
+        )
         lines.append(_row(f"`{case['config']}`", f"`{case['method']}`", images, *numbers))
     return "\n".join(lines)
 
