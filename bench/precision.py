@@ -37,9 +37,9 @@ def load_image(path: Path, device: str) -> Tensor:
     return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)[None].to(device)
 
 
-def trunks(device: str) -> dict[str, e3va.FrozenSwin]:
+def trunks(device: str) -> dict[str, e3va.trunks.FrozenSwin]:
     """The shipped trunk in fp32 and in each form that is compared with it."""
-    exact = e3va.FrozenSwin(e3va.trunk_config("swin_digits"))
+    exact = e3va.trunks.FrozenSwin(e3va.trunk_config("swin_digits"))
     e3va.load_trunk(exact, WEIGHTS)
     forms = {"fp32": exact.to(device), "bf16": copy.deepcopy(exact).to(torch.bfloat16)}
     for precision in PRECISIONS:

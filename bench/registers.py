@@ -31,9 +31,16 @@ from triton.compiler import ASTSource
 from bench.environment import environment
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path
-from e3va.kernels import adapters, fold, stage_exit, sublayer_epilogue, tap_gradient
+from e3va.kernels import (
+    adapters,
+    adapters_backward,
+    fold,
+    stage_exit,
+    sublayer_epilogue,
+    tap_gradient,
+)
 from e3va.kernels.common import padded_rank
-from e3va.ops.taps import DEFAULT_TAPS, LARGEST
+from e3va.ops.storage import DEFAULT_STORAGE, LARGEST
 from e3va.trunks.swin import SWIN_VARIANTS
 from tests.ptx.compiler import TritonCompiler
 from tests.ptx.costs import measure
@@ -60,7 +67,7 @@ ARCHITECTURES = {
 }
 DEFAULT_ARCHITECTURES = [75, 80, 86, 89, 90, 120]
 REGISTERS = 64 << 10
-TAPS = 36  # K of the deepest stage
+ADAPTERS = 36  # K of the deepest stage
 FORMS = ((0, False), (3, True), (7, True))
 """(side of D, whether there is a state): none in the published highway, ours, the largest."""
 TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -77,68 +84,68 @@ def compile_kernels(
     channels: int,
     rank: int,
     hidden: int,
-    formats: Sequence[str],
+    storages: Sequence[str],
 ) -> Iterator[dict[str, Any]]:
-    """Every kernel for one shape, and for taps compressed to ``formats``: registers and spilled
+    """Every kernel for one shape, and for taps kept as ``storages``: registers and spilled
     bytes a thread, bytes of shared memory a block, occupancy."""
     launches = []
-    for note, tap, affine, taps in (
+    for note, tap, affine, storage in (
         ("", "output", True, "full"),
         (" norm", "norm", True, "full"),
         (" (no norm)", "output", False, "full"),
         (" (no adapter)", "none", True, "full"),
-        *((f" {taps}", "output", True, taps) for taps in formats),
-        *((f" norm {taps}", "norm", True, taps) for taps in formats),
+        *((f" {storage}", "output", True, storage) for storage in storages),
+        *((f" norm {storage}", "norm", True, storage) for storage in storages),
         *(
-            (f" {taps} (no norm)", "output", False, taps)
-            for taps in formats
-            if taps == DEFAULT_TAPS
+            (f" {storage} (no norm)", "output", False, storage)
+            for storage in storages
+            if storage == DEFAULT_STORAGE
         ),
     ):
-        tile = sublayer_epilogue.tiles(dtype, architecture, tap, taps)
+        tile = sublayer_epilogue.tiles(dtype, architecture, tap, storage)
         constants = {
             "CHANNELS": channels,
             "RANK": rank,
             "AFFINE": affine,
             "STORED": affine,
             "TAP": tap,
-            "FORMAT": taps,
+            "STORAGE": storage,
             "RANK_TILE": padded_rank(rank),
             "ROWS": tile.rows,
             "CHANNEL_TILE": tile.channels,
         }
         kernel = sublayer_epilogue.sublayer_epilogue_kernel
         launches.append((f"sublayer_epilogue{note}", kernel, constants, tile.num_warps))
-    forms = [(side, state, False) for side, state in (FORMS if formats else FORMS[:2])]
-    if DEFAULT_TAPS in formats:
+    forms = [(side, state, False) for side, state in (FORMS if storages else FORMS[:2])]
+    if DEFAULT_STORAGE in storages:
         forms += [(side, state, True) for side, state in FORMS]
     for side, state, coded in forms:
         note = f" {side}" + (" state" if state else "") + (" coded" if coded else "")
         mixing = {"SIDE": side, "STATE": state, "CODED": coded}
         tile = adapters.forward_tiles(dtype, architecture, rank, side)
-        slots = {"SLOTS": 2 if state and coded else TAPS}
+        slots = {"SLOTS": 2 if state and coded else ADAPTERS}
         constants = adapter_constants(rank, hidden, tile) | mixing | slots
         launches.append((f"adapters{note}", adapters.adapters_kernel, constants, tile.num_warps))
-        tile = adapters.backward_tiles(dtype, architecture, rank, side)
+        tile = adapters_backward.backward_tiles(dtype, architecture, rank, side)
         constants = adapter_constants(rank, hidden, tile) | mixing | {"NEXT": state, "OWN": True}
-        kernel = adapters.adapters_backward_kernel
+        kernel = adapters_backward.adapters_backward_kernel
         launches.append((f"adapters_backward{note}", kernel, constants, tile.num_warps))
     gradient = tap_gradient.tiles(dtype, architecture, channels, rank)
     launches += [
         (
-            f"tap_gradient {taps}",
+            f"tap_gradient {storage}",
             tap_gradient.tap_gradient_kernel,
             {
                 "RANK": rank,
                 "RANK_TILE": padded_rank(rank),
                 "CHANNELS": channels,
-                "FORMAT": taps,
+                "STORAGE": storage,
                 "ROWS": gradient.rows,
                 "CHANNEL_TILE": gradient.channels,
             },
             gradient.num_warps,
         )
-        for taps in formats
+        for storage in storages
     ]
     constants = {
         "SIDE": 3,
@@ -175,7 +182,7 @@ def compile_kernels(
 
 def adapter_constants(rank: int, hidden: int, tile: adapters.Tiles) -> dict[str, Any]:
     return {
-        "TAPS": TAPS,
+        "ADAPTERS": ADAPTERS,
         "RANK": rank,
         "HIDDEN": hidden,
         "RANK_TILE": padded_rank(rank),
@@ -210,7 +217,7 @@ def compile_kernel(
         elif name.endswith("_ptr"):
             folds = kernel in (fold.fold_kernel, fold.fold_backward_kernel)
             kind = "fp32" if folds and not name.endswith("_out_ptr") else TYPES[dtype]
-            if kernel is adapters.adapters_backward_kernel and name == "u_ptr":
+            if kernel is adapters_backward.adapters_backward_kernel and name == "u_ptr":
                 kind = "i8" if constants["CODED"] else kind
             signature[name] = f"*{types.get(name, kind)}"
         else:
@@ -259,16 +266,16 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in found}
 
 
-def shapes(formats: Sequence[str]) -> list[tuple[int, int, int, Sequence[str]]]:
+def shapes(storages: Sequence[str]) -> list[tuple[int, int, int, Sequence[str]]]:
     """(C, α, m, compressed taps): each width of a Swin in the paper's shape, the widest with the
-    extreme ranks, and with taps in ``formats``."""
+    extreme ranks, and with taps kept as ``storages``."""
     config = HighwayConfig()
     widths = sorted({dim for swin in SWIN_VARIANTS.values() for dim in swin.dims})
     *narrow, widest = [(width, config.rank, config.hidden(width)) for width in widths]
     return [
         *((*shape, ()) for shape in narrow),
-        (*widest, formats),
-        *((widths[-1], rank, widths[-1], formats) for rank in (4, 64)),
+        (*widest, storages),
+        *((widths[-1], rank, widths[-1], storages) for rank in (4, 64)),
     ]
 
 
@@ -356,8 +363,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     for name in ("--channels", "--ranks"):
         parser.add_argument(name, nargs="+", type=int, help="these only (default: all)")
-    formats = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
-    parser.add_argument("--taps", **formats, help="of compressed taps these only (default: all)")
+    choices = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
+    parser.add_argument("--storages", **choices, help="of compressed taps (default: all)")
     parser.add_argument("--compile-only", action="store_true", help="execute nothing")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
@@ -365,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = []
     for architecture in options.architectures:
         for dtype in TYPES:
-            for shape in shapes(options.taps) if runs_on(architecture, dtype) else ():
+            for shape in shapes(options.storages) if runs_on(architecture, dtype) else ():
                 if options.channels and shape[0] not in options.channels:
                     continue
                 if options.ranks and shape[1] not in options.ranks:

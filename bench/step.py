@@ -109,7 +109,7 @@ def stock_swin(ours: Any) -> Any:
     """Detectron2's Swin of the same architecture, frozen."""
     from detectron2.modeling.backbone.swin import SwinTransformer
 
-    config = ours.swin.trunk.config
+    config = ours.net.trunk.config
     theirs = SwinTransformer(
         embed_dim=config.embed_dim,
         depths=list(config.depths),

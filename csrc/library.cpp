@@ -101,15 +101,15 @@ float* gradient(const Tensor& tensor, const Tensor& parameter) {
   return static_cast<float*>(tensor.mutable_data_ptr());
 }
 
-Taps taps_of(int64_t number) {
-  STD_TORCH_CHECK(0 <= number && number <= int64_t(Taps::kInt4), "taps must be in [0, 3]");
-  return Taps(number);
+Storage storage_of(int64_t number) {
+  STD_TORCH_CHECK(0 <= number && number <= int64_t(Storage::kInt4), "storage must be in [0, 3]");
+  return Storage(number);
 }
 
 // z, t, kept and scale are empty where they are not asked for.
 Tensor sublayer_epilogue_on_cpu(
     Tensor x, Tensor y, std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias,
-    double eps, std::optional<Tensor> P, bool norm_tap, int64_t taps, int64_t seed, Tensor z,
+    double eps, std::optional<Tensor> P, bool norm_tap, int64_t storage, int64_t seed, Tensor z,
     Tensor t, Tensor kept, Tensor scale) {
   STD_TORCH_CHECK(x.dim() >= 2 && x.is_contiguous() && y.is_contiguous() &&
                       x.numel() == y.numel() && x.scalar_type() == y.scalar_type(),
@@ -138,7 +138,7 @@ Tensor sublayer_epilogue_on_cpu(
       static_cast<float*>(scale.mutable_data_ptr()),
       dtype_of(x),
       norm_tap,
-      taps_of(taps),
+      storage_of(storage),
       uint32_t(seed),
       tokens,
       channels,
@@ -245,30 +245,30 @@ std::tuple<Tensor, Tensor, Tensor> adapters_backward_on_cpu(
 }
 
 Tensor tap_gradient_on_cpu(
-    std::vector<Tensor> tap, std::vector<Tensor> scale, int64_t taps, Tensor dt,
+    std::vector<Tensor> taps, std::vector<Tensor> scale, int64_t storage, Tensor dt,
     int64_t channels, Tensor like) {
-  STD_TORCH_CHECK(dt.dim() == 3 && dt.is_contiguous() && int64_t(tap.size()) == dt.size(0),
+  STD_TORCH_CHECK(dt.dim() == 3 && dt.is_contiguous() && int64_t(taps.size()) == dt.size(0),
                   "tap_gradient: dt must be contiguous, [taps, tokens, rank]");
   TapGradientParams p{};
   p.adapters = dt.size(0), p.tokens = dt.size(1), p.rank = dt.size(2), p.channels = channels;
   p.dt = dt.const_data_ptr();
   p.dtype = dtype_of(dt);
-  p.taps = taps_of(taps);
-  const bool full = p.taps == Taps::kFull;
-  STD_TORCH_CHECK(full ? scale.empty() : scale.size() == tap.size(),
+  p.storage = storage_of(storage);
+  const bool full = p.storage == Storage::kFull;
+  STD_TORCH_CHECK(full ? scale.empty() : scale.size() == taps.size(),
                   "tap_gradient: scales must go with the taps");
-  const int64_t stored = p.taps == Taps::kInt4 ? (channels + 1) / 2 : channels;
+  const int64_t stored = p.storage == Storage::kInt4 ? (channels + 1) / 2 : channels;
   std::vector<const void*> rows;
   std::vector<const float*> scales;
-  for (size_t k = 0; k < tap.size(); ++k) {
-    STD_TORCH_CHECK(tap[k].is_contiguous() && tap[k].dim() == 2 && tap[k].size(0) == p.tokens &&
-                        tap[k].size(1) == stored &&
-                        (!full || tap[k].scalar_type() == dt.scalar_type()),
+  for (size_t k = 0; k < taps.size(); ++k) {
+    STD_TORCH_CHECK(taps[k].is_contiguous() && taps[k].dim() == 2 && taps[k].size(0) == p.tokens &&
+                        taps[k].size(1) == stored &&
+                        (!full || taps[k].scalar_type() == dt.scalar_type()),
                     "tap_gradient: taps must be contiguous and fit dt and channels");
-    rows.push_back(tap[k].const_data_ptr());
+    rows.push_back(taps[k].const_data_ptr());
     if (!full) scales.push_back(weight(scale[k], {p.tokens}));
   }
-  p.tap = rows.data();
+  p.taps = rows.data();
   p.scale = scales.data();
   const int64_t items = tap_gradient_items(p);
   Tensor partial_sums = torch::stable::new_empty(like, {items, p.rank * channels});
@@ -308,7 +308,7 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "-> Tensor");
   m.def(
       "sublayer_epilogue(Tensor x, Tensor y, Tensor? norm_weight, Tensor? norm_bias, float eps, "
-      "Tensor? P, bool norm_tap, int taps, int seed, Tensor(a!) z, Tensor(b!) t, Tensor(c!) kept, "
+      "Tensor? P, bool norm_tap, int storage, int seed, Tensor(a!) z, Tensor(b!) t, Tensor(c!) kept, "
       "Tensor(d!) scale) -> Tensor");
   m.def(
       "adapters(Tensor t, Tensor? carry, Tensor? D, Tensor? gamma, Tensor Q, Tensor b, Tensor U, "
@@ -318,7 +318,7 @@ STABLE_TORCH_LIBRARY(e3va_native, m) {
       "Tensor b, Tensor U, int height, int width, Tensor(a!) dD, Tensor(b!) dQ, Tensor(c!) db, "
       "Tensor(d!) dU) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "tap_gradient(Tensor[] tap, Tensor[] scale, int taps, Tensor dt, int channels, Tensor like) "
+      "tap_gradient(Tensor[] taps, Tensor[] scale, int storage, Tensor dt, int channels, Tensor like) "
       "-> Tensor");
 }
 

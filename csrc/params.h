@@ -4,8 +4,8 @@
 
 enum class Dtype { kFloat, kHalf, kBFloat16 };
 
-// How a tap is kept for backward, numbered as e3va.ops.taps.TAPS; kFull: by the caller.
-enum class Taps { kFull, kFp8, kInt8, kInt4 };
+// How a tap is kept for backward, numbered as e3va.ops.storage.STORAGES; kFull: by the caller.
+enum class Storage { kFull, kFp8, kInt8, kInt4 };
 
 struct WindowAttentionParams {
   const void* qkv;             // [batch, height, width, 3 * heads * head_dim]
@@ -29,7 +29,7 @@ struct SublayerEpilogueParams {
   float* scale;              // [tokens]
   Dtype dtype;               // of x, y, y_out, z and t
   bool norm_tap;             // whether the tap is the norm, not x
-  Taps taps;
+  Storage storage;
   uint32_t seed;             // of kInt4's stochastic rounding
   int64_t tokens, channels, rank;
   float eps;
@@ -78,12 +78,12 @@ struct AdaptersBackwardParams {
 };
 
 struct TapGradientParams {
-  const void* const* tap;     // [adapters] of [tokens, channels], or as they are kept
+  const void* const* taps;    // [adapters] of [tokens, channels], or as they are kept
   const float* const* scale;  // [adapters] of [tokens], of kept taps
   const void* dt;             // [adapters, tokens, rank]
   float* partial_sums;        // [adapters, parts, rank, channels]
   float* dP;                  // [adapters, channels, rank]
   Dtype dtype;                // of dt, and of full taps
-  Taps taps;
+  Storage storage;
   int64_t adapters, tokens, channels, rank;
 };

@@ -1,7 +1,5 @@
 """E³VA: fine-tune big frozen vision backbones for detection and segmentation on small GPUs."""
 
-from e3va import native as native  # attaches the compiled kernels to the ops
-from e3va import triton as triton
 from e3va.adapter import load_adapter, open_backbone, save_adapter
 from e3va.backbone import Backbone
 from e3va.config import HighwayConfig
@@ -9,7 +7,7 @@ from e3va.highway import Highway
 from e3va.methods import E3VABackbone, build_backbone
 from e3va.ops.dispatch import backend
 from e3va.precision import quantize_trunk
-from e3va.trunks import FrozenSwin, Swin, SwinConfig, Trunk, trunk_config
+from e3va.trunks import Trunk, trunk_config
 from e3va.weights import load_trunk, open_trunk, save_trunk
 
 __version__ = "0.1.0"
@@ -17,11 +15,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Backbone",
     "E3VABackbone",
-    "FrozenSwin",
     "Highway",
     "HighwayConfig",
-    "Swin",
-    "SwinConfig",
     "Trunk",
     "backend",
     "build_backbone",

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e3va.ops.reference import norm_parameters
+from e3va.ops.functional import norm_parameters
 from e3va.trunks import Trunk
 from e3va.trunks.base import Frozen
 

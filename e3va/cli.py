@@ -17,10 +17,11 @@ import torch
 from safetensors import SafetensorError
 
 import e3va
-from e3va import native
 from e3va.files import write_json
 from e3va.methods import METHODS
-from e3va.ops import dispatch, trial
+from e3va.ops import dispatch, trial, verdicts
+from e3va.ops.backends import native
+from e3va.ops.backends.registry import PREFERENCE
 from e3va.weights import resolve
 
 ENGINES = ("detectron2", "torchvision")
@@ -324,8 +325,8 @@ def describe() -> str:
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             lines += ["", f"{device}, {str(dtype).removeprefix('torch.')}"]
-            lines += [f"  {op:<24}{_choice(op, device, dtype)}" for op in dispatch.operators()]
-        tried = trial.verdicts(torch.device(device)) if device in dispatch.TRIED_ON else {}
+            lines += [f"  {op:<24}{_choice(op, device, dtype)}" for op in PREFERENCE]
+        tried = verdicts.known(torch.device(device)) if device in dispatch.TRIED_ON else {}
         lines += [f"  {name}: {verdict.describe()}" for name, verdict in sorted(tried.items())]
     return "\n".join(lines)
 

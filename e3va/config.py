@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from e3va.ops.taps import DEFAULT_TAPS, TAPPED, TAPS
+from e3va.ops.storage import DEFAULT_STORAGE, STORAGES
+from e3va.ops.sublayer_epilogue import TAPPED
 
 
 def check_positive_int(name: str, value: object) -> None:
@@ -57,7 +58,7 @@ class HighwayConfig:
     tap: str = "norm"
     mixing: int = 3
     state: bool = True
-    storage: str = DEFAULT_TAPS
+    storage: str = DEFAULT_STORAGE
 
     def __post_init__(self) -> None:
         check_positive_int("branches", self.branches)
@@ -73,8 +74,8 @@ class HighwayConfig:
             raise ValueError(f"mixing must be one of {sides}, got {self.mixing!r}")
         if not isinstance(self.state, bool):
             raise TypeError(f"state must be True or False, got {self.state!r}")
-        if self.storage not in TAPS:
-            raise ValueError(f"storage must be one of {', '.join(TAPS)}, got {self.storage!r}")
+        if self.storage not in STORAGES:
+            raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {self.storage!r}")
 
     def published(self) -> HighwayConfig:
         """The same shape in the published form."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from e3va.ops.trial import driver
+from e3va.ops.verdicts import driver
 
 
 def environment() -> dict[str, object]:

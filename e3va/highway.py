@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from e3va import ops
 from e3va.config import HighwayConfig
-from e3va.ops.reference import project
-from e3va.ops.taps import TAPPED, room
+from e3va.ops.functional import project
+from e3va.ops.storage import room
+from e3va.ops.sublayer_epilogue import TAPPED
 from e3va.trunks.base import Transition, TrunkConfig
 
 PARAMETERS = ("P", "D", "gamma", "g", "Q", "b", "U", "g_up", "V", "c")
@@ -165,8 +166,8 @@ class StageRide:
         P = self._stage.P.to(x.dtype)  # cast once for all
         self._room = room(x, P.shape[2], self._storage, len(P))
         parts = (v.unbind() for v in (P, *self._room))
-        taps = range(self._first, self._first + len(P))
-        self._slices = list(zip(taps, *parts, strict=True))
+        storage = range(self._first, self._first + len(P))
+        self._slices = list(zip(storage, *parts, strict=True))
         if self._storage == "int4" and self._seed is None:
             # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
             self._seed = torch.randint(2**31, (), device=x.device)
@@ -213,7 +214,7 @@ class StageRide:
             gamma=stage.gamma,
             carry=carry,
             scale=None if self._storage == "full" else scale,
-            taps=self._storage,
+            storage=self._storage,
         )
 
 

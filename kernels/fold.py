@@ -96,15 +96,15 @@ def _load(ptr, at, inside):
 
 @triton.jit
 def _transpose(
-    from_ptr, to_ptr, tap, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr
+    from_ptr, to_ptr, adapter, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE: tl.constexpr
 ):
-    """That of ``tap`` of [K, rows, columns] as [K, columns, rows]."""
+    """That of ``adapter`` of [K, rows, columns] as [K, columns, rows]."""
     SIZE: tl.constexpr = ROWS * COLUMNS
     for start in range(0, SIZE, TILE):
         at = start + tl.arange(0, TILE)
-        values = tl.load(from_ptr + tap * SIZE + at, mask=at < SIZE, other=0.0)
+        values = tl.load(from_ptr + adapter * SIZE + at, mask=at < SIZE, other=0.0)
         to = at % COLUMNS * ROWS + at // COLUMNS
-        tl.store(to_ptr + tap * SIZE + to, values, mask=at < SIZE)
+        tl.store(to_ptr + adapter * SIZE + to, values, mask=at < SIZE)
 
 
 @triton.jit
@@ -125,26 +125,26 @@ def fold_kernel(
     HIDDEN_TILE: tl.constexpr,
 ):
     dtype: tl.constexpr = Q_out_ptr.dtype.element_ty
-    tap = tl.program_id(1).to(tl.int64)
+    adapter = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * HIDDEN_TILE
     hidden, ranks, inside = _slice(start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
     first = ranks // DIM * DIM  # of the branch
     Q = tl.zeros((HIDDEN_TILE, RANK_TILE), tl.float32)
     U = Q
-    g_ptr += tap * (RANK * DIM)
-    g_up_ptr += tap * (RANK * DIM)
-    Q_ptr += tap * (RANK * HIDDEN)
-    U_ptr += tap * (RANK * HIDDEN)
+    g_ptr += adapter * (RANK * DIM)
+    g_up_ptr += adapter * (RANK * DIM)
+    Q_ptr += adapter * (RANK * HIDDEN)
+    U_ptr += adapter * (RANK * HIDDEN)
     for n in range(DIM):
         g = _load(g_ptr, ranks * DIM + n, ranks < RANK)
         Q += g * _load(Q_ptr, (first + n) * HIDDEN + hidden, inside)
         g_up = _load(g_up_ptr, first * DIM + n * DIM + ranks % DIM, ranks < RANK)
         U += g_up * _load(U_ptr, hidden * RANK + first + n, inside)
-    at = tap * (RANK * HIDDEN)
+    at = adapter * (RANK * HIDDEN)
     tl.store(Q_out_ptr + at + ranks * HIDDEN + hidden, Q.to(dtype), mask=inside)
     tl.store(U_out_ptr + at + hidden * RANK + ranks, U.to(dtype), mask=inside)
     if SIDE and tl.program_id(0) == 0:
-        _transpose(D_ptr, D_out_ptr, tap, RANK, SIDE * SIDE, 128)
+        _transpose(D_ptr, D_out_ptr, adapter, RANK, SIDE * SIDE, 128)
 
 
 @triton.jit
@@ -168,11 +168,11 @@ def fold_backward_kernel(
     RANK_TILE: tl.constexpr,
     HIDDEN_TILE: tl.constexpr,
 ):
-    tap = tl.program_id(0).to(tl.int64)
+    adapter = tl.program_id(0).to(tl.int64)
     row = tl.program_id(1)
-    at_kernels = tap * (RANK * DIM)
-    at_weights = tap * (RANK * HIDDEN)
-    totals_ptr += tap * (HIDDEN * (2 * RANK + 1))
+    at_kernels = adapter * (RANK * DIM)
+    at_weights = adapter * (RANK * HIDDEN)
+    totals_ptr += adapter * (HIDDEN * (2 * RANK + 1))
     dU_in_ptr = totals_ptr + HIDDEN * RANK
     dg = tl.zeros((HIDDEN_TILE, RANK_TILE), tl.float32)
     dg_up = dg
@@ -188,7 +188,7 @@ def fold_backward_kernel(
     tl.store(dg_ptr + at_row, sum_of_rows(dg), mask=columns < RANK)
     tl.store(dg_up_ptr + at_row, sum_of_rows(dg_up), mask=columns < RANK)
     if SIDE and row == 0:
-        _transpose(mixing_totals_ptr, dD_ptr, tap, SIDE * SIDE, RANK, 128)
+        _transpose(mixing_totals_ptr, dD_ptr, adapter, SIDE * SIDE, RANK, 128)
     for start in range(row * HIDDEN_TILE, HIDDEN, DIM * HIDDEN_TILE):
         hidden, ranks, inside = _slice(start, RANK, HIDDEN, RANK_TILE, HIDDEN_TILE)
         first = ranks // DIM * DIM
@@ -204,4 +204,4 @@ def fold_backward_kernel(
         tl.store(dU_ptr + at_weights + hidden * RANK + ranks, dU, mask=inside)
         own = start + tl.arange(0, HIDDEN_TILE)
         db = tl.load(totals_ptr + 2 * HIDDEN * RANK + own, mask=own < HIDDEN, other=0.0)
-        tl.store(db_ptr + tap * HIDDEN + own, db, mask=own < HIDDEN)
+        tl.store(db_ptr + adapter * HIDDEN + own, db, mask=own < HIDDEN)

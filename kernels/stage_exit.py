@@ -106,6 +106,17 @@ def _of_neighbours(x, ROWS: tl.constexpr):
     return tl.reshape(tl.broadcast_to(total[:, None], (ROWS // 4, 4)), (ROWS,))
 
 
+@triton.jit
+def _merged(
+    dgathered_ptr, merge_weight_ptr, at_row, place, inside, channels, CHANNELS: tl.constexpr
+):
+    """The gradient of the gathered neighbours, times the weight of the merging's norm."""
+    dmerged = tl.load(dgathered_ptr + at_row[:, None] + channels[None, :], mask=inside, other=0.0)
+    at_weight = place[:, None] * CHANNELS + channels[None, :]
+    weight = tl.load(merge_weight_ptr + at_weight, mask=(channels < CHANNELS)[None, :], other=0.0)
+    return dmerged.to(tl.float32) * weight.to(tl.float32)
+
+
 @triton.jit(do_not_specialize=["rows", "height", "width"])
 def stage_exit_backward_kernel(
     dp_ptr,  # [N, C]
@@ -174,15 +185,9 @@ def stage_exit_backward_kernel(
             off = (mean - middle)[:, None] + normal * deviation[:, None]
             off = tl.where(channel_in[None, :], off, 0.0)
             squares += tl.sum(off * off, 1)
-            dmerged = tl.load(
-                dgathered_ptr + at_row[:, None] + channels[None, :], mask=there, other=0.0
-            ).to(tl.float32)
-            scale = tl.load(
-                merge_weight_ptr + place[:, None] * CHANNELS + channels[None, :],
-                mask=channel_in[None, :],
-                other=0.0,
+            dmerged = _merged(
+                dgathered_ptr, merge_weight_ptr, at_row, place, there, channels, CHANNELS
             )
-            dmerged *= scale.to(tl.float32)
             merge_total += tl.sum(dmerged, 1)
             merge_along += tl.sum(dmerged * off, 1)
     total *= 1.0 / CHANNELS
@@ -210,14 +215,9 @@ def stage_exit_backward_kernel(
         dh = (dp * weight[None, :] - total[:, None] - normal * along[:, None]) * rstd[:, None]
         if MERGING:
             off = (mean - middle)[:, None] + normal * deviation[:, None]
-            dmerged = tl.load(
-                dgathered_ptr + at_row[:, None] + channels[None, :], mask=inside, other=0.0
-            ).to(tl.float32)
-            scale = tl.load(
-                merge_weight_ptr + place[:, None] * CHANNELS + channels[None, :],
-                mask=channel_in[None, :],
-                other=0.0,
+            dmerged = _merged(
+                dgathered_ptr, merge_weight_ptr, at_row, place, inside, channels, CHANNELS
             )
-            dmerged = dmerged * scale.to(tl.float32) - merge_total[:, None]
+            dmerged -= merge_total[:, None]
             dh += (dmerged - off * merge_along[:, None]) * merge_rstd[:, None]
         tl.store(dh_ptr + at, dh.to(dtype), mask=inside)

@@ -21,8 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, padded_rank
-from e3va.kernels.taps import encode, hash, magnitude, parts, scales
-from e3va.ops.taps import int32, room
+from e3va.kernels.storage import encode, hash, magnitude, parts, scales
+from e3va.ops.storage import int32, room
 
 
 class Tiles(NamedTuple):
@@ -33,14 +33,14 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
-def tiles(dtype: torch.dtype, architecture: int, tap: str, taps: str) -> Tiles:
+def tiles(dtype: torch.dtype, architecture: int, tap: str, storage: str) -> Tiles:
     """The fastest tiles on an H100 that spill nowhere, see ``python -m bench.registers``.
 
     Args:
         dtype: that of the map.
         architecture: 75 for sm_75, and so on.
         tap: what it is, or "none".
-        taps: how the tap is kept; a tile of int4's bytes has half as many channels, twice.
+        storage: how the tap is kept; a tile of int4's bytes has half as many channels, twice.
     """
     if dtype == torch.float32:
         return Tiles(16, 64, 4)
@@ -55,7 +55,7 @@ def sublayer_epilogue(
     eps: float,
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
-    taps: str = "full",
+    storage: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
     into: Sequence[Tensor] = (),
@@ -63,18 +63,18 @@ def sublayer_epilogue(
     x, y = x.contiguous(), y.contiguous()
     channels, tokens = x.shape[-1], x.shape[:-1].numel()
     if P is None:
-        tap, taps = "none", "full"
+        tap, storage = "none", "full"
     affine = norm_weight is not None
-    stored = affine or (tap == "norm" and taps == "full")
+    stored = affine or (tap == "norm" and storage == "full")
     y_out = torch.empty_like(y)
     z = torch.empty_like(y) if stored else y.new_empty(0)
     rank = 0 if P is None else P.shape[1]
     if not into:
-        into = [x.new_empty(0)] * 3 if P is None else room(x, rank, taps)
+        into = [x.new_empty(0)] * 3 if P is None else room(x, rank, storage)
     t, codes, scale = into
     # What is absent is neither read nor written.
     norm = [x if v is None else v.contiguous() for v in (norm_weight, norm_bias)]
-    tile = tiles(x.dtype, architecture_of(x.device), tap, taps)
+    tile = tiles(x.dtype, architecture_of(x.device), tap, storage)
     if tokens:
         sublayer_epilogue_kernel[(triton.cdiv(tokens, tile.rows),)](
             x,
@@ -84,19 +84,19 @@ def sublayer_epilogue(
             y_out,
             z,
             t,
-            codes if taps == "full" else codes.view(torch.uint8),
+            codes if storage == "full" else codes.view(torch.uint8),
             scale,
             tokens,
             eps,
             # Where nothing rounds at random it is not read.
-            x if taps != "int4" else _seed(seed, x.device),
+            x if storage != "int4" else _seed(seed, x.device),
             int32(index),
             CHANNELS=channels,
             RANK=rank,
             AFFINE=affine,
             STORED=stored,
             TAP=tap,
-            FORMAT=taps,
+            STORAGE=storage,
             RANK_TILE=padded_rank(rank),
             ROWS=tile.rows,
             CHANNEL_TILE=tile.channels,
@@ -156,7 +156,7 @@ def sublayer_epilogue_kernel(
     AFFINE: tl.constexpr,  # the norm has a weight and a bias
     STORED: tl.constexpr,  # the norm is written
     TAP: tl.constexpr,  # none, output or norm
-    FORMAT: tl.constexpr,
+    STORAGE: tl.constexpr,
     RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
@@ -201,7 +201,7 @@ def sublayer_epilogue_kernel(
                 other=0.0,
             )
             t = dot(x, P, t)
-            if FORMAT != "full":
+            if STORAGE != "full":
                 largest = tl.maximum(largest, tl.max(magnitude(x.to(tl.float32)), 1))
 
     off = tl.sum(total, 1) * (1.0 / CHANNELS)
@@ -238,21 +238,21 @@ def sublayer_epilogue_kernel(
                 other=0.0,
             )
             t = dot(z, P, t)
-            if FORMAT != "full":
+            if STORAGE != "full":
                 largest = tl.maximum(largest, tl.max(magnitude(z.to(tl.float32)), 1))
     if TAP != "none":
         at_rank = rows[:, None] * RANK + ranks[None, :]
         tl.store(t_ptr + at_rank, t.to(dtype), mask=row_in[:, None] & rank_in[None, :])
 
-    if FORMAT != "full" or (NORM and TAP != "norm"):
+    if STORAGE != "full" or (NORM and TAP != "norm"):
         # A byte holds a channel of each part.
-        PARTS: tl.constexpr = parts(FORMAT)
+        PARTS: tl.constexpr = parts(STORAGE)
         BYTES: tl.constexpr = (CHANNELS + PARTS - 1) // PARTS
         BYTE_TILE: tl.constexpr = CHANNEL_TILE // PARTS
-        if FORMAT != "full":
-            inverse, scale = scales(largest, FORMAT)
+        if STORAGE != "full":
+            inverse, scale = scales(largest, STORAGE)
             tl.store(scale_ptr + rows, scale, mask=row_in)
-            if FORMAT == "int4":
+            if STORAGE == "int4":
                 key = hash((tl.load(seed_ptr) + index).to(tl.uint32))
         for start in range(0, BYTES, BYTE_TILE):
             bytes_ = start + tl.arange(0, BYTE_TILE)
@@ -260,7 +260,7 @@ def sublayer_epilogue_kernel(
             place = rows[:, None] * BYTES + bytes_[None, :]
             codes = tl.zeros((ROWS, BYTE_TILE), tl.int32)
             random = codes
-            if FORMAT == "int4":
+            if STORAGE == "int4":
                 random = hash(place.to(tl.uint32) ^ key).to(tl.int32, bitcast=True)
             for part in tl.static_range(PARTS):
                 channels = part * BYTES + bytes_
@@ -284,12 +284,12 @@ def sublayer_epilogue_kernel(
                         tapped = tl.where(channel_in[None, :], tapped, 0.0)
                     if TAP != "norm":
                         tl.store(z_ptr + at, tapped, mask=inside)
-                if FORMAT != "full":
+                if STORAGE != "full":
                     if TAP == "output":
                         tapped = tl.load(x_ptr + at, mask=inside, other=0.0)
                     bits = (random >> (16 * part)) & 0xFFFF
-                    code = encode(tapped.to(tl.float32), inverse[:, None], bits, FORMAT)
+                    code = encode(tapped.to(tl.float32), inverse[:, None], bits, STORAGE)
                     codes |= code << (4 * part)
-            if FORMAT != "full":
+            if STORAGE != "full":
                 at_byte = row_in[:, None] & byte_in[None, :]
                 tl.store(codes_ptr + place, codes.to(tl.uint8), mask=at_byte)

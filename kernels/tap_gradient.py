@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from e3va.kernels.common import architecture_of, dot, padded_rank, part_rows, splits_of
-from e3va.kernels.taps import decode, limit, parts, place_of
-from e3va.ops import reference
+from e3va.kernels.storage import decode, limit, parts, place_of
+from e3va.ops.backends import reference
 
 WORD = 4  # bytes
 
@@ -45,23 +45,23 @@ def tiles(dtype: torch.dtype, architecture: int, channels: int, rank: int) -> Ti
 
 
 def tap_gradient(
-    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    taps: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
     scale: Tensor | None,  # [K, N]
-    taps: str,
+    storage: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
-    if scale is None or not isinstance(tap, Tensor):  # nothing to decode: GEMMs
-        return reference.tap_gradient(tap, scale, taps, dt, channels)
+    if scale is None or not isinstance(taps, Tensor):  # nothing to decode: GEMMs
+        return reference.tap_gradient(taps, scale, storage, dt, channels)
     K, tokens, rank = dt.shape
     dP = dt.new_empty(K, channels, rank, dtype=torch.float32)
     if not tokens:
         return dP.zero_()
-    codes = tap.contiguous().view(torch.uint8)
+    codes = taps.contiguous().view(torch.uint8)
     if codes.shape[-1] % WORD or codes.storage_offset() % WORD:
         codes = F.pad(codes, (0, -codes.shape[-1] % WORD))
     tile = tiles(dt.dtype, architecture_of(dt.device), channels, rank)
-    slices = triton.cdiv(codes.shape[-1], tile.channels // parts(taps))
+    slices = triton.cdiv(codes.shape[-1], tile.channels // parts(storage))
     splits = splits_of(tokens, K * slices)
     sums = dP[:, None] if splits == 1 else dP.new_empty(K, splits, channels, rank)
     tap_gradient_kernel[splits, slices, K](
@@ -73,7 +73,7 @@ def tap_gradient(
         part_rows(tokens, splits, tile.rows),
         CHANNELS=channels,
         RANK=rank,
-        FORMAT=taps,
+        STORAGE=storage,
         RANK_TILE=padded_rank(rank),
         ROWS=tile.rows,
         CHANNEL_TILE=tile.channels,
@@ -92,19 +92,19 @@ def tap_gradient_kernel(
     split_rows,
     CHANNELS: tl.constexpr,
     RANK: tl.constexpr,
-    FORMAT: tl.constexpr,
+    STORAGE: tl.constexpr,
     RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
 ):
     dtype: tl.constexpr = dt_ptr.dtype.element_ty
     HALF: tl.constexpr = tl.bfloat16 if dtype == tl.bfloat16 else tl.float16
-    PARTS: tl.constexpr = parts(FORMAT)
+    PARTS: tl.constexpr = parts(STORAGE)
     BYTES: tl.constexpr = (CHANNELS + PARTS - 1) // PARTS
     WORDS: tl.constexpr = (BYTES + 3) // 4
     WORD_TILE: tl.constexpr = CHANNEL_TILE // (4 * PARTS)
     # dt·scale, of fewer columns than x, would be lost in float16: all grids get int4's steps.
-    GAIN: tl.constexpr = limit(FORMAT) / limit("int4")
+    GAIN: tl.constexpr = limit(STORAGE) / limit("int4")
     k = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * split_rows
     start = tl.program_id(1) * WORD_TILE
@@ -129,9 +129,9 @@ def tap_gradient_kernel(
             other=0.0,
         )
         dt = (dt.to(tl.float32) * (scale * GAIN)[:, None]).to(dtype)
-        dP = dot(tl.trans(decode(word, FORMAT, HALF).to(dtype)), dt, dP)
+        dP = dot(tl.trans(decode(word, STORAGE, HALF).to(dtype)), dt, dP)
     # The channels of a byte lie BYTES apart in x.
-    byte, part = place_of(tl.arange(0, CHANNEL_TILE), FORMAT)
+    byte, part = place_of(tl.arange(0, CHANNEL_TILE), STORAGE)
     byte += 4 * start
     channels = part * BYTES + byte
     inside = ((byte < BYTES) & (channels < CHANNELS))[:, None] & rank_in[None, :]

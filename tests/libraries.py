@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from e3va import SwinConfig
+from e3va.trunks import SwinConfig
 
 
 def timm(config: SwinConfig, size: tuple[int, int]) -> nn.Module:

@@ -13,9 +13,7 @@ import torch
 from e3va import (
     Backbone,
     E3VABackbone,
-    FrozenSwin,
     HighwayConfig,
-    SwinConfig,
     build_backbone,
     load_adapter,
     load_trunk,
@@ -25,6 +23,7 @@ from e3va import (
     trunk_config,
 )
 from e3va.methods import METHODS
+from e3va.trunks import FrozenSwin, SwinConfig
 from tests import libraries
 
 CONFIG = SwinConfig(16, (2, 2), (1, 2), window_size=4)

@@ -7,20 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import e3va
-from e3va import (
-    Backbone,
-    E3VABackbone,
-    FrozenSwin,
-    HighwayConfig,
-    Swin,
-    SwinConfig,
-    build_backbone,
-    trunk_config,
-)
+from e3va import Backbone, E3VABackbone, HighwayConfig, build_backbone, trunk_config
 from e3va.measure import LiveBytes, SavedBytes, trainable_parameters
-from e3va.native import build_info
-from e3va.ops import dispatch
-from e3va.ops.taps import TAPS
+from e3va.ops.backends.native import build_info
+from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
+from e3va.ops.storage import STORAGES
+from e3va.trunks import FrozenSwin, Swin, SwinConfig
 from tests import oracles
 from tests.ops.backends import DEVICES
 from tests.oracles import relative_error
@@ -154,23 +146,23 @@ def test_gradients_equal_autograd_through_the_unfused_network(form):
 
 
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
-@pytest.mark.parametrize("taps", TAPS)
+@pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
-def test_saved_bytes_are_exactly_as_designed(autocast, taps, form):
+def test_saved_bytes_are_exactly_as_designed(autocast, storage, form):
     """Per stage of N tokens, C channels and K taps, at e bytes a value: the taps K·N·C·e, or a
     byte or half of one a value and 4 for each token's scale; u K·N·α·e, or beside int4 taps a byte
     a value and such a scale; the state before the stage N·α·e, if there is one; and the feature p
     N·C·e, which a neck keeps too. Beside these the output norm's statistics 2·N·4. Nothing of width
     m per token, nothing of the trunk but its taps."""
     e = (autocast or torch.float32).itemsize
-    stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(taps, lambda C: C + 4)
-    backbone = E3VABackbone(FrozenSwin(TINY), replace(form, storage=taps))
+    stored = {"full": lambda C: C * e, "int4": lambda C: C // 2 + 4}.get(storage, lambda C: C + 4)
+    backbone = E3VABackbone(FrozenSwin(TINY), replace(form, storage=storage))
     config = backbone.highway.config
     image = torch.randn(2, 3, 41, 50)
     expected = 0
     for s, (K, C) in enumerate(zip(TINY.num_taps, TINY.dims, strict=True)):
         N = 2 * math.ceil(41 / 2 ** (s + 2)) * math.ceil(50 / 2 ** (s + 2))
-        u = config.rank + 4 if taps == "int4" else config.rank * e
+        u = config.rank + 4 if storage == "int4" else config.rank * e
         expected += K * N * (stored(C) + u) + N * C * e
         if config.state and s > 0:
             expected += N * config.rank * e
@@ -209,10 +201,10 @@ def test_keeps_far_less_alive_than_full_fine_tuning():
     assert peaks["frozen"] < peaks["e3va"] < 0.25 * peaks["full"]
 
 
-@pytest.mark.parametrize("taps", ["full", "int4"])
+@pytest.mark.parametrize("storage", ["full", "int4"])
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
-def test_compiles_without_a_graph_break(taps, form):
-    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), replace(form, storage=taps))
+def test_compiles_without_a_graph_break(storage, form):
+    backbone = E3VABackbone(randomised(FrozenSwin(TINY)), replace(form, storage=storage))
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 41, 50)
     ours, theirs = compiled(image), wake(backbone)(image)
@@ -241,10 +233,10 @@ def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
 
         return recorded
 
-    for op in dispatch.operators():
-        for name, backend in list(dispatch._ops[op].items()):
+    for op in PREFERENCE:
+        for name, backend in list(IMPLEMENTATIONS[op].items()):
             recorded = backend._replace(run=record(op, name, backend.run))
-            monkeypatch.setitem(dispatch._ops[op], name, recorded)
+            monkeypatch.setitem(IMPLEMENTATIONS[op], name, recorded)
     backbone = E3VABackbone(FrozenSwin(TINY), SMALL)
     for name in ("auto", "native"):
         ran.clear()
@@ -252,7 +244,7 @@ def test_a_step_on_the_cpu_runs_the_compiled_kernels_alone(monkeypatch, dtype):
             with torch.autocast("cpu", dtype, enabled=dtype is not None):
                 features = backbone(torch.randn(1, 3, 41, 50))
             loss_of(features).backward()
-        assert ran == {(op, "native") for op in dispatch.operators()}
+        assert ran == {(op, "native") for op in PREFERENCE}
 
 
 @pytest.mark.parametrize("device", DEVICES)

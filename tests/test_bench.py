@@ -8,9 +8,11 @@ import torch
 
 pytest.importorskip("timm", reason="the trunk is timed against timm's: pip install 'e3va[test]'")
 
-from bench import gpu, kernels
-from e3va import native, ops
-from e3va.ops import trial
+from bench import competitors, gpu, kernels
+from e3va import ops
+from e3va.ops import trial, verdicts
+from e3va.ops.backends import native
+from e3va.ops.backends.registry import PREFERENCE
 
 RATIOS = {
     "highway_fwd_bwd_vs_eager",
@@ -31,9 +33,9 @@ def test_the_gpu_suite_runs_dry(tmp_path, capsys, monkeypatch):
     assert {"device", "commit", *versions} <= set(report["environment"])
     assert set(report["ratios"]) == RATIOS
     assert all(ratio > 0 for ratio in report["ratios"].values())
-    assert len(report["cases"]) == len(kernels.OPS)
+    assert len(report["cases"]) == len(competitors.OPS)
     if native.why_not(torch.device("cpu"), torch.float32) is None:
-        assert {c["op"] for c in report["checks"]} == set(ops.dispatch.operators())
+        assert {c["op"] for c in report["checks"]} == set(PREFERENCE)
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
     assert "dry run" in capsys.readouterr().out
 
@@ -42,22 +44,22 @@ def test_the_gpu_suite_runs_dry(tmp_path, capsys, monkeypatch):
     "kind", ["UNIX x86_64 Kernel Module", "UNIX Open Kernel Module for x86_64"]
 )
 def test_the_driver_is_named(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "DRIVER", tmp_path / "version")
-    assert trial.driver() == "unknown"
+    monkeypatch.setattr(verdicts, "DRIVER", tmp_path / "version")
+    assert verdicts.driver() == "unknown"
     text = f"NVRM version: NVIDIA {kind}  580.65.06  Sun Jul 27\nGCC version:  gcc version 12.2.0\n"
-    trial.DRIVER.write_text(text)
-    assert trial.driver() == "580.65.06"
+    verdicts.DRIVER.write_text(text)
+    assert verdicts.driver() == "580.65.06"
 
 
 def test_fewest_bytes_and_lowest_ratios():
-    case = kernels.Case("sublayer_epilogue", "swin_b", 2, 2, "bf16")
+    case = competitors.Case("sublayer_epilogue", "swin_b", 2, 2, "bf16")
     tokens = 2 * 50 * 84
-    assert kernels.least_bytes(case) == tokens * (8 * 512 + 2 * 16)
+    assert competitors.least_bytes(case) == tokens * (8 * 512 + 2 * 16)
     gradient = tokens * 36 * (256 + 4 + 2 * 16)
-    assert kernels.least_bytes(case._replace(op="tap_gradient")) == gradient
+    assert competitors.least_bytes(case._replace(op="tap_gradient")) == gradient
     # t read, S and u written, of which there is one more, and the state before.
-    assert kernels.least_bytes(case._replace(op="adapters")) == tokens * 2 * 16 * (3 * 36 + 2)
-    assert kernels.least_bytes(case._replace(op="window_attention")) is None
+    assert competitors.least_bytes(case._replace(op="adapters")) == tokens * 2 * 16 * (3 * 36 + 2)
+    assert competitors.least_bytes(case._replace(op="window_attention")) is None
     results = [{"op": "trunk_forward", "ratios": {"timm": ratio}} for ratio in (2.0, 1.5, 3.0)]
     results += [{"op": "highway", "ratios": {"eager": 2.0, "compile": 1.2}}]
     results += [{"op": "highway", "ratios": {"eager": 3.0}}]  # not compiled
@@ -85,9 +87,9 @@ def test_a_wrong_kernel_fails_the_suite(monkeypatch, capsys):
 @pytest.mark.parametrize("stage", [0, 3])
 def test_competitors_compute_the_same(op, stage):
     """A ratio means something only between equals."""
-    case = kernels.Case(op, "swin_t", stage, 2, "fp32", (160, 100))
-    competitors = kernels.OPS[op](case, "cpu")
-    ours, *others = (run() for run in competitors.values())
+    case = competitors.Case(op, "swin_t", stage, 2, "fp32", (160, 100))
+    rivals = competitors.OPS[op](case, "cpu")
+    ours, *others = (run() for run in rivals.values())
     for other in others:
         torch.testing.assert_close(other, ours, rtol=1e-4, atol=1e-4)
 
@@ -133,18 +135,18 @@ def test_tracks(tmp_path, monkeypatch, capsys):
             tracks.main(options)
 
 
-def test_taps(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.taps is not run")
-    from bench import taps
+def test_storage(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("detectron2", reason="Detectron2 is missing: bench.storage is not run")
+    from bench import storage
 
-    few = functools.partial(taps.write_digits, train=4, val=2)
-    monkeypatch.setattr(taps, "write_digits", few)
-    options = ["--taps", "full", "int4", "--seeds", "3", "--iterations", "1"]
-    file = tmp_path / "taps.json"
-    report = taps.main([*options, "--output", str(tmp_path), "--json", str(file)])
+    few = functools.partial(storage.write_digits, train=4, val=2)
+    monkeypatch.setattr(storage, "write_digits", few)
+    options = ["--storages", "full", "int4", "--seeds", "3", "--iterations", "1"]
+    file = tmp_path / "storage.json"
+    report = storage.main([*options, "--output", str(tmp_path), "--json", str(file)])
     assert json.loads(file.read_text()) == report
-    assert all(len(result["mask_ap"]) == 1 for result in report["taps"].values())
-    assert report["taps"]["int4"]["saved_bytes"] < report["taps"]["full"]["saved_bytes"]
+    assert all(len(result["mask_ap"]) == 1 for result in report["storages"].values())
+    assert report["storages"]["int4"]["saved_bytes"] < report["storages"]["full"]["saved_bytes"]
     assert "mask AP" in capsys.readouterr().out
 
 

@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from e3va import FrozenSwin, open_trunk, save_trunk, trunk_config
+from e3va import open_trunk, save_trunk, trunk_config
 from e3va.cli import main
+from e3va.trunks import FrozenSwin
 from e3va.weights import trunk_hash
 
 CONFIG = Path(__file__).parents[1] / "detectron2_configs/digits/mask_rcnn_e3va.yaml"

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from e3va import cli
-from e3va.torchvision import train as torchvision_train
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,18 +42,21 @@ def test_train_net(words):
     load_config(str(ROOT / config), args.opts)  # raises for a key that there is not
 
 
-@of("python", "-m", "e3va.torchvision.train")
-def test_torchvision(words):
-    assert torchvision_train._arguments(words).iterations > 0
-
-
 @of("e3va")
 def test_e3va(words, monkeypatch):
     """Understood, and then not run."""
-    run = "_convert", "_data", "_train", "_evaluate", "_predict", "_export", "_plan", "describe"
-    for name in run:
+    for name in ("_convert", "_data", "_evaluate", "_predict", "_export", "_plan", "describe"):
         monkeypatch.setattr(cli, name, lambda *options: "")
+    trained = []
+    monkeypatch.setattr(cli, "_train", trained.append)
     assert cli.main(words) == 0
+    for options in trained:
+        if options.engine == "torchvision":
+            pytest.importorskip("torchvision")
+            from e3va.torchvision.config import ModelConfig, TrainConfig, set_fields
+
+            model = ModelConfig(weights="")
+            set_fields(TrainConfig(iterations=1, model=model), options.overrides)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

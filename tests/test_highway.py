@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from e3va import Highway, HighwayConfig, SwinConfig, trunk_config
+from e3va import Highway, HighwayConfig, trunk_config
 from e3va.highway import HighwayStage, StageRide
 from e3va.measure import trainable_parameters
-from e3va.ops.reference import fold
+from e3va.ops.functional import fold
+from e3va.trunks import SwinConfig
 from tests import oracles
 
 

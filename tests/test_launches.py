@@ -9,9 +9,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import e3va
-from e3va import E3VABackbone, FrozenSwin, trunk_config
-from e3va.ops import dispatch
+from e3va import E3VABackbone, trunk_config
+from e3va.ops.backends.registry import IMPLEMENTATIONS
 from e3va.ops.library import FUNCTIONS
+from e3va.trunks import FrozenSwin
 
 CEILING = 449
 
@@ -65,9 +66,9 @@ def test_a_step_of_swin_b_launches_few_kernels(monkeypatch):
         return kernels
 
     for op in LAUNCHES:
-        backend = dispatch._ops[op]["reference"]
+        backend = IMPLEMENTATIONS[op]["reference"]
         monkeypatch.setitem(
-            dispatch._ops[op], "reference", backend._replace(run=counted(op, backend.run))
+            IMPLEMENTATIONS[op], "reference", backend._replace(run=counted(op, backend.run))
         )
     # As many blocks, and narrow: the count does not depend on the width.
     config = replace(trunk_config("swin_b"), embed_dim=16, num_heads=(1, 2, 4, 8), window_size=2)

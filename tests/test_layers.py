@@ -1,6 +1,8 @@
 """Imports point one way: entries → shells → runs and core → ops."""
 
 import ast
+import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +16,7 @@ CORE = {
     "figures": {"files"},
     "environment": {"ops"},
     "seeding": set(),
-    "ops": {"cache", "native", "kernels"},
-    "native": {"ops"},
-    "triton": {"ops", "kernels"},
+    "ops": {"cache"},
     "measure": {"checkpoint", "ops"},
     "budget": {"figures", "files", "measure", "methods"},
     "config": {"ops"},
@@ -66,6 +66,33 @@ def test_modules_import_only_what_lies_below(module):
             elif isinstance(node, ast.Import):
                 names = [a.name.split(".")[1] for a in node.names if a.name.startswith("e3va.")]
             assert set(names) <= MAY_IMPORT[module] | {module}, file
+
+
+def test_ops_import_one_another_in_one_direction():
+    """No import hides in a function."""
+    names = {}
+    for path in (ROOT / "e3va" / "ops").rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        found = names[module] = set()
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "e3va":
+                within = {f"{node.module}.{alias.name}" for alias in node.names}
+                assert node in tree.body, module
+                found |= within | {node.module}
+    # Packages import their modules, so that those who import them are attached.
+    edges = {name: set(names) & found for name, found in names.items()}
+    packages = {"e3va.ops", "e3va.ops.backends"}
+    graph = graphlib.TopologicalSorter({n: e - packages for n, e in edges.items()})
+    assert len(list(graph.static_order())) == len(names)  # raises where there is a circle
+
+
+def test_a_family_is_named_in_its_own_folder_alone():
+    """Elsewhere stand only variants, what is registered in Detectron2, and files of configs."""
+    interface = r"swin_(t|s|b|l|digits)\b|build_e3va_swin\w*|E3VA-Swin|\"swin\"|\bswin\\\."
+    for path in (ROOT / "e3va").rglob("*.py"):
+        if path.relative_to(ROOT / "e3va").parts[0] not in ("trunks", "weights"):
+            assert "swin" not in re.sub(interface, "", path.read_text()).lower(), path
 
 
 def test_importing_is_lean():

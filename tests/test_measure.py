@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, SwinConfig, ops, optim
+from e3va import E3VABackbone, HighwayConfig, ops, optim
 from e3va.measure import (
     SPLIT,
     LiveBytes,
@@ -17,6 +17,7 @@ from e3va.measure import (
     whole_step_bytes,
 )
 from e3va.optim import take_step
+from e3va.trunks import FrozenSwin, SwinConfig
 
 MIB = 2**18  # float32 values in a MiB
 

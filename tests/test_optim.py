@@ -29,7 +29,7 @@ def test_norms_biases_and_tables_do_not_decay():
     grouped = [id(p) for p in (*decay["params"], *rest["params"])]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p is not frozen)
     with pytest.raises(ValueError, match="no trainable"):
-        parameter_groups(e3va.FrozenSwin(TINY), Rates(1e-3, 0.1))
+        parameter_groups(e3va.trunks.FrozenSwin(TINY), Rates(1e-3, 0.1))
 
 
 def test_the_highway_may_learn_faster():

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import e3va
-from e3va import cli, native
+from e3va import cli
 from e3va.ops import dispatch
+from e3va.ops.backends import native
+from e3va.ops.backends.registry import PREFERENCE
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def test_info_names_every_op_and_what_was_built(capsys):
     assert cli.main(["info"]) == 0
     out = capsys.readouterr().out
     assert f"e3va {e3va.__version__}" in out
-    assert all(op in out for op in dispatch.operators())
+    assert all(op in out for op in PREFERENCE)
     for part in native.build_info().built:
         assert part in out
     for part, reason in native.build_info().left_out.items():
@@ -41,7 +43,7 @@ def test_info_names_every_op_and_what_was_built(capsys):
 def test_without_a_compiler_everything_runs_on_the_reference(no_build, capsys):
     why = "no C++ compiler: c++, g++ or clang++ not found"
     no_build({"built": [], "left_out": {"C++": why, "CUDA": why}})
-    for op in dispatch.operators():
+    for op in PREFERENCE:
         assert dispatch.explain(op, torch.device("cpu"), torch.float32).backend == "reference"
     cli.main(["info"])
     out = capsys.readouterr().out

@@ -4,16 +4,9 @@ import pytest
 import torch
 
 from bench import precision as bench
-from e3va import (
-    FrozenSwin,
-    Swin,
-    build_backbone,
-    load_adapter,
-    quantize_trunk,
-    save_adapter,
-    trunk_config,
-)
+from e3va import build_backbone, load_adapter, quantize_trunk, save_adapter, trunk_config
 from e3va.precision import PRECISIONS
+from e3va.trunks import FrozenSwin, Swin
 from tests.oracles import relative_error
 
 pytest.importorskip("torchao", reason="torchao is missing: quantised trunks are left untested")

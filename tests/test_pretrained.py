@@ -9,10 +9,11 @@ from safetensors import safe_open
 
 pytest.importorskip("sklearn", reason="the demo needs scikit-learn: pip install 'e3va[demo]'")
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, load_trunk, trunk_config
+from e3va import E3VABackbone, HighwayConfig, load_trunk, trunk_config
 from e3va.demo import pretrain
 from e3va.demo.digits import digit_pool
 from e3va.demo.engines import WEIGHTS
+from e3va.trunks import FrozenSwin
 
 
 def test_packaged_trunk():

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from e3va import E3VABackbone, FrozenSwin, trunk_config
+from e3va import E3VABackbone, trunk_config
 from e3va.serving import SharedTrunk, shared_forward
+from e3va.trunks import FrozenSwin
 from tests.oracles import relative_error
 
 CONFIG = trunk_config("swin_digits")

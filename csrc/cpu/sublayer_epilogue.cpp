@@ -104,7 +104,7 @@ E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end
   if (p.P)
     for (int64_t c = 0; c < C; ++c) widen(p.P + c * p.rank, p.rank, &P[c * lr]);
   std::vector<float> tap(kBlock * lc + kLanes), t(kBlock * lr);
-  const int64_t stored = p.taps == Taps::kInt4 ? (C + 1) / 2 : C;
+  const int64_t stored = p.storage == Storage::kInt4 ? (C + 1) / 2 : C;
   std::vector<uint8_t> codes(lc + kLanes);
   T* t_out = static_cast<T*>(p.t);
   Rows<T> row(p);
@@ -116,8 +116,8 @@ E3VA_INLINE void run(const SublayerEpilogueParams& p, int64_t begin, int64_t end
       const T* from = row.complete(token);
       if (p.P == nullptr) continue;
       widen(from, C, &tap[i * lc]);
-      if (p.taps != Taps::kFull)
-        compress(&tap[i * lc], token, C, p.taps, p.seed, codes.data(), p.kept + token * stored,
+      if (p.storage != Storage::kFull)
+        compress(&tap[i * lc], token, C, p.storage, p.seed, codes.data(), p.kept + token * stored,
                  p.scale + token);
     }
     if (p.P == nullptr) continue;
@@ -138,7 +138,7 @@ E3VA_INLINE void run_in_tiles(const SublayerEpilogueParams& p, int64_t begin, in
   if (p.P) P = pack(p.P, C, R);
   std::vector<NativeBFloat16> tap(kBlock * lc + kLanes);
   std::vector<float> t(kBlock * lr);
-  const int64_t stored = p.taps == Taps::kInt4 ? (C + 1) / 2 : C;
+  const int64_t stored = p.storage == Storage::kInt4 ? (C + 1) / 2 : C;
   std::vector<uint8_t> codes(lc);
   NativeBFloat16* t_out = static_cast<NativeBFloat16*>(p.t);
   Rows<NativeBFloat16> row(p);
@@ -151,8 +151,8 @@ E3VA_INLINE void run_in_tiles(const SublayerEpilogueParams& p, int64_t begin, in
       const NativeBFloat16* from = row.complete(token);
       if (p.P == nullptr) continue;
       std::copy_n(from, C, &tap[i * lc]);
-      if (p.taps != Taps::kFull)
-        compress(&tap[i * lc], token, C, p.taps, p.seed, codes.data(), p.kept + token * stored,
+      if (p.storage != Storage::kFull)
+        compress(&tap[i * lc], token, C, p.storage, p.seed, codes.data(), p.kept + token * stored,
                  p.scale + token);
     }
     if (p.P == nullptr) continue;

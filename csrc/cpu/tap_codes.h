@@ -1,7 +1,7 @@
-// Taps in fewer bits: what e3va/ops/taps.py defines, to the last bit.
+// Taps in fewer bits: what e3va/ops/storage.py defines, to the last bit.
 
 constexpr float kTiny = 1e-30f;  // the largest value of a token that is stored as zero
-constexpr float kLargest[] = {0.0f, 448.0f, 127.0f, 7.0f};  // code, by Taps
+constexpr float kLargest[] = {0.0f, 448.0f, 127.0f, 7.0f};  // code, by Storage
 
 // A bijection of 32-bit integers with little bias (C. Wellons' lowbias32).
 template <typename Word>
@@ -40,7 +40,7 @@ E3VA_INLINE void store_bytes(uint8_t* at, Words codes) {
 // `codes` has room for `channels` rounded up to a multiple of kLanes.
 template <typename T>
 E3VA_INLINE void compress(
-    const T* __restrict__ x, int64_t token, int64_t channels, Taps taps, uint32_t seed,
+    const T* __restrict__ x, int64_t token, int64_t channels, Storage storage, uint32_t seed,
     uint8_t* __restrict__ codes, uint8_t* __restrict__ tap, float* __restrict__ scale) {
   Ints top = {};  // the bits of a positive float are in its order
   for (int64_t c = 0; c < channels; c += kLanes) {
@@ -50,9 +50,9 @@ E3VA_INLINE void compress(
   int32_t bits = 0;
   for (int i = 0; i < kLanes; ++i) bits = std::max(bits, top[i]);
   const float largest = std::bit_cast<float>(bits);
-  const float limit = kLargest[int(taps)], inverse = largest > kTiny ? limit / largest : 0.0f;
+  const float limit = kLargest[int(storage)], inverse = largest > kTiny ? limit / largest : 0.0f;
   *scale = largest / limit;
-  if (taps == Taps::kInt4) {
+  if (storage == Storage::kInt4) {
     // In fixed point of 16 bits after the point: one hash serves two channels.
     const int64_t bytes = (channels + 1) / 2;
     const Words key = Words{} + hash(seed);
@@ -72,7 +72,7 @@ E3VA_INLINE void compress(
   for (int64_t c = 0; c < channels; c += kLanes) {
     Floats scaled = load(x + c) * inverse;
     Words code;
-    if (taps == Taps::kFp8) {
+    if (storage == Storage::kFp8) {
       const Floats low = select(scaled < -448.0f, broadcast(-448.0f), scaled);
       code = to_fp8(select(low > 448.0f, broadcast(448.0f), low));
     } else {
@@ -88,9 +88,9 @@ E3VA_INLINE void compress(
 // The inverse of compress: x [channels], with room for 2 kLanes more. `codes` has room for
 // `channels` rounded up to a multiple of kLanes.
 E3VA_INLINE void expand(
-    const uint8_t* __restrict__ tap, float scale, int64_t channels, Taps taps,
+    const uint8_t* __restrict__ tap, float scale, int64_t channels, Storage storage,
     uint8_t* __restrict__ codes, float* __restrict__ x) {
-  if (taps == Taps::kInt4) {
+  if (storage == Storage::kInt4) {
     const int64_t bytes = (channels + 1) / 2;
     std::memcpy(codes, tap, bytes);
     for (int shift : {0, 4}) {
@@ -106,7 +106,7 @@ E3VA_INLINE void expand(
   for (int64_t c = 0; c < channels; c += kLanes) {
     const Words code = load_bytes(codes + c);
     const Ints whole = (Ints)(code << 24) >> 24;
-    store(x + c, scale * (taps == Taps::kFp8 ? from_fp8(code)
+    store(x + c, scale * (storage == Storage::kFp8 ? from_fp8(code)
                                              : __builtin_convertvector(whole, Floats)));
   }
 }

@@ -63,7 +63,7 @@ void tap_gradient_sum(const TapGradientParams& p, int64_t begin, int64_t end) {
 template <typename T>
 E3VA_INLINE void run(const TapGradientParams& p, int64_t begin, int64_t end) {
   const int64_t C = p.channels, R = p.rank;
-  const int64_t stored = p.taps == Taps::kInt4 ? (C + 1) / 2 : C;
+  const int64_t stored = p.storage == Storage::kInt4 ? (C + 1) / 2 : C;
   const int64_t lc = round_up(C, 2 * kLanes), lr = round_up(R, kLanes);
   const int64_t rank_tiles = round_up(R, kSumRows);
   std::vector<float> x(kBlock * lc + 2 * kLanes), dt(kBlock * lr + kSumRows), dP(rank_tiles * lc);
@@ -71,7 +71,7 @@ E3VA_INLINE void run(const TapGradientParams& p, int64_t begin, int64_t end) {
 
   for (int64_t item = begin; item < end; ++item) {
     const Part part(p, item);
-    const void* tap = p.tap[part.adapter];
+    const void* tap = p.taps[part.adapter];
     const T* dt_rows = static_cast<const T*>(p.dt) + part.adapter * p.tokens * R;
     std::fill(dP.begin(), dP.end(), 0.0f);
     for (int64_t first = part.begin; first < part.end; first += kBlock) {
@@ -79,11 +79,11 @@ E3VA_INLINE void run(const TapGradientParams& p, int64_t begin, int64_t end) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t token = first + i;
         widen(dt_rows + token * R, R, &dt[i * lr]);
-        if (p.taps == Taps::kFull)
+        if (p.storage == Storage::kFull)
           widen(static_cast<const T*>(tap) + token * C, C, &x[i * lc]);
         else
           expand(static_cast<const uint8_t*>(tap) + token * stored, p.scale[part.adapter][token],
-                 C, p.taps, codes.data(), &x[i * lc]);
+                 C, p.storage, codes.data(), &x[i * lc]);
       }
       gemm<kSumRows, kSumVectors>(
           dt.data(), 1, lr, x.data(), lc, dP.data(), lc, rank_tiles, lc, rows, true);
@@ -99,9 +99,9 @@ E3VA_INLINE void pair_taps(
     const TapGradientParams& p, int64_t adapter, int64_t token, int64_t next, int64_t pairs,
     uint8_t* codes, float* x, uint32_t* to) {
   const int64_t C = p.channels, bytes = (C + 1) / 2;
-  if (p.taps == Taps::kFull) {
-    const BFloat16* low = static_cast<const BFloat16*>(p.tap[adapter]) + token * C;
-    const BFloat16* high = static_cast<const BFloat16*>(p.tap[adapter]) + next * C;
+  if (p.storage == Storage::kFull) {
+    const BFloat16* low = static_cast<const BFloat16*>(p.taps[adapter]) + token * C;
+    const BFloat16* high = static_cast<const BFloat16*>(p.taps[adapter]) + next * C;
     int64_t c = 0;
     for (; c + kTileSide <= C; c += kTileSide)
       words(to + c * pairs) = pair(halves(low + c), halves(high + c));
@@ -109,9 +109,9 @@ E3VA_INLINE void pair_taps(
       to[c / kTileSide * kTileSide * pairs + c % kTileSide] = low[c].bits | high[c].bits << 16;
     return;
   }
-  const uint8_t* taps = static_cast<const uint8_t*>(p.tap[adapter]);
-  const int64_t stored = p.taps == Taps::kInt4 ? bytes : C;
-  if (p.taps == Taps::kInt4 && C % (2 * kTileSide) == 0) {
+  const uint8_t* taps = static_cast<const uint8_t*>(p.taps[adapter]);
+  const int64_t stored = p.storage == Storage::kInt4 ? bytes : C;
+  if (p.storage == Storage::kInt4 && C % (2 * kTileSide) == 0) {
     for (int64_t c = 0; c < bytes; c += kTileSide) {
       const Words both = widened(bytes_at(taps + token * stored + c)) |
                          widened(bytes_at(taps + next * stored + c)) << 16;
@@ -122,9 +122,9 @@ E3VA_INLINE void pair_taps(
   }
   const int64_t room = round_up(C, kLanes) + 2 * kLanes;
   const float* scale = p.scale[adapter];
-  const bool scaled = p.taps != Taps::kInt4;
-  expand(taps + token * stored, scaled ? scale[token] : 1.0f, C, p.taps, codes, x);
-  expand(taps + next * stored, scaled ? scale[next] : 1.0f, C, p.taps, codes, x + room);
+  const bool scaled = p.storage != Storage::kInt4;
+  expand(taps + token * stored, scaled ? scale[token] : 1.0f, C, p.storage, codes, x);
+  expand(taps + next * stored, scaled ? scale[next] : 1.0f, C, p.storage, codes, x + room);
   for (int64_t c = 0; c < C; c += kTileSide)
     words(to + c * pairs) = pair(to_bfloat16(load(x + c)), to_bfloat16(load(x + room + c)));
 }
@@ -144,7 +144,7 @@ E3VA_INLINE void run_in_tiles(const TapGradientParams& p, int64_t begin, int64_t
     const Part part(p, item);
     const NativeBFloat16* dt_rows =
         static_cast<const NativeBFloat16*>(p.dt) + part.adapter * p.tokens * R;
-    const float* scale = p.taps == Taps::kInt4 ? p.scale[part.adapter] : nullptr;
+    const float* scale = p.storage == Storage::kInt4 ? p.scale[part.adapter] : nullptr;
     std::fill(dP.begin(), dP.end(), 0.0f);
     for (int64_t first = part.begin; first < part.end; first += kTileBlock) {
       for (int64_t i = 0; i < kTileBlock; ++i) {

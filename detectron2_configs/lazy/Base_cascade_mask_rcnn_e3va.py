@@ -7,7 +7,7 @@ from detectron2.data import transforms as T
 from detectron2.solver import WarmupParamScheduler
 from fvcore.common.param_scheduler import MultiStepParamScheduler
 
-from e3va.detectron2 import E3VASwinBackbone, with_weights
+from e3va.detectron2 import BottomUp, with_weights
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.data.mapper import InstanceCrop
 from e3va.methods import build_backbone
@@ -20,9 +20,9 @@ model = model_zoo.get_config("common/models/cascade_rcnn.py").model
 model.pixel_mean = constants.imagenet_rgb256_mean
 model.pixel_std = constants.imagenet_rgb256_std
 model.input_format = "RGB"
-model.backbone.bottom_up = L(E3VASwinBackbone)(
-    swin=L(with_weights)(
-        swin=L(build_backbone)(
+model.backbone.bottom_up = L(BottomUp)(
+    net=L(with_weights)(
+        net=L(build_backbone)(
             method="e3va",
             trunk=L(trunk_config)(variant="swin_b", window_size=7),
             # That tool's mixed precision is in float16.

@@ -8,9 +8,9 @@ from .Base_cascade_mask_rcnn_e3va import (  # noqa: F401
     train,
 )
 
-swin = model.backbone.bottom_up.swin
-swin.swin.trunk.variant = "swin_l"
-swin.weights = (
+net = model.backbone.bottom_up.net
+net.net.trunk.variant = "swin_l"
+net.weights = (
     "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
     "swin_large_patch4_window7_224_22k.pth"
 )

@@ -15,15 +15,12 @@ from typing import Any, NamedTuple
 
 from e3va.data import coco_json, maps, voc, yolo
 from e3va.data.images import list_files, list_images
-from e3va.data.instances import Instances
 from e3va.data.maps import Maps
 from e3va.data.text import load_yaml
 
 TASKS = ("boxes", "masks", "semantic")
 VALIDATION = 0.2
 """Share of the images that a validation split takes where there is none."""
-
-Split = Instances | Maps
 
 
 @dataclass

@@ -139,7 +139,7 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
     from e3va.data.coco import CocoInstances
     from e3va.torchvision import ModelConfig, TrainConfig, build_model, detect
     from e3va.torchvision.engine import SMALL_HEADS
-    from e3va.torchvision.train import train
+    from e3va.torchvision.train import batch_loss, on_device, train
 
     train_data, val_data = (
         CocoInstances(coco / f"annotations/instances_{split}.json", coco / f"images/{split}")
@@ -170,15 +170,13 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
     torch.manual_seed(seed)
     model: Any = build_model(built, len(train_data.classes) + 1, device)
     metrics = train(model, train_data, val_data, output, config)
-    batch = [train_data[i] for i in range(BATCH_SIZE)]
-    images = [image.to(device) for image, _ in batch]
-    targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
+    images, targets = on_device([train_data[i] for i in range(BATCH_SIZE)], device)
     history = read_metrics(output / METRICS)
     return Trained(
         model=model,
         backbone=model.backbone.body,
         images=model.transform(images)[0].tensors,
-        loss=lambda: sum(model(images, targets).values()),
+        loss=lambda: batch_loss(model, images, targets, None),
         metrics={key: metrics[key] for key in ("box_ap", "mask_ap", "mask_ap50")},
         detections=detect(model, val_data, device),
         losses=[(line["iteration"], line["loss"]) for line in history if "loss" in line],

@@ -11,7 +11,7 @@ except ModuleNotFoundError as error:
 
 from e3va.detectron2.average import WeightAverage
 from e3va.detectron2.backbone import (
-    E3VASwinBackbone,
+    BottomUp,
     build_e3va_swin_backbone,
     build_e3va_swin_fpn_backbone,
     build_e3va_swin_retinanet_fpn_backbone,
@@ -38,8 +38,8 @@ from e3va.detectron2.train import Trainer
 from e3va.detectron2.upernet import UPerNetHead
 
 __all__ = [
+    "BottomUp",
     "CompleteCheckpointer",
-    "E3VASwinBackbone",
     "LeanCascadeROIHeads",
     "LeanConv2d",
     "LeanConvFCHead",

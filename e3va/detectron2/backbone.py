@@ -24,19 +24,19 @@ from e3va.weights import load_trunk, resolve
 logger = logging.getLogger(__name__)
 
 
-class E3VASwinBackbone(Backbone):
+class BottomUp(Backbone):
     """A :class:`~e3va.backbone.Backbone` as a bottom-up network of Detectron2: maps "p0" to "p3"
     of strides 4 to 32.
 
     Args:
-        swin: the network, of any tuning method.
+        net: the network, of any tuning method.
     """
 
     @configurable
-    def __init__(self, swin: CoreBackbone) -> None:
+    def __init__(self, net: CoreBackbone) -> None:
         super().__init__()
-        self.swin = swin
-        config = swin.trunk.config
+        self.net = net
+        config = net.trunk.config
         names = [f"p{s}" for s in range(len(config.dims))]
         self._out_features = names
         self._out_feature_channels = dict(zip(names, config.dims, strict=True))
@@ -46,7 +46,7 @@ class E3VASwinBackbone(Backbone):
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
         if input_shape.channels != 3:
             raise ValueError(
-                "a Swin backbone needs images of 3 channels, but MODEL.PIXEL_MEAN has "
+                "the backbone needs images of 3 channels, but MODEL.PIXEL_MEAN has "
                 f"{input_shape.channels}"
             )
         trunk, method = cfg.MODEL.TRUNK, cfg.MODEL.TUNING.METHOD
@@ -62,38 +62,38 @@ class E3VASwinBackbone(Backbone):
         if METHODS[method].trains_trunk and dtype != torch.float32:
             logger.warning("MODEL.TRUNK.DTYPE is of frozen weights: %s tuning has none", method)
             dtype = torch.float32
-        swin = build_backbone(method, config, dtype=dtype, **options)
-        with_weights(swin, trunk.WEIGHTS)
+        net = build_backbone(method, config, dtype=dtype, **options)
+        with_weights(net, trunk.WEIGHTS)
         if trunk.PRECISION:
             if cfg.MODEL.DEVICE.startswith("cuda"):
-                swin.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
-            quantize_trunk(swin.trunk, trunk.PRECISION)
+                net.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
+            quantize_trunk(net.trunk, trunk.PRECISION)
         if trunk.COMPILE:
-            swin.compile()
-        return {"swin": swin}
+            net.compile()
+        return {"net": net}
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image [B, 3, H, W], normalised → one map per stage."""
-        return self.swin(image)
+        return self.net(image)
 
 
-def with_weights(swin: CoreBackbone, weights: str) -> CoreBackbone:
-    """``swin``, its trunk's weights loaded from a path, URL or timm:NAME; empty: left alone."""
+def with_weights(net: CoreBackbone, weights: str) -> CoreBackbone:
+    """``net``, its trunk's weights loaded from a path, URL or timm:NAME; empty: left alone."""
     if weights:
-        load_trunk(swin.trunk, PathManager.get_local_path(weights))
+        load_trunk(net.trunk, PathManager.get_local_path(weights))
         logger.info("Loaded the trunk's weights from %s", weights)
     else:
         logger.warning(
             "MODEL.TRUNK.WEIGHTS is empty: the trunk's weights are random, unless a checkpoint "
             "brings them"
         )
-    return swin
+    return net
 
 
 @BACKBONE_REGISTRY.register()
-def build_e3va_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> E3VASwinBackbone:
+def build_e3va_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> BottomUp:
     """The bare backbone that cfg.MODEL.TRUNK, HIGHWAY and TUNING describe."""
-    return E3VASwinBackbone(cfg, input_shape)
+    return BottomUp(cfg, input_shape)
 
 
 @BACKBONE_REGISTRY.register()
@@ -112,9 +112,9 @@ def build_e3va_swin_retinanet_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec)
     return _fpn(cfg, bottom_up, LastLevelP6P7(channels, cfg.MODEL.FPN.OUT_CHANNELS, last))
 
 
-def _fpn(cfg: CfgNode, bottom_up: E3VASwinBackbone, top_block: nn.Module) -> FPN:
+def _fpn(cfg: CfgNode, bottom_up: BottomUp, top_block: nn.Module) -> FPN:
     in_features = cfg.MODEL.FPN.IN_FEATURES
-    for name, norm in zip(bottom_up.output_shape(), bottom_up.swin.norms, strict=True):
+    for name, norm in zip(bottom_up.output_shape(), bottom_up.net.norms, strict=True):
         if name not in in_features:  # it would get no gradient, which distributed training demands
             norm.requires_grad_(False)
     return LeanFPN(

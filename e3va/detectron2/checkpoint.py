@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from torch import nn
 from e3va.checkpoint import find_trunk, frozen_hash, own_state
 from e3va.files import atomic_path
 from e3va.weights import read_weights, trunk_hash
+
+_FORMER = re.compile(r"^(backbone\.(?:bottom_up\.)?)swin\.")
+"""The beginning of names in files of before: what follows ``net.`` now."""
 
 PARTIAL = ".partial"
 """Ends the name of a checkpoint while it is being written."""
@@ -80,9 +85,11 @@ class SafeCheckpointer(DetectionCheckpointer):
         return self._loaded_hash if same else None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        if filename.endswith(".pth"):
-            return super()._load_file(filename)
-        return {"model": read_weights(filename)}
+        if not filename.endswith(".pth"):
+            return {"model": _renamed(read_weights(filename))}
+        loaded = super()._load_file(filename)
+        named = {key: _renamed(loaded[key]) for key in ("model", "ema") if key in loaded}
+        return {**loaded, **named}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         return torch.load(f, map_location="cpu", weights_only=True)
@@ -104,6 +111,10 @@ class SafeCheckpointer(DetectionCheckpointer):
             name for name in incompatible.missing_keys if not name.startswith(prefix)
         ]
         return incompatible
+
+
+def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {_FORMER.sub(r"\1net.", name): value for name, value in state.items()}
 
 
 class CompleteCheckpointer(SafeCheckpointer):

@@ -45,8 +45,8 @@ class TunedBackbone(Backbone):
         """Train adapters, made from C: of the sub-layers in turn, by stage."""
         config = self.trunk.config
         self.adapters = nn.ModuleList(
-            nn.ModuleList(kinds[k % len(kinds)](dim) for k in range(taps))
-            for dim, taps in zip(config.dims, config.num_taps, strict=True)
+            nn.ModuleList(kinds[k % len(kinds)](dim) for k in range(adapters))
+            for dim, adapters in zip(config.dims, config.num_taps, strict=True)
         )
         return self
 

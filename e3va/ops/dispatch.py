@@ -1,9 +1,9 @@
 """The one place that decides which backend runs an op.
 
-``reference`` is PyTorch, ``native`` the compiled C++/CUDA extension, ``triton`` the kernels in
-``kernels/``. ``auto`` (the default) takes the first backend of an op's own preference order that
-can run here; on a GPU only if it is right and faster than the reference there, which a trial at its
-first use shows, see :mod:`e3va.ops.trial`. The choice is made by ``with e3va.backend(name):`` or by
+``auto`` (the default) takes the first of the backends that
+:data:`~e3va.ops.backends.registry.PREFERENCE` names for an op that can run here; on a GPU only if
+it is right and faster than the reference there, which a trial at its first use shows, see
+:mod:`e3va.ops.trial`. The choice is made by ``with e3va.backend(name):`` or by
 the environment variable ``E3VA_BACKEND``, each a name or several, most wanted first:
 ``triton,native``. Where none that was asked for can run an op, it raises; ``auto`` never does.
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
+from e3va.ops import verdicts
+from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
 from e3va.ops.variants import VARIANTS
 
 BACKENDS = ("reference", "native", "triton")
@@ -29,13 +31,6 @@ TRIED_ON = {"cuda"}
 _requested: tuple[str, ...] | None = None
 
 
-class _Backend(NamedTuple):
-    run: Callable[..., Any]
-    why_not: Callable[[torch.device, torch.dtype], str | None]
-    cannot: Callable[..., str | None]
-
-
-_ops: dict[str, dict[str, _Backend]] = {}
 _chosen: dict[tuple[Any, ...], str] = {}
 
 
@@ -44,27 +39,6 @@ class Choice(NamedTuple):
 
     backend: str
     reason: str
-
-
-def register(
-    op: str,
-    backend: str,
-    why_not: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None,
-    cannot: Callable[..., str | None] = lambda device, variant: None,
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Attach a function to ``op`` as its ``backend``. Backends are preferred in the reverse order
-    of registration.
-
-    Args:
-        why_not: of a device and a dtype: None where the backend can run, else the reason.
-        cannot: of a device and a variant of the op, see :mod:`e3va.ops.variants`: the same.
-    """
-
-    def attach(run: Callable[..., Any]) -> Callable[..., Any]:
-        _ops.setdefault(op, {})[backend] = _Backend(run, why_not, cannot)
-        return run
-
-    return attach
 
 
 def requested_backends() -> tuple[str, ...]:
@@ -95,31 +69,6 @@ def backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def operators() -> tuple[str, ...]:
-    """Names of all ops."""
-    return tuple(_ops)
-
-
-def candidates(op: str) -> tuple[str, ...]:
-    """Backends that ``op`` has, most preferred first."""
-    return tuple(reversed(_ops[op]))
-
-
-def implementation(op: str, backend: str) -> Callable[..., Any]:
-    """What was registered as ``backend`` of ``op``."""
-    return _ops[op][backend].run
-
-
-def why_not(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, variant: Any = None
-) -> str | None:
-    """None where ``backend`` can run ``op``, else the reason."""
-    reason = _ops[op][backend].why_not(device, dtype)
-    if reason is None and variant is not None:
-        reason = _ops[op][backend].cannot(device, variant)
-    return reason
-
-
 def explain(
     op: str,
     device: torch.device,
@@ -140,19 +89,17 @@ def explain(
     wanted = requested_backends()
     variant = None if arguments is None else VARIANTS[op].of(*arguments)
     passed_over: list[str] = []
-    for name in wanted or candidates(op):
-        if name not in _ops[op]:
-            passed_over.append(f"not {name}: {op} has only {', '.join(_ops[op])}")
+    for name in wanted or PREFERENCE[op]:
+        if name not in PREFERENCE[op]:
+            passed_over.append(f"not {name}: {op} has only {', '.join(PREFERENCE[op])}")
             continue
-        reason = why_not(op, name, device, dtype, variant)
+        reason = IMPLEMENTATIONS[op][name].obstacle(device, dtype, variant)
         if reason is None and wanted:
             return Choice(name, "asked for by name")
         if reason is None and device.type in TRIED_ON and name != "reference":
             if arguments is None:
                 return Choice(name, "if it is right and faster, which its first use will show")
-            from e3va.ops import trial
-
-            verdict = trial.verdict(op, name, device, dtype, arguments, size)
+            verdict = verdicts.verdict(op, name, device, dtype, arguments, size)
             if verdict.passed:
                 return Choice(name, verdict.describe())
             reason = verdict.describe()
@@ -174,7 +121,7 @@ def run(op: str, like: torch.Tensor, *arguments: Any) -> Any:
         name = explain(op, device, dtype, arguments, size).backend
         if not _capturing(device):  # nothing can be tried then
             _chosen[key] = name
-    run = _ops[op][name].run
+    run = IMPLEMENTATIONS[op][name].run
     if not torch.is_autocast_enabled(like.device.type):
         return run(*arguments)
     with torch.autocast(like.device.type, enabled=False):

@@ -11,20 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch, functional
 from e3va.ops.checks import check_floating, check_once, check_same_dtype, check_shape
 from e3va.ops.library import operator
-from e3va.ops.taps import TAPS, stored_channels
-
-for _op in (reference.adapters, reference.adapters_backward, reference.tap_gradient):
-    dispatch.register(_op.__name__, "reference")(_op)
+from e3va.ops.storage import STORAGES, stored_channels
 
 
 def highway(
     h_in: Tensor,
     y_in: Tensor,
     y_out: Tensor,
-    tap: Sequence[Tensor] | Tensor,
+    taps: Sequence[Tensor] | Tensor,
     t: Tensor,
     P: Tensor,
     g: Tensor,
@@ -38,7 +35,7 @@ def highway(
     gamma: Tensor | None = None,
     carry: Tensor | None = None,
     scale: Tensor | None = None,
-    taps: str = "full",
+    storage: str = "full",
 ) -> tuple[Tensor, Tensor | None]:
     """h_out = y_out + (h_in − y_in) + Σ_k s_k·V_k + c (arXiv 2306.09729, eq. 5), where
 
@@ -48,7 +45,7 @@ def highway(
     and of g_k, g_up_k each branch multiplies its own d of the α rows of Q_k and columns of U_k.
     ``t`` is what :func:`e3va.ops.sublayer_epilogue` made of the taps with *this* P. Gradients go to
     ``h_in``, ``carry`` and to the parameters, through t as a function of the taps; the trunk's
-    tensors (y_in, y_out, tap, t) get none. Saved for backward: the taps, u, the carry and the
+    tensors (y_in, y_out, taps, t) get none. Saved for backward: the taps, u, the carry and the
     parameters. Beside taps in "int4" u is kept in "int8".
 
     A fused backward reads the taps once and writes nothing wider than α but gradients of
@@ -58,7 +55,7 @@ def highway(
     Args:
         h_in: the highway before the stage, [B, H, W, C].
         y_in, y_out: the frozen stage's input and output, [B, H, W, C].
-        tap: K taps, each [B, H, W, C], or as :func:`e3va.ops.sublayer_epilogue` keeps them, in one
+        taps: K, each [B, H, W, C], or as :func:`e3va.ops.sublayer_epilogue` keeps them, in one
             tensor [K, N, bytes].
         t: [K, N, α], N = B·H·W.
         P: [K, C, α]. g, g_up: [K, branches, d, d], α = branches·d. Q: [K, α, m]. b: [K, m].
@@ -68,7 +65,7 @@ def highway(
         gamma: how much of the state an adapter hears, [K, α]; None (the default): no state.
         carry: the state before the stage, [B, H, W, α]; None (the default): zero.
         scale: of taps that are not "full", [K, N].
-        taps: how ``tap`` is kept, one of :data:`e3va.ops.taps.TAPS`.
+        storage: how ``taps`` are kept, one of :data:`e3va.ops.storage.STORAGES`.
 
     Returns:
         The highway after the stage, [B, H, W, C], and the state after it, [B, H, W, α], or None
@@ -78,8 +75,8 @@ def highway(
         TypeError: dtypes are not floating, or differ within the two groups above.
         ValueError: a shape or the number of taps does not fit, or there is a carry without gamma.
     """
-    kept = [tap] if isinstance(tap, Tensor) else list(tap)
-    arguments = h_in, y_in, y_out, carry, taps, kept, scale, t
+    kept = [taps] if isinstance(taps, Tensor) else list(taps)
+    arguments = h_in, y_in, y_out, carry, storage, kept, scale, t
     parameters = P, D, gamma, g, Q, b, U, g_up, V, c
     check_once(_check, *arguments, *parameters)
     h, carry, *_ = torch.ops.e3va.highway(*arguments, *parameters)
@@ -91,8 +88,8 @@ def _check(
     y_in: Tensor,
     y_out: Tensor,
     carry: Tensor | None,
-    taps: str,
-    tap: list[Tensor],
+    storage: str,
+    taps: list[Tensor],
     scale: Tensor | None,
     t: Tensor,
     P: Tensor,
@@ -106,9 +103,9 @@ def _check(
     V: Tensor,
     c: Tensor,
 ) -> None:
-    if taps not in TAPS:
-        raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
-    full = {f"tap[{k}]": v for k, v in enumerate(tap)} if taps == "full" else {}
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
+    full = {f"taps[{k}]": v for k, v in enumerate(taps)} if storage == "full" else {}
     maps = {"h_in": h_in, "y_in": y_in, **full}
     check_same_dtype(y_out=y_out, **maps, **_given(carry=carry))
     check_floating(t=t)
@@ -122,13 +119,14 @@ def _check(
         check_shape(name, tensor, *y_out.shape)
     tokens = y_out.shape[:-1].numel()
     check_shape("t", t, adapters, tokens, rank)
-    if (scale is None) != (taps == "full"):
-        raise ValueError(f"taps {taps!r} come {'without a' if scale is None else 'with a'} scale")
+    if (scale is None) != (storage == "full"):
+        without = "without" if scale is None else "with"
+        raise ValueError(f"taps kept as {storage!r} come {without} a scale")
     if scale is None:
-        if len(tap) != adapters:
-            raise ValueError(f"P holds {adapters} adapters, got {len(tap)} taps")
+        if len(taps) != adapters:
+            raise ValueError(f"P holds {adapters} adapters, got {len(taps)} taps")
     else:
-        check_shape("tap", tap[0], adapters, tokens, stored_channels(channels, taps))
+        check_shape("taps", taps[0], adapters, tokens, stored_channels(channels, storage))
         check_shape("scale", scale, adapters, tokens)
     check_shape("Q", Q, adapters, rank, hidden)
     check_shape("g", g, adapters, -1, -1, -1)
@@ -166,8 +164,8 @@ def _highway(
     y_in: Tensor,
     y_out: Tensor,
     carry: Tensor | None,
-    taps: str,
-    tap: Sequence[Tensor],
+    storage: str,
+    taps: Sequence[Tensor],
     scale: Tensor | None,
     t: Tensor,
     P: Tensor,
@@ -186,10 +184,10 @@ def _highway(
     rows = t.to(y_out)
     before = None if carry is None else carry.flatten(0, -2)
     weights, size = (D, gamma, g, Q, b, U, g_up), y_out.shape[1:3]
-    kept = "int8" if taps == "int4" else "full"
+    kept = "int8" if storage == "int4" else "full"
     S, after, u, u_scale = dispatch.run("adapters", y_out, rows, before, *weights, size, kept)
     with torch.autocast(y_out.device.type, enabled=False):
-        h = reference.highway(h_in, y_in, y_out, S, V, c)
+        h = functional.highway(h_in, y_in, y_out, S, V, c)
     if gamma is not None:
         after = after.view(*y_out.shape[:-1], P.shape[2])
     elif kept == "full":
@@ -198,28 +196,28 @@ def _highway(
 
 
 @_highway.register_fake
-def _(h_in, y_in, y_out, carry, taps, tap, scale, t, P, D, gamma, g, Q, b, U, g_up, V, c):
+def _(h_in, y_in, y_out, carry, storage, taps, scale, t, P, D, gamma, g, Q, b, U, g_up, V, c):
     rows, state = y_out.shape[:-1], gamma is not None
     shape = t.shape
     h = y_out.new_empty(y_out.shape)
     after = y_out.new_empty((*rows, P.shape[2]) if state else 0)
-    if taps != "int4":
+    if storage != "int4":
         return h, after, y_out.new_empty(shape), h.new_empty(0)
     kept_scale = h.new_empty(shape[:2], dtype=torch.float32)
     return h, after, h.new_empty(shape, dtype=torch.int8), kept_scale
 
 
 def _setup_context(ctx, inputs, output):
-    _, _, _, carry, ctx.taps, tap, scale, _, *parameters, _ = inputs
+    _, _, _, carry, ctx.storage, taps, scale, _, *parameters, _ = inputs
     _, _, kept, kept_scale = output
     ctx.mark_non_differentiable(kept, kept_scale)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(carry, kept, kept_scale, *parameters, scale, *tap)
+    ctx.save_for_backward(carry, kept, kept_scale, *parameters, scale, *taps)
 
 
 def _backward(ctx, G, dcarry, *_):
-    carry, kept, kept_scale, P, D, gamma, g, Q, b, U, g_up, V, scale, *tap = ctx.saved_tensors
-    nothing = [None] * len(tap), None, None
+    carry, kept, kept_scale, P, D, gamma, g, Q, b, U, g_up, V, scale, *taps = ctx.saved_tensors
+    nothing = [None] * len(taps), None, None
     if gamma is None:
         dcarry = None  # of nothing
     if G is None and dcarry is None:
@@ -227,7 +225,7 @@ def _backward(ctx, G, dcarry, *_):
     if G is None:
         G = dcarry.new_zeros(*dcarry.shape[:-1], V.shape[-1])
     dbefore, dP, dD, dgamma, *grads = torch.ops.e3va.highway_backward(
-        *(G, carry, dcarry, ctx.taps, tap, scale, kept, kept_scale),
+        *(G, carry, dcarry, ctx.storage, taps, scale, kept, kept_scale),
         *(P, D, gamma, g, Q, b, U, g_up, V),
     )
     return (
@@ -252,8 +250,8 @@ def _highway_backward(
     G: Tensor,
     carry: Tensor | None,
     dcarry: Tensor | None,
-    taps: str,
-    tap: Sequence[Tensor],
+    storage: str,
+    taps: Sequence[Tensor],
     scale: Tensor | None,
     kept: Tensor,
     kept_scale: Tensor,
@@ -275,14 +273,14 @@ def _highway_backward(
         rows = G.flatten(0, -2)
         after = None if dcarry is None else dcarry.flatten(0, -2)
         dS = rows @ V.flatten(0, 1).to(G).t()  # [N, K·α]
-        u = kept, kept_scale if taps == "int4" else None
+        u = kept, kept_scale if storage == "int4" else None
         arguments = dS, after, *u, D, gamma, g, Q, b, U, g_up, G.shape[1:3]
         S, dt, dbefore, dD, *sums = dispatch.run("adapters_backward", G, *arguments)
         dgamma = G.new_empty(0) if gamma is None else _gamma_gradient(carry, S, dt)
-        dV = reference.over_tokens(S, rows).view(V.shape).to(V)
+        dV = functional.over_tokens(S, rows).view(V.shape).to(V)
         del S, dS
-        flat = tap[0] if taps != "full" else [tap_k.flatten(0, -2) for tap_k in tap]
-        dP = dispatch.run("tap_gradient", G, flat, scale, taps, dt, G.shape[-1])
+        flat = taps[0] if storage != "full" else [tap_k.flatten(0, -2) for tap_k in taps]
+        dP = dispatch.run("tap_gradient", G, flat, scale, storage, dt, G.shape[-1])
         if gamma is not None:
             dbefore = dbefore.view(*G.shape[:-1], P.shape[2])
         dc = rows.sum(0, dtype=torch.promote_types(G.dtype, torch.float32))
@@ -301,7 +299,7 @@ def _gamma_gradient(carry: Tensor | None, S: Tensor, dt: Tensor) -> Tensor:
 
 
 @_highway_backward.register_fake
-def _(G, carry, dcarry, taps, tap, scale, kept, kept_scale, P, D, gamma, *weights):
+def _(G, carry, dcarry, storage, taps, scale, kept, kept_scale, P, D, gamma, *weights):
     dbefore = G.new_empty(0 if gamma is None else (*G.shape[:-1], P.shape[2]))
     parameters = (P.new_empty(0 if p is None else p.shape) for p in (P, D, gamma, *weights))
     return dbefore, *parameters, P.new_empty(P.shape[1])

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch, functional
 from e3va.ops.checks import check_floating, check_shape
 from e3va.ops.library import operator
-
-dispatch.register("stage_exit_backward", "reference")(reference.stage_exit_backward)
 
 
 def stage_exit(
@@ -26,7 +24,7 @@ def stage_exit(
     merge_eps: float = 0.0,
     reduction: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The output norm of a stage and Swin's patch merging (arXiv 2103.14030, sec. 3.1) of one map.
+    """The output norm of a stage and patch merging (arXiv 2103.14030, sec. 3.1) of one map.
 
     Merging concatenates 2×2 neighbours, normalises and projects them with the trunk's own frozen
     weights ("inherited" down-sampling, arXiv 2306.09729, sec. 3.3). Gradients flow to ``h``,
@@ -80,11 +78,11 @@ def _stage_exit(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """p, merged, and the mean [N] and inverse deviation [N] of each token."""
     with torch.autocast(h.device.type, enabled=False):
-        p, mean, rstd = reference.output_norm(h, weight, bias, eps)
+        p, mean, rstd = functional.output_norm(h, weight, bias, eps)
         if merge_weight is None or merge_bias is None or reduction is None:
             merged = h.new_empty(0)
         else:
-            merged = reference.patch_merging(h, merge_weight, merge_bias, merge_eps, reduction)
+            merged = functional.patch_merging(h, merge_weight, merge_bias, merge_eps, reduction)
     return p, merged, mean, rstd
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch
 from e3va.ops.checks import (
     check_floating,
     check_frozen,
@@ -17,9 +17,10 @@ from e3va.ops.checks import (
     check_shape,
 )
 from e3va.ops.library import frozen_operator
-from e3va.ops.taps import TAPPED, TAPS, room, stored_channels, stored_dtype
+from e3va.ops.storage import STORAGES, returns_norm, room, stored_channels, stored_dtype
 
-dispatch.register("sublayer_epilogue", "reference")(reference.sublayer_epilogue)
+TAPPED = ("output", "norm")
+"""What an adapter may read."""
 
 
 def sublayer_epilogue(
@@ -30,7 +31,7 @@ def sublayer_epilogue(
     eps: float,
     P: Tensor | None = None,
     tap: str = "output",
-    taps: str = "full",
+    storage: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
     into: Sequence[Tensor] = (),
@@ -50,7 +51,7 @@ def sublayer_epilogue(
             default): no adapter.
         tap: what the adapter reads: "output" (the default), which is ``x``, or "norm", the
             LayerNorm of ``y + x``, without weight and bias where those are None.
-        taps: how the tap is to be kept for backward, one of :data:`e3va.ops.taps.TAPS`.
+        storage: how the tap is to be kept for backward, one of :data:`e3va.ops.storage.STORAGES`.
         seed: of the stochastic rounding of "int4", an int64 []; on the device of ``x`` nothing is
             copied, and a CUDA graph that draws it rounds anew at each replay. Default: 0.
         index: added to it (default 0).
@@ -61,21 +62,21 @@ def sublayer_epilogue(
         ``y + x`` [..., C]; its LayerNorm [..., C], or an empty tensor without a norm, unless it is
         the tap and to be kept in full; ``t = tap·P`` [N, α], N the product of the leading sizes,
         empty without an adapter. All of the dtype of ``x``. Last the tap as it is to be kept, and
-        its scales, as :func:`e3va.ops.taps.compress` makes them; both empty without an adapter, and
-        with taps "full", where ``x`` or the LayerNorm itself is kept.
+        its scales, as :func:`e3va.ops.storage.compress` makes them; both empty without an adapter,
+        and with storage "full", where ``x`` or the LayerNorm itself is kept.
 
     Raises:
         TypeError: a dtype is not floating, or those of ``x`` and ``y`` differ.
-        ValueError: a shape does not fit, a norm is incomplete, ``tap`` or ``taps`` is unknown.
+        ValueError: a shape does not fit, a norm is incomplete, ``tap`` or ``storage`` is unknown.
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
     check_frozen("sublayer_epilogue", x=x, y=y, norm_weight=norm_weight, norm_bias=norm_bias, P=P)
-    check_once(_check, x, y, norm_weight, norm_bias, P, tap, taps, tuple(into))
+    check_once(_check, x, y, norm_weight, norm_bias, P, tap, storage, tuple(into))
     if not all(part.is_contiguous() for part in into):
         raise ValueError("into must be contiguous")
     if P is not None and not into:
-        into = room(x, P.shape[1], taps)
-    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, list(into)
+        into = room(x, P.shape[1], storage)
+    arguments = x, y, norm_weight, norm_bias, eps, P, tap, storage, seed, index, list(into)
     y_out, z = _sublayer_epilogue(*arguments)
     t, kept, scale = into or [x.new_empty(0)] * 3
     return y_out, z, t, kept, scale
@@ -88,7 +89,7 @@ def _check(
     norm_bias: Tensor | None,
     P: Tensor | None,
     tap: str,
-    taps: str,
+    storage: str,
     into: Sequence[Tensor],
 ) -> None:
     check_same_dtype(x=x, y=y)
@@ -97,8 +98,8 @@ def _check(
     check_shape("y", y, *x.shape)
     if tap not in TAPPED:
         raise ValueError(f"tap must be one of {', '.join(TAPPED)}, got {tap!r}")
-    if taps not in TAPS:
-        raise ValueError(f"taps must be one of {', '.join(TAPS)}, got {taps!r}")
+    if storage not in STORAGES:
+        raise ValueError(f"storage must be one of {', '.join(STORAGES)}, got {storage!r}")
     channels = x.shape[-1]
     if (norm_weight is None) != (norm_bias is None):
         raise ValueError("a norm is norm_weight and norm_bias together: one of them is None")
@@ -113,12 +114,12 @@ def _check(
         tokens, (t, kept, scale) = x.shape[:-1].numel(), into
         check_shape("into[0]", t, tokens, P.shape[1])
         check_same_dtype(x=x, into=t)
-        if taps != "full":
-            check_shape("into[1]", kept, tokens, stored_channels(channels, taps))
+        if storage != "full":
+            check_shape("into[1]", kept, tokens, stored_channels(channels, storage))
             check_shape("into[2]", scale, tokens)
-            if (kept.dtype, scale.dtype) != (stored_dtype(taps), torch.float32):
+            if (kept.dtype, scale.dtype) != (stored_dtype(storage), torch.float32):
                 raise TypeError(
-                    f"into of {kept.dtype} and {scale.dtype} does not hold taps {taps!r}"
+                    f"into of {kept.dtype} and {scale.dtype} does not hold a tap as {storage!r}"
                 )
 
 
@@ -131,22 +132,17 @@ def _sublayer_epilogue(
     eps: float,
     P: Tensor | None,
     tap: str,
-    taps: str,
+    storage: str,
     seed: Tensor | None,
     index: int,
     into: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    arguments = x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, into
+    arguments = x, y, norm_weight, norm_bias, eps, P, tap, storage, seed, index, into
     y_out, z, *_ = dispatch.run("sublayer_epilogue", x, *arguments)
     return y_out, z
 
 
 @torch.library.register_fake("e3va::sublayer_epilogue")
-def _(x, y, norm_weight, norm_bias, eps, P, tap, taps, seed, index, into):
-    z = y.new_empty(y.shape if returns_norm(norm_weight, P, tap, taps) else 0)
+def _(x, y, norm_weight, norm_bias, eps, P, tap, storage, seed, index, into):
+    z = y.new_empty(y.shape if returns_norm(norm_weight, P, tap, storage) else 0)
     return y.new_empty(y.shape), z
-
-
-def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, taps: str) -> bool:
-    """Whether the op's second result is a norm, not empty."""
-    return norm_weight is not None or (P is not None and tap == "norm" and taps == "full")

@@ -1,44 +1,31 @@
-"""Is a kernel right on this GPU, and faster than PyTorch? It is run there and compared, once.
+"""Is a kernel right on this GPU, and faster than PyTorch? It is run there and compared.
 
 Right means: on small maps that no tile divides it is as close to float64 as PyTorch in the same
 dtype is, or within some roundings of it. Faster is told at the shape at hand, for all maps of about
-its size. Verdicts are kept in a file for each GPU, driver, version of PyTorch and Triton, and state
-of our kernels, in the user's cache folder (:mod:`e3va.cache`); a lock makes processes that
-start together on one machine, those of one training above all, agree. What failed for want of
-memory or a tool is not kept.
+its size; see :mod:`e3va.ops.verdicts`.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import importlib.metadata
-import importlib.util
-import json
 import math
-import re
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from e3va.cache import cache_path, read_cache, warn_once, warn_unwritable, write_cache
-from e3va.ops import dispatch
-from e3va.ops.variants import VARIANTS, Draw, Variant, compared, examples
+from e3va.ops.backends.registry import IMPLEMENTATIONS, PREFERENCE
+from e3va.ops.variants import Draw, Variant, compared, examples
 
 MAPS = ((2, 13, 21), (1, 1, 1))
 """(B, H, W) of the maps that show whether a kernel is right."""
 
 STAGE = (1, 50, 84)
-"""That of the third stage of a Swin, whose patches have 4 pixels a side, of an image 800×1344."""
+"""That of a stage of 16 pixels a token, of an image 800×1344."""
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Relative error (norm over norm) allowed against float64: some 4 units of the dtype's rounding."""
@@ -50,10 +37,6 @@ MARGIN = 0.95
 """The part of the reference's time that a kernel must stay below: less is noise."""
 
 RUNS = 9
-WAIT = 60.0
-"""Seconds that another process is waited for."""
-
-DRIVER = Path("/proc/driver/nvidia/version")
 
 
 class Verdict(NamedTuple):
@@ -103,39 +86,6 @@ class Verdict(NamedTuple):
         return f"right, to {error}, and {ratio:.2g} times as fast as the reference"
 
 
-def verdict(
-    op: str,
-    backend: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    arguments: tuple[Any, ...],
-    size: int,
-) -> Verdict:
-    """What a trial of ``backend`` showed on this device, for the variant of ``arguments`` and maps
-    of a size, see :func:`e3va.ops.dispatch.size_of`; it is made now if it never was."""
-    variant = VARIANTS[op].of(*arguments)
-    name = _name(op, backend, dtype, variant, size)
-    with _current(device):
-        seen = _seen(device)
-        if name in seen:
-            return seen[name]
-        found = _read(_path(device)).get(name)
-        if found is None and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            found = Verdict(failure="it was not tried before a CUDA graph was captured")
-        else:
-            if found is None:
-                trial = functools.partial(_try, op, backend, device, dtype, variant, arguments)
-                found = _first(name, device, trial)
-            seen[name] = found
-        _warn(op, backend, device, dtype, found)
-        return found
-
-
-def verdicts(device: torch.device) -> dict[str, Verdict]:
-    """All that is known of ``device``: "op backend dtype variant size" → verdict."""
-    return _read(_path(device)) | _seen(device)
-
-
 def check(
     op: str, backend: str, device: torch.device, dtype: torch.dtype, variant: Variant
 ) -> Verdict:
@@ -144,8 +94,7 @@ def check(
     Raises:
         Exception: whatever the backend raises.
     """
-    run = dispatch.implementation(op, backend)
-    reference = dispatch.implementation(op, "reference")
+    run, reference = (IMPLEMENTATIONS[op][name].run for name in (backend, "reference"))
     largest, right = 0.0, True
     for size in MAPS:
         arguments = variant.arguments(Draw(dtype), *size)
@@ -173,28 +122,21 @@ class Trial(NamedTuple):
 
 
 def selftest(device: torch.device) -> Iterator[Trial]:
-    """Try every kernel that ``device`` can run, in every dtype, on examples of what Swin needs; on
-    a GPU they are timed, too. Nothing is kept, and nothing that was kept is looked at."""
+    """Try every kernel that ``device`` can run, in every dtype, on examples of what backbones
+    need; on a GPU they are timed, too. Nothing is kept, and nothing that was kept is looked at."""
     for dtype in TOLERANCE:
         for op, variant in examples():
-            for backend in dispatch.candidates(op):
-                if backend == "reference" or dispatch.why_not(op, backend, device, dtype, variant):
+            for backend in PREFERENCE[op]:
+                implementation = IMPLEMENTATIONS[op][backend]
+                if backend == "reference" or implementation.obstacle(device, dtype, variant):
                     continue
-                with _current(device):
-                    found = _try(op, backend, device, dtype, variant)
+                with current(device):
+                    found = try_kernel(op, backend, device, dtype, variant)
                 yield Trial(op, backend, str(dtype).removeprefix("torch."), variant, found)
 
 
-def driver() -> str:
-    """The GPU driver's version, as "NVIDIA UNIX x86_64 Kernel Module  580.65.06  Sun Jul …" names
-    it."""
-    text = DRIVER.read_text() if DRIVER.exists() else ""
-    found = re.search(r"Kernel Module.*?  (\d[\d.]+)", text)
-    return found[1] if found else "unknown"
-
-
 @torch.no_grad()
-def _try(
+def try_kernel(
     op: str,
     backend: str,
     device: torch.device,
@@ -222,16 +164,6 @@ def _try(
             return Verdict(failure=f"it fails here with {type(error).__name__}: {error}")
 
 
-def _warn(op: str, backend: str, device: torch.device, dtype: torch.dtype, found: Verdict) -> None:
-    if not found.right:
-        warnings.warn(
-            f"the {backend} kernel of {op} is not used on {_device_name(device)} in {dtype}: "
-            f"{found.describe()}. Please report it together with what `e3va selftest` prints, "
-            "unless something is missing here.",
-            stacklevel=2,
-        )
-
-
 def _errors(
     variant: Variant, arguments: tuple[Any, ...], found: Any, exact: Any
 ) -> list[tuple[float, float]]:
@@ -253,7 +185,7 @@ def _times(
     op: str, backend: str, device: torch.device, arguments: tuple[Any, ...]
 ) -> tuple[float | None, float | None]:
     """Median seconds of ours and of the reference, interleaved; None: it ran out of memory."""
-    runs = {name: dispatch.implementation(op, name) for name in (backend, "reference")}
+    runs = {name: IMPLEMENTATIONS[op][name].run for name in (backend, "reference")}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(RUNS + 2):
         for name, run in list(runs.items()):
@@ -288,118 +220,14 @@ def _seconds(run: Callable[..., Any], device: torch.device, arguments: tuple[Any
     return events[0].elapsed_time(events[1]) / 1e3
 
 
-# Verdicts that are kept ---------------------------------------------------------------------------
-
-_memory: dict[str, dict[str, Verdict]] = {}
-"""Of this process, by the file that they would be kept in."""
-
-
-def _first(name: str, device: torch.device, make: Callable[[], Verdict]) -> Verdict:
-    """The verdict of the first process that comes here: others wait for it."""
-    path, lock = _path(device), None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path.with_suffix(".lock"), timeout=WAIT)
-        lock.acquire()
-    except Timeout:
-        lock = None
-        warn_once(f"another process keeps {path} locked: kernels are tried without waiting for it")
-    except (OSError, NotImplementedError) as error:
-        lock = None
-        warn_unwritable(path, error)
-    try:
-        found = _read(path).get(name) or make()
-        if lock and found.lasting:
-            _write(path, device, name, found)
-        return found
-    finally:
-        if lock:
-            lock.release()
-
-
-def _seen(device: torch.device) -> dict[str, Verdict]:
-    return _memory.setdefault(str(_path(device)), {})
-
-
-def _read(path: Path) -> dict[str, Verdict]:
-    def parse(content: Any) -> dict[str, Verdict]:
-        return {str(name): _parsed(fields) for name, fields in content["verdicts"].items()}
-
-    return read_cache(path, parse) or {}
-
-
-def _write(path: Path, device: torch.device, name: str, found: Verdict) -> None:
-    values = {key: value._asdict() for key, value in {**_read(path), name: found}.items()}
-    write_cache(path, {**_identity(device), "verdicts": values})
-
-
-def _parsed(fields: dict[str, Any]) -> Verdict:
-    found = Verdict(**fields)
-    numbers = (found.error, found.seconds, found.reference_seconds)
-    if type(found.right) is not bool or not all(
-        number is None or type(number) is float for number in numbers
-    ):
-        raise TypeError(f"no verdict: {fields}")
-    return found
-
-
-def _name(op: str, backend: str, dtype: torch.dtype, variant: Variant, size: int) -> str:
-    form = str(dtype).removeprefix("torch.")
-    if dtype == torch.float32:  # "high" makes the reference faster, and less exact
-        form += f" ({torch.get_float32_matmul_precision()})"
-    return f"{op} {backend} {form} {fields(variant)}, size={size}"
-
-
 def fields(variant: Variant) -> str:
     """As "channels=96, norm=None, …"."""
     return ", ".join(f"{key}={value}" for key, value in variant._asdict().items())
 
 
-def _path(device: torch.device) -> Path:
-    digest = hashlib.sha256(json.dumps(_identity(device)).encode()).hexdigest()[:16]
-    return cache_path(f"verdicts-{digest}.json")
-
-
-def _current(device: torch.device) -> AbstractContextManager[None]:
+def current(device: torch.device) -> AbstractContextManager[None]:
     """With the device's own stream and events."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-@functools.cache
-def _identity(device: torch.device) -> dict[str, str]:
-    """All that a verdict holds for."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        triton = "none"
-    return {
-        "device": _device_name(device),
-        "driver": driver(),
-        "torch": torch.__version__,
-        "triton": triton,
-        "kernels": _kernels(),
-    }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type != "cuda":
-        return device.type
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name}, sm_{properties.major}{properties.minor}"
-
-
-@functools.cache
-def _kernels() -> str:
-    """A hash of what was compiled, of what will be, and of what judges it."""
-    package = Path(__file__).parents[1]
-    spec = importlib.util.find_spec("e3va.kernels")
-    folders = [*map(Path, (spec.submodule_search_locations or []) if spec else []), package / "ops"]
-    files = [path for folder in folders for path in sorted(folder.glob("*.py"))]
-    digest = hashlib.sha256()
-    for path in (package / "_C.abi3.so", package / "native.py", package / "triton.py", *files):
-        if path.exists():
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _double(value: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e3va.ops.reference import keep, output_norm
-from e3va.ops.taps import TAPS, compress, expand
+from e3va.ops.functional import output_norm
+from e3va.ops.storage import STORAGES, compress, expand, keep
 
 SEED = 5  # of int4
 RARELY = 0.01
@@ -68,13 +68,13 @@ class SublayerEpilogue(NamedTuple):
     norm: str | None
     rank: int
     tap: str
-    taps: str
+    storage: str
 
     @classmethod
     def of(cls, *arguments: Any) -> Self:
-        x, weight, (P, tap, taps) = arguments[0], arguments[2], arguments[5:8]
+        x, weight, (P, tap, storage) = arguments[0], arguments[2], arguments[5:8]
         norm = None if weight is None else str(weight.dtype).removeprefix("torch.")
-        return cls(x.shape[-1], norm, 0 if P is None else P.shape[1], tap, taps)
+        return cls(x.shape[-1], norm, 0 if P is None else P.shape[1], tap, storage)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         C, rank = self.channels, self.rank
@@ -83,12 +83,12 @@ class SublayerEpilogue(NamedTuple):
         if self.norm:
             norm = [draw.weight(C).to(getattr(torch, self.norm)) for _ in range(2)]
         P = draw.maybe(rank > 0, C, rank, scale=C**-0.5)
-        return x, y, *norm, 1e-5, P, self.tap, self.taps, torch.tensor(SEED, device="cpu")
+        return x, y, *norm, 1e-5, P, self.tap, self.storage, torch.tensor(SEED, device="cpu")
 
 
 class Adapters(NamedTuple):
     """Of the adapters of a stage; ``side`` 0: no mixing; ``carry``: whether a state arrives;
-    ``kept``: how u is."""
+    ``storage``: how u is kept."""
 
     adapters: int
     branches: int
@@ -97,24 +97,24 @@ class Adapters(NamedTuple):
     side: int
     state: bool
     carry: bool
-    kept: str
+    storage: str
 
     @classmethod
     def of(cls, *arguments: Any) -> Self:
         return cls._of(arguments[1], arguments[2:6], arguments[-1])
 
     @classmethod
-    def _of(cls, carry: Tensor | None, weights: tuple[Any, ...], kept: str) -> Self:
+    def _of(cls, carry: Tensor | None, weights: tuple[Any, ...], storage: str) -> Self:
         D, gamma, g, Q = weights
         K, rank, hidden = Q.shape
         side = 0 if D is None else D.shape[-1]
         state = gamma is not None, carry is not None
-        return cls(K, g.shape[1], rank, hidden, side, *state, kept)
+        return cls(K, g.shape[1], rank, hidden, side, *state, storage)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         t = draw(self.adapters, B * H * W, self.rank)
         carry = draw(B * H * W, self.rank) if self.carry else None
-        return t, carry, *self._weights(draw), (H, W), self.kept
+        return t, carry, *self._weights(draw), (H, W), self.storage
 
     def _weights(self, draw: Draw) -> tuple[Tensor | None, ...]:
         K, branches, rank, hidden, side = self[:5]
@@ -134,12 +134,12 @@ class AdaptersBackward(Adapters):
 
     @classmethod
     def of(cls, *arguments: Any) -> Self:
-        kept = "full" if arguments[3] is None else "int8"
-        return cls._of(arguments[1], arguments[4:8], kept)
+        storage = "full" if arguments[3] is None else "int8"
+        return cls._of(arguments[1], arguments[4:8], storage)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         u, carry, *rest, _ = super().arguments(draw, B, H, W)
-        kept = keep(u, self.kept) if self.kept != "full" else (u, None)
+        kept = keep(u, self.storage) if self.storage != "full" else (u, None)
         return draw(B * H * W, self.adapters * self.rank), carry, *kept, *rest
 
 
@@ -149,20 +149,20 @@ class TapGradient(NamedTuple):
     adapters: int
     channels: int
     rank: int
-    taps: str
+    storage: str
 
     @classmethod
-    def of(cls, tap: Any, scale: Tensor | None, taps: str, dt: Tensor, channels: int) -> Self:
-        return cls(len(dt), channels, dt.shape[-1], taps)
+    def of(cls, taps: Any, scale: Tensor | None, storage: str, dt: Tensor, channels: int) -> Self:
+        return cls(len(dt), channels, dt.shape[-1], storage)
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         tokens = B * H * W
-        tap: Any = [draw(tokens, self.channels) for _ in range(self.adapters)]
+        taps: Any = [draw(tokens, self.channels) for _ in range(self.adapters)]
         scale = None
-        if self.taps != "full":
-            kept = (compress(value, self.taps, SEED) for value in tap)
-            tap, scale = map(torch.stack, zip(*kept, strict=True))
-        return tap, scale, self.taps, draw(self.adapters, tokens, self.rank), self.channels
+        if self.storage != "full":
+            kept = (compress(value, self.storage, SEED) for value in taps)
+            taps, scale = map(torch.stack, zip(*kept, strict=True))
+        return taps, scale, self.storage, draw(self.adapters, tokens, self.rank), self.channels
 
 
 class StageExitBackward(NamedTuple):
@@ -211,23 +211,25 @@ def compared(
     if isinstance(found, Tensor):
         return [(found.cpu(), exact)]
     found = [value.cpu() for value in found]
-    if type(variant) is Adapters and variant.kept != "full":
+    if type(variant) is Adapters and variant.storage != "full":
         values, expected = (
-            expand(codes.flatten(0, 1), scale.flatten(), variant.kept, variant.rank, torch.float64)
+            expand(
+                codes.flatten(0, 1), scale.flatten(), variant.storage, variant.rank, torch.float64
+            )
             for codes, scale in (found[2:], exact[2:])
         )
         step = exact[3].double().flatten()[:, None]
         expected = _but_for_a_step(values, expected, step)
         return [*zip(found[:2], exact[:2], strict=True), (values, expected)]
-    if not isinstance(variant, SublayerEpilogue) or not variant.rank or variant.taps == "full":
+    if not isinstance(variant, SublayerEpilogue) or not variant.rank or variant.storage == "full":
         return list(zip(found, exact, strict=True))
     y, z, t, codes, scale = found
     tap = arguments[0]
     if variant.tap == "norm":
         tap = z if variant.norm else F.layer_norm(y, y.shape[-1:], eps=arguments[4])
-    again, again_scale = compress(tap, variant.taps, SEED)
-    values = expand(codes, scale, variant.taps, variant.channels, torch.float32)
-    expected = expand(again, again_scale, variant.taps, variant.channels, torch.float32)
+    again, again_scale = compress(tap, variant.storage, SEED)
+    values = expand(codes, scale, variant.storage, variant.channels, torch.float32)
+    expected = expand(again, again_scale, variant.storage, variant.channels, torch.float32)
     if variant.tap == "norm" and not variant.norm:  # which is not returned
         step = again_scale[:, None] + expected.abs() / 8
         expected = _but_for_a_step(values, expected, step)
@@ -245,21 +247,21 @@ def _but_for_a_step(values: Tensor, expected: Tensor, step: Tensor) -> Tensor:
 
 
 def examples() -> Iterator[tuple[str, Variant]]:
-    """(op, variant) of what Swin's highways are made of, at its least and at a large width."""
+    """(op, variant) of what backbones are made of, at their least and at a large width."""
     for window in (7, 12):
         for shifted in (False, True):
             yield "window_attention", WindowAttention(32, 4, window, shifted)
     for channels in (96, 1536):
         yield "sublayer_epilogue", SublayerEpilogue(channels, "float32", 0, "output", "full")
-        for taps in TAPS:
-            yield "sublayer_epilogue", SublayerEpilogue(channels, "float32", 16, "output", taps)
-        for norm, taps in (
+        for storage in STORAGES:
+            yield "sublayer_epilogue", SublayerEpilogue(channels, "float32", 16, "output", storage)
+        for norm, storage in (
             ("float32", "full"),
             ("float32", "int4"),
             (None, "full"),
             (None, "int4"),
         ):
-            yield "sublayer_epilogue", SublayerEpilogue(channels, norm, 16, "norm", taps)
+            yield "sublayer_epilogue", SublayerEpilogue(channels, norm, 16, "norm", storage)
     yield "sublayer_epilogue", SublayerEpilogue(96, "bfloat16", 16, "norm", "int4")
     for shape in (
         (4, 1, 16, 48, 0, False, False, "full"),
@@ -269,8 +271,8 @@ def examples() -> Iterator[tuple[str, Variant]]:
     ):
         yield "adapters", Adapters(*shape)
         yield "adapters_backward", AdaptersBackward(*shape)
-    for taps in TAPS:
-        yield "tap_gradient", TapGradient(4, 96, 16, taps)
+    for storage in STORAGES:
+        yield "tap_gradient", TapGradient(4, 96, 16, storage)
     yield "tap_gradient", TapGradient(4, 512, 16, "int4")
     for channels, merging in ((96, True), (768, True), (1536, False)):
         yield "stage_exit_backward", StageExitBackward(channels, merging)

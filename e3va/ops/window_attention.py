@@ -1,24 +1,22 @@
-"""``e3va::window_attention``: (shifted) window attention of a frozen Swin block."""
+"""``e3va::window_attention``: (shifted) window attention of a frozen block."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
+from e3va.ops import dispatch
 from e3va.ops.checks import check_floating, check_frozen, check_once, check_shape
 from e3va.ops.library import frozen_operator
-
-dispatch.register("window_attention", "reference")(reference.window_attention)
 
 
 def window_attention(
     qkv: Tensor, qkv_bias: Tensor, position_bias: Tensor, window: int, shift: int
 ) -> Tensor:
-    """Multi-head attention within windows of a map (Swin, arXiv 2103.14030, eq. 4 and fig. 4).
+    """Multi-head attention within windows of a map (arXiv 2103.14030, eq. 4 and fig. 4).
 
     The map is padded to whole windows below and right; a padded position has a zero input, so its
-    q, k and v are ``qkv_bias``, and it takes part in attention, as in Detectron2's Swin. With a
+    q, k and v are ``qkv_bias``, and it takes part in attention. With a
     shift, windows wrap around and tokens that only the wrap made neighbours do not see each
     other; the shift stays on a map no larger than a window.
 

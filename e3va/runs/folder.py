@@ -65,6 +65,33 @@ def rank(metrics: Mapping[str, float]) -> float:
     return -math.inf
 
 
+def check_settings(settings: Mapping[str, Any], saved: Mapping[str, Any], path: Path) -> None:
+    """That settings are those, ``saved``, of the run that ``path`` is of.
+
+    Raises:
+        ValueError: one is another.
+    """
+    for name, value in settings.items():
+        if saved.get(name) != value:
+            raise ValueError(
+                f"{path} is of a run with {name} {saved.get(name)}, not {value}: resume with the "
+                "same settings, or start anew in another folder"
+            )
+
+
+def check_iterations(now: int, before: int, folder: Path) -> None:
+    """That the run in ``folder`` becomes no shorter.
+
+    Raises:
+        ValueError: it does.
+    """
+    if now < before:
+        raise ValueError(
+            f"{folder} is of a run of {before} iterations, not {now}: a run may become longer "
+            "(--iterations), not shorter"
+        )
+
+
 def check_same_data(data: Data, folder: Path) -> None:
     """That a run that is resumed goes on with the data that :func:`write_data` wrote.
 

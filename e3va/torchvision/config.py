@@ -1,9 +1,8 @@
-"""The settings of a run, each told once: Python, command line, ``config.yaml`` and the check on
+"""The settings of a run, each told once: Python, ``e3va train``, ``config.yaml`` and the check on
 resume all read the fields of :class:`TrainConfig`."""
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import dataclasses
@@ -16,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from e3va.methods import METHODS, options_of
+from e3va.methods import METHODS
 from e3va.precision import PRECISIONS
 from e3va.torchvision.model import ANCHOR_SIZES, DETECTORS
 from e3va.trunks import FAMILIES
@@ -44,15 +43,19 @@ class ModelConfig:
     weights: str = _setting("the trunk's: a file or timm:NAME", fixed=False)
     detector: str = _setting("what is trained on top", "mask_rcnn", tuple(DETECTORS))
     method: str = _setting("how the backbone is tuned", "e3va", tuple(METHODS))
-    options: Mapping[str, Any] = _setting("an option of the method; repeatable", {})
+    options: Mapping[str, Any] = _setting("of the method: options.kernel_dim 4", {})
     variant: str = _setting("architecture of the trunk", "swin_b", VARIANTS)
-    trunk_options: Mapping[str, Any] = _setting("a field of it, set otherwise: window_size=12", {})
+    trunk_options: Mapping[str, Any] = _setting(
+        "of it, set otherwise: trunk_options.window_size 12", {}
+    )
     trunk_precision: str | None = _setting("quantise the frozen trunk", None, PRECISIONS)
     out_channels: int = _setting("channels of the FPN", 256)
     anchor_sizes: tuple[int, ...] = _setting("of the smallest anchors on each level", ANCHOR_SIZES)
     min_size: tuple[int, ...] = _setting("shorter image side; several: one is drawn", (800,))
     max_size: int = _setting("limit of the longer image side", 1333)
-    detector_options: Mapping[str, Any] = _setting("of torchvision's: box_score_thresh=0.2", {})
+    detector_options: Mapping[str, Any] = _setting(
+        "of torchvision's: detector_options.box_score_thresh 0.2", {}
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,7 @@ class TrainConfig:
     warmup: int = _setting("iterations of linear warm-up", 0)
     clip_norm: float = _setting("the most that the norm of all gradients may be", 1.0)
     horizontal_flip: bool = _setting("mirror half of the training images", True)
+    keep_empty: bool = _setting("train on images without an instance, too", True, fixed=False)
     amp: str | None = _setting("autocast to this dtype", None, ("bfloat16", "float16"))
     # There is one at the end in any case.
     eval_period: int | None = _setting("iterations between evaluations", None, fixed=False)
@@ -131,38 +135,9 @@ def from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
     return kind(**values)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add an option for every setting: ``--batch-size`` for ``batch_size``, …."""
-    methods = ((name, options_of(name)) for name in METHODS)
-    parser.epilog = "Options of the methods: " + "; ".join(
-        f"{name}: {', '.join(f'{option}={value!r}' for option, value in options.items())}"
-        for name, options in methods
-        if options
-    )
-    for title, kind in (("model", ModelConfig), ("training", TrainConfig)):
-        group = parser.add_argument_group(title)
-        hints = typing.get_type_hints(kind)
-        for f in _described(kind):
-            mapping = typing.get_origin(hints[f.name]) is Mapping
-            name = f.name.removesuffix("s") if mapping else f.name
-            group.add_argument(f"--{name.replace('_', '-')}", **_argument(f, hints[f.name]))
-
-
-def from_arguments(args: argparse.Namespace) -> TrainConfig:
-    """The config that the options of :func:`add_arguments` describe.
-
-    Raises:
-        ValueError: a setting is out of range.
-    """
-
-    def settings(kind: type) -> dict[str, Any]:
-        return {f.name: getattr(args, f.name) for f in _described(kind)}
-
-    return from_json(TrainConfig, {**settings(TrainConfig), "model": settings(ModelConfig)})
-
-
 def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
-    """``config`` with some settings, its own or its model's, set otherwise: NAME, VALUE, ….
+    """``config`` with some settings, its own or its model's, set otherwise: NAME, VALUE, …; of what
+    has names of its own also one alone: options.NAME, VALUE.
 
     Raises:
         ValueError: there is no such setting, or it is out of range.
@@ -171,14 +146,22 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         raise ValueError(f"settings come as NAME VALUE, got {' '.join(overrides)}")
     assert config.model is not None
     changes: dict[type, dict[str, Any]] = {TrainConfig: {}, ModelConfig: {}}
+    if "method" in overrides[::2]:  # another method has other options
+        changes[ModelConfig]["options"] = {}
     fields = {f.name: (kind, f) for kind in changes for f in _described(kind)}
     for name, text in zip(overrides[::2], overrides[1::2], strict=True):
+        name, dot, entry = name.partition(".")
         if name not in fields:
             raise ValueError(f"no setting {name!r}; known: {', '.join(fields)}")
         kind, f = fields[name]
-        changes[kind][name] = _value(f, typing.get_type_hints(kind)[name], text)
-    if "method" in changes[ModelConfig]:  # another method has other options
-        changes[ModelConfig].setdefault("options", {})
+        hint = typing.get_type_hints(kind)[name]
+        if not dot:
+            changes[kind][name] = _value(f, hint, text)
+        elif typing.get_origin(hint) is Mapping:
+            before = changes[kind].get(name, getattr(config.model, name))
+            changes[kind][name] = {**before, entry: _literal(text)}
+        else:
+            raise ValueError(f"{name} has no settings of its own, got {name}.{entry}")
     model = dataclasses.replace(config.model, **changes[ModelConfig])
     own = dataclasses.replace(config, **changes[TrainConfig])
     return dataclasses.replace(own, model=model)
@@ -186,9 +169,7 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
 
 def _value(f: dataclasses.Field[Any], hint: Any, text: str) -> Any:
     """What ``text`` means for a field of type ``hint``."""
-    value: Any = text
-    with contextlib.suppress(ValueError, SyntaxError):  # a string
-        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    value = _literal(text)
     kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     for kind in kinds:
         origin = typing.get_origin(kind) or kind
@@ -209,37 +190,12 @@ def _value(f: dataclasses.Field[Any], hint: Any, text: str) -> Any:
     raise ValueError(f"{f.name} must be of {wanted}, got {text!r}")
 
 
+def _literal(text: str) -> Any:
+    """``text`` read as Python's, else as a string."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    return text
+
+
 def _described(kind: type) -> list[dataclasses.Field[Any]]:
     return [f for f in dataclasses.fields(kind) if "help" in f.metadata]
-
-
-def _argument(f: dataclasses.Field[Any], hint: Any) -> dict[str, Any]:
-    """How argparse reads the value of a field of type ``hint``."""
-    argument: dict[str, Any] = {"dest": f.name, "help": f.metadata["help"]}
-    if f.default_factory is not MISSING:
-        argument["default"] = f.default_factory()
-    elif f.default is not MISSING:
-        argument["default"] = f.default
-    else:
-        argument["required"] = True
-    if hint is bool:
-        return {**argument, "action": argparse.BooleanOptionalAction}
-    if typing.get_origin(hint) is Mapping:
-        return {**argument, "action": _Pair, "metavar": "NAME=VALUE"}
-    if typing.get_origin(hint) is tuple:
-        return {**argument, "nargs": "+", "type": typing.get_args(hint)[0]}
-    if typing.get_origin(hint) is types.UnionType:  # with None
-        hint = typing.get_args(hint)[0]
-    return {**argument, "type": hint, "choices": f.metadata["choices"]}
-
-
-class _Pair(argparse.Action):
-    """NAME=VALUE as an entry of a dictionary; the value is read as Python's, else as a string."""
-
-    def __call__(self, parser: Any, namespace: Any, text: Any, option_string: Any = None) -> None:
-        name, equals, value = text.partition("=")
-        if not (name and equals):
-            parser.error(f"{option_string} takes NAME=VALUE, got {text!r}")
-        with contextlib.suppress(ValueError, SyntaxError):  # a string
-            value = ast.literal_eval(value)
-        setattr(namespace, self.dest, {**getattr(namespace, self.dest), name: value})

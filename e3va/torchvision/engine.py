@@ -14,13 +14,12 @@ from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
 from e3va.data.geometry import encode_mask
 from e3va.methods import HIGHWAYS
-from e3va.runs.folder import CONFIG, Found, write_data
+from e3va.runs.folder import CONFIG, Found, check_iterations, check_settings, write_data
 from e3va.runs.plan import Plan
 from e3va.torchvision.config import ModelConfig, TrainConfig, fixed_settings, set_fields
 from e3va.torchvision.evaluation import evaluate as score
 from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import Run, build_model, load_run
-from e3va.torchvision.train import check_settings
 from e3va.torchvision.train import train as train_model
 
 SMALL_HEADS = {
@@ -107,11 +106,7 @@ def check_same(config: TrainConfig, folder: Path) -> None:
         return
     was = Run.read(folder).config
     check_settings(fixed_settings(config), fixed_settings(was), folder)
-    if config.iterations < was.iterations:
-        raise ValueError(
-            f"{folder} is of a run of {was.iterations} iterations, not {config.iterations}: a run "
-            "may become longer (--iterations), not shorter"
-        )
+    check_iterations(config.iterations, was.iterations, folder)
 
 
 def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float]:
@@ -123,7 +118,7 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     Raises:
         ValueError: a setting does not fit the data.
     """
-    train_data, val_data = (CocoInstances(**own) for own in _sources(config, folder).values())
+    train_data, val_data = _data(config, folder)
     torch.manual_seed(config.seed)
     assert config.model is not None
     model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
@@ -131,8 +126,14 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     return {name: value for name, value in result.items() if "_ap" in name}
 
 
+def _data(config: TrainConfig, folder: Path) -> tuple[CocoInstances, CocoInstances]:
+    """What a run in ``folder`` trains and validates on."""
+    own = _sources(config, folder)
+    return CocoInstances(**own["train"], keep_empty=config.keep_empty), CocoInstances(**own["val"])
+
+
 def _sources(config: TrainConfig, folder: Path) -> dict[str, dict[str, Any]]:
-    """What a run in ``folder`` trains and validates on, as :class:`CocoInstances` takes it."""
+    """The same as files, as :class:`CocoInstances` takes them."""
     assert config.model is not None
     place = (folder / "data").absolute()
     more = {"images": str(place), "masks": DETECTORS[config.model.detector].masks}

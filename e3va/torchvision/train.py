@@ -1,8 +1,7 @@
-"""Train a torchvision detector over an E³VA backbone: ``python -m e3va.torchvision.train -h``."""
+"""The training loop of torchvision's detectors."""
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import logging
@@ -24,15 +23,14 @@ from e3va.budget.probe import probe
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.measure import trainable_parameters
 from e3va.optim import Rates, parameter_groups
-from e3va.runs.folder import CONFIG, METRICS, History, rank
+from e3va.runs.folder import CONFIG, METRICS, History, check_settings, rank
 from e3va.runs.interrupt import held_back, ignore_interrupts
 from e3va.runs.progress import Bar, peak_bytes, reset_peak_bytes
 from e3va.seeding import reseed, seed_of
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
-from e3va.torchvision.config import TrainConfig, add_arguments, fixed_settings, from_arguments
+from e3va.torchvision.config import TrainConfig, fixed_settings
 from e3va.torchvision.evaluation import evaluate
-from e3va.torchvision.model import DETECTORS
-from e3va.torchvision.run import CHECKPOINT, Run, build_model
+from e3va.torchvision.run import CHECKPOINT, Run
 
 logger = logging.getLogger(__name__)
 
@@ -170,12 +168,7 @@ def train(
         factor = schedule(iteration, config.iterations, config.warmup)
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * factor
-        images = [image.to(device) for image, _ in batch]
-        targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-        with torch.autocast(
-            device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
-        ):
-            total = sum(model(images, targets).values())
+        total = batch_loss(model, *on_device(batch, device), config.amp_dtype)
         loss = total.item()
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -235,18 +228,10 @@ def try_largest(
     side = max(transform.min_size)
     samples = [data[i] for i in data.largest(side, transform.max_size)]
     batch = [samples[i % len(samples)] for i in range(config.batch_size)]
-    images = [image.to(device) for image, _ in batch]
-    targets = [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-
-    def loss() -> Tensor:
-        with torch.autocast(
-            device.type, dtype=config.amp_dtype, enabled=config.amp_dtype is not None
-        ):
-            return sum(model(images, targets).values())
-
+    images, targets = on_device(batch, device)
     sizes, transform.min_size = transform.min_size, (side,)
     try:
-        probe(model, loss, optimizer)
+        probe(model, lambda: batch_loss(model, images, targets, config.amp_dtype), optimizer)
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())
         raise torch.OutOfMemoryError(
@@ -256,6 +241,22 @@ def try_largest(
         ) from None
     finally:
         transform.min_size = sizes
+
+
+def on_device(
+    batch: Sequence[tuple[Tensor, Target]], device: torch.device
+) -> tuple[list[Tensor], list[Target]]:
+    """The images and the targets of a batch."""
+    images = [image.to(device) for image, _ in batch]
+    return images, [{k: v.to(device) for k, v in target.items()} for _, target in batch]
+
+
+def batch_loss(
+    model: Any, images: list[Tensor], targets: list[Target], amp_dtype: torch.dtype | None
+) -> Tensor:
+    """The sum of the losses of a model in training, in autocast to a dtype if there is one."""
+    with torch.autocast(images[0].device.type, amp_dtype, enabled=amp_dtype is not None):
+        return sum(model(images, targets).values())
 
 
 def schedule(iteration: int, iterations: int, warmup: int) -> float:
@@ -340,20 +341,6 @@ def _settings(config: TrainConfig, model: nn.Module, data: CocoInstances) -> dic
     return json.loads(json.dumps(settings))
 
 
-def check_settings(settings: dict[str, Any], saved: dict[str, Any], path: Path) -> None:
-    """That settings are those of the run that ``path`` is of.
-
-    Raises:
-        ValueError: one is another.
-    """
-    for name, value in settings.items():
-        if saved.get(name) != value:
-            raise ValueError(
-                f"{path} is of a run with {name} {saved.get(name)}, not {value}: resume with the "
-                "same settings, or start anew in another folder"
-            )
-
-
 def _check_schedule(config: TrainConfig, start: int, before: int) -> None:
     """A run may become longer, but not shorter."""
     if config.iterations < before:
@@ -374,49 +361,3 @@ def _check_schedule(config: TrainConfig, start: int, before: int) -> None:
             now,
             was,
         )
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m e3va.torchvision.train",
-        description="Train a torchvision detector over a Swin on COCO JSON annotations.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    data = parser.add_argument_group("data")
-    for split, required in (("train", True), ("val", False)):
-        data.add_argument(f"--{split}-json", type=Path, required=required, help="COCO annotations")
-        data.add_argument(f"--{split}-images", type=Path, required=required, help="their images")
-    data.add_argument(
-        "--keep-empty",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="train on empty images too",
-    )
-    data.add_argument("--output", type=Path, required=True, help="folder to write to")
-    data.add_argument("--resume", action="store_true", help="go on from the output's checkpoint")
-    add_arguments(parser)
-    args = parser.parse_args(argv)
-    if (args.val_json is None) != (args.val_images is None):
-        parser.error("--val-json and --val-images go together")
-    return args
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see ``--help``."""
-    args = _arguments(argv)
-    config = from_arguments(args)
-    assert config.model is not None
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    masks = DETECTORS[config.model.detector].masks
-    train_data = CocoInstances(
-        args.train_json, args.train_images, masks=masks, keep_empty=args.keep_empty
-    )
-    val_data = args.val_json and CocoInstances(args.val_json, args.val_images, masks=masks)
-    torch.manual_seed(config.seed)
-    model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
-    result = train(model, train_data, val_data, args.output, config, resume=args.resume)
-    print(json.dumps(result, indent=2))
-
-
-if __name__ == "__main__":
-    main()

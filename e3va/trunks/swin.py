@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from e3va import ops
 from e3va.config import check_positive_int
-from e3va.ops import reference
+from e3va.ops import functional
+from e3va.ops.backends import reference
 from e3va.trunks import swin_weights
 from e3va.trunks.base import (
     Epilogue,
@@ -200,13 +201,13 @@ class PatchMerging(Transition):
         self._parameters = norm.weight, norm.bias, norm.eps, downsample.reduction.weight
 
     def __call__(self, y: Tensor) -> Tensor:
-        return reference.patch_merging(y, *self._parameters)
+        return functional.patch_merging(y, *self._parameters)
 
     def exit(self, h: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         return ops.stage_exit(h, norm.weight, norm.bias, norm.eps, *self._parameters)
 
     def pool(self, carry: Tensor) -> Tensor:
-        return reference.pool_2x2(carry)
+        return functional.pool_2x2(carry)
 
 
 class _PatchEmbed(nn.Module):

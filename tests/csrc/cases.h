@@ -110,7 +110,7 @@ inline std::vector<Result> run(const Attention& a, Dtype dtype) {
 
 struct Sublayer {
   int64_t tokens, channels, rank;  // 0: no adapter
-  Taps taps;
+  Storage storage;
   bool norm, norm_tap;
 };
 
@@ -124,17 +124,17 @@ struct SublayerResults {
 inline SublayerResults run(const Sublayer& s, Dtype dtype) {
   random_state = 2;
   const int64_t C = s.channels, R = s.rank, N = s.tokens;
-  const bool keeps = R && s.taps != Taps::kFull;
+  const bool keeps = R && s.storage != Storage::kFull;
   const auto x = values(N * C, dtype), y = values(N * C, dtype);
   const auto weight = weights(C, 1.0f), bias = weights(C, 1.0f), P = weights(C * R);
   auto y_out = unwritten(N * C, dtype), t = unwritten(N * R, dtype), t_again = t;
   auto z = unwritten(s.norm || s.norm_tap ? N * C : 0, dtype);
-  std::vector<uint8_t> kept(keeps ? N * (s.taps == Taps::kInt4 ? (C + 1) / 2 : C) : 0);
+  std::vector<uint8_t> kept(keeps ? N * (s.storage == Storage::kInt4 ? (C + 1) / 2 : C) : 0);
   auto scale = unwritten(keeps ? N : 0);
   SublayerEpilogueParams p{
       x.data(), y.data(),     s.norm ? weight.data() : nullptr, s.norm ? bias.data() : nullptr,
       R ? P.data() : nullptr, y_out.data(), z.empty() ? nullptr : z.data(),
-      t.data(), kept.data(),  scale.data(), dtype, s.norm_tap, s.taps, 7, N, C, R, 1e-5f};
+      t.data(), kept.data(),  scale.data(), dtype, s.norm_tap, s.storage, 7, N, C, R, 1e-5f};
   auto both = [&](int64_t begin, int64_t end) { sublayer_epilogue_cpu(p, begin, end); };
   in_pieces(sublayer_epilogue_items(p), both);
   p.z = nullptr, p.t = t_again.data();  // a norm that is not asked for may still be the tap
@@ -201,14 +201,14 @@ inline std::vector<Result> run(const Adapters& a, Dtype dtype) {
 
 struct TapGradient {
   int64_t adapters, tokens, channels, rank;
-  Taps taps;
+  Storage storage;
 };
 
 inline std::vector<Result> run(const TapGradient& g, Dtype dtype) {
   random_state = 4;
   const int64_t K = g.adapters, C = g.channels, R = g.rank, N = g.tokens;
-  const bool full = g.taps == Taps::kFull;
-  const int64_t stored = g.taps == Taps::kInt4 ? (C + 1) / 2 : C;
+  const bool full = g.storage == Storage::kFull;
+  const int64_t stored = g.storage == Storage::kInt4 ? (C + 1) / 2 : C;
   std::vector<Values> taps;
   std::vector<std::vector<float>> scales;
   std::vector<const void*> tap;
@@ -218,7 +218,7 @@ inline std::vector<Result> run(const TapGradient& g, Dtype dtype) {
     if (!full)
       for (char& code : taps.back()) {
         random_float();
-        code = char(random_state >> 24 & (g.taps == Taps::kFp8 ? 0xf7 : 0xff));  // no NaN of fp8
+        code = char(random_state >> 24 & (g.storage == Storage::kFp8 ? 0xf7 : 0xff));  // no NaN of fp8
       }
     tap.push_back(taps.back().data());
     scales.push_back(weights(full ? 0 : N, 1.0f));
@@ -227,7 +227,7 @@ inline std::vector<Result> run(const TapGradient& g, Dtype dtype) {
   const auto dt = values(K * N * R, dtype);
   auto dP = unwritten(K * C * R);
   TapGradientParams p{tap.data(), scale.data(), dt.data(), nullptr, dP.data(),
-                      dtype,      g.taps,       K,         N,       C,         R};
+                      dtype,      g.storage,       K,         N,       C,         R};
   auto partial_sums = unwritten(tap_gradient_items(p) * R * C);
   p.partial_sums = partial_sums.data();
   in_pieces(tap_gradient_items(p), [&](int64_t begin, int64_t end) {
@@ -254,22 +254,22 @@ void for_each_case(Check check) {
   struct Size {
     int64_t tokens, channels, rank;
   };
-  for (const Taps taps : {Taps::kFull, Taps::kFp8, Taps::kInt8, Taps::kInt4}) {
-    const std::string kept = ", tap " + std::to_string(int(taps));
+  for (const Storage storage : {Storage::kFull, Storage::kFp8, Storage::kInt8, Storage::kInt4}) {
+    const std::string kept = ", tap " + std::to_string(int(storage));
     for (const Size& s : {Size{1, 1, 1}, Size{11, 24, 5}, Size{61, 37, 16}, Size{97, 96, 20}})
       for (const bool norm_tap : {false, true})
         for (const bool norm : {false, true})
-          check(Sublayer{s.tokens, s.channels, s.rank, taps, norm, norm_tap},
+          check(Sublayer{s.tokens, s.channels, s.rank, storage, norm, norm_tap},
                 "sublayer_epilogue of " + std::to_string(s.channels) + " channels" + kept +
                     (norm_tap ? " of the norm" : ""));
     for (const Size& s :
          {Size{1, 1, 1}, Size{11, 24, 5}, Size{61, 37, 16}, Size{523, 70, 20}, Size{65, 64, 16}})
-      check(TapGradient{s.tokens == 1 ? 1 : 2, s.tokens, s.channels, s.rank, taps},
+      check(TapGradient{s.tokens == 1 ? 1 : 2, s.tokens, s.channels, s.rank, storage},
             "tap_gradient of " + std::to_string(s.tokens) + " tokens, " +
                 std::to_string(s.channels) + " channels" + kept);
   }
-  check(Sublayer{11, 24, 0, Taps::kFull, true, false}, "sublayer_epilogue without an adapter");
-  check(Sublayer{11, 24, 0, Taps::kFull, false, false}, "sublayer_epilogue of a sum alone");
+  check(Sublayer{11, 24, 0, Storage::kFull, true, false}, "sublayer_epilogue without an adapter");
+  check(Sublayer{11, 24, 0, Storage::kFull, false, false}, "sublayer_epilogue of a sum alone");
 
   for (const Adapters& a : {
            Adapters{1, 1, 1, 1, 1, 1, 0, false, false},

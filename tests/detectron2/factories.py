@@ -247,7 +247,7 @@ def moves(cfg, iterations=1):
     """How the trained parameters move in a few iterations from weights that are always the same."""
     torch.manual_seed(3)
     trainer = Trainer(cfg)
-    for stage in trainer.model.backbone.bottom_up.swin.highway.stages:
+    for stage in trainer.model.backbone.bottom_up.net.highway.stages:
         nn.init.normal_(stage.V, std=0.02)
     trained = {n: p for n, p in trainer.model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in trained.items()}

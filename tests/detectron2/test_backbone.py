@@ -13,9 +13,9 @@ from detectron2.structures import Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-from e3va import SwinConfig
-from e3va.detectron2 import E3VASwinBackbone, load_config
+from e3va.detectron2 import BottomUp, load_config
 from e3va.methods import METHODS
+from e3va.trunks import SwinConfig
 from e3va.trunks.swin import SWIN_VARIANTS
 from tests.detectron2.factories import DIGITS, FOLDER, ROOT, assert_close, polygon
 
@@ -35,7 +35,7 @@ def test_registered_backbones(tiny, method):
     cfg = tiny("MODEL.TUNING.METHOD", method)
     fpn = build_backbone(cfg)
     bottom_up = fpn.bottom_up
-    assert isinstance(bottom_up, E3VASwinBackbone)
+    assert isinstance(bottom_up, BottomUp)
     shapes = {name: (s.channels, s.stride) for name, s in bottom_up.output_shape().items()}
     assert shapes == {"p0": (32, 4), "p1": (64, 8), "p2": (128, 16), "p3": (256, 32)}
     assert fpn.size_divisibility == 32
@@ -57,26 +57,24 @@ def test_registered_backbones(tiny, method):
         assert not trained
     elif method == "e3va":
         assert trained == {
-            n
-            for n, _ in bottom_up.named_parameters()
-            if n.startswith(("swin.highway", "swin.norms"))
+            n for n, _ in bottom_up.named_parameters() if n.startswith(("net.highway", "net.norms"))
         }
 
     cfg.MODEL.BACKBONE.NAME = "build_e3va_swin_backbone"
-    assert isinstance(build_backbone(cfg), E3VASwinBackbone)
+    assert isinstance(build_backbone(cfg), BottomUp)
 
 
 def test_swin_t_config_builds_its_model():
     path = ROOT / "detectron2_configs/coco/mask_rcnn_e3va_swin_t_1x.yaml"
     cfg = load_config(str(path), ["MODEL.TRUNK.WEIGHTS", "", "MODEL.DEVICE", "cpu"])
-    swin = build_model(cfg).backbone.bottom_up.swin
-    assert {p.dtype for p in swin.trunk.parameters()} == {torch.bfloat16}
-    assert {p.dtype for p in swin.highway.parameters()} == {torch.float32}
+    net = build_model(cfg).backbone.bottom_up.net
+    assert {p.dtype for p in net.trunk.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in net.highway.parameters()} == {torch.float32}
 
 
 def test_full_tuning_stores_float32(tiny, caplog):
-    swin = build_backbone(tiny("MODEL.TUNING.METHOD", "full", "MODEL.TRUNK.DTYPE", "float16"))
-    assert {p.dtype for p in swin.parameters()} == {torch.float32}
+    net = build_backbone(tiny("MODEL.TUNING.METHOD", "full", "MODEL.TRUNK.DTYPE", "float16"))
+    assert {p.dtype for p in net.parameters()} == {torch.float32}
     assert "MODEL.TRUNK.DTYPE is of frozen weights" in caplog.text
 
 
@@ -106,9 +104,9 @@ def test_missing_weights(tiny):
 
 def test_packaged_weights():
     """The digits config as it is starts from the trunk that ships with the package."""
-    swin = build_backbone(load_config(DIGITS)).bottom_up.swin
+    net = build_backbone(load_config(DIGITS)).bottom_up.net
     shipped = load_file(ROOT / "e3va/demo/swin_digits.safetensors")
-    for name, weight in swin.trunk.named_parameters():
+    for name, weight in net.trunk.named_parameters():
         assert torch.equal(weight, shipped[name]), name
 
 
@@ -126,7 +124,7 @@ def test_every_trained_parameter_gets_a_gradient(tiny, boxes):
     assert all(loss.isfinite() for loss in losses.values())
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
-    assert all(p.grad is None for p in model.backbone.bottom_up.swin.trunk.parameters())
+    assert all(p.grad is None for p in model.backbone.bottom_up.net.trunk.parameters())
 
 
 @torch.no_grad()

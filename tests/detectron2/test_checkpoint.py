@@ -12,8 +12,9 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integ
 from detectron2.modeling import build_model
 from torch import nn
 
-from e3va import FrozenSwin, trunk_config
+from e3va import trunk_config
 from e3va.detectron2 import SafeCheckpointer, Trainer
+from e3va.trunks import FrozenSwin
 from e3va.weights import save_trunk, trunk_hash
 from tests import libraries
 from tests.detectron2.factories import PACKAGED, assert_same, read, state, train
@@ -46,7 +47,36 @@ def test_checkpoint_of_safetensors(tmp_path):
     assert torch.equal(model.weight, torch.ones(2, 3))
 
 
-TRUNK = "backbone.bottom_up.swin.trunk."
+TRUNK = "backbone.bottom_up.net.trunk."
+
+
+def as_before(state):
+    return {name.replace("bottom_up.net.", "bottom_up.swin."): v for name, v in state.items()}
+
+
+def test_names_of_before_are_understood(tmp_path, packaged):
+    """In the weights and in their average, so that a training goes on."""
+    cfg = packaged("SOLVER.MAX_ITER", 2, "SOLVER.EMA.DECAY", 0.9)
+    trainer = train(cfg)
+    path = tmp_path / "out/model_final.pth"
+    saved = read(path)
+    before = {**saved, **{key: as_before(saved[key]) for key in ("model", "ema")}}
+    assert all(before[key].keys() != saved[key].keys() for key in ("model", "ema"))
+    torch.save(before, path)
+    other = Trainer(cfg)
+    other.resume_or_load(resume=True)
+    assert_same(state(other.model), state(trainer.model))
+    assert_same(other.average.state_dict(), trainer.average.state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_names_of_a_bare_backbone_before(tmp_path, suffix):
+    """As a segmentor has it, without an FPN."""
+    model = nn.ModuleDict({"backbone": nn.ModuleDict({"net": nn.Linear(3, 2, bias=False)})})
+    path, state = tmp_path / f"weights{suffix}", {"backbone.swin.weight": torch.ones(2, 3)}
+    save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
+    SafeCheckpointer(model).load(str(path))
+    assert torch.equal(model["backbone"]["net"].weight, torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("method", ["e3va", "frozen"])
@@ -55,7 +85,7 @@ def test_checkpoints_leave_the_frozen_trunk_out(tmp_path, packaged, method):
     saved = read(tmp_path / "out/model_final.pth")
     model = trainer.model.state_dict()
     assert saved["model"].keys() == {name for name in model if not name.startswith(TRUNK)}
-    trunk = trainer.model.backbone.bottom_up.swin.trunk
+    trunk = trainer.model.backbone.bottom_up.net.trunk
     assert saved["trunk"] == {"hash": trunk_hash(trunk), "source": PACKAGED}
 
     other = Trainer(packaged("MODEL.TUNING.METHOD", method))
@@ -92,7 +122,7 @@ def test_a_trunk_that_timm_brings(tmp_path, packaged, monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: swin)
     trainer = Trainer(packaged("MODEL.TRUNK.WEIGHTS", "timm:swin_mine"))
     trainer.checkpointer.save("mine")
-    trunk = trainer.model.backbone.bottom_up.swin.trunk
+    trunk = trainer.model.backbone.bottom_up.net.trunk
     path = tmp_path / "out/mine.pth"
     assert read(path)["trunk"] == {"hash": trunk_hash(trunk), "source": "timm:swin_mine"}
 
@@ -126,7 +156,7 @@ def test_a_crash_while_saving_leaves_the_last_checkpoint(tmp_path, packaged, mon
 def test_a_checkpoint_over_another_trunk(tmp_path, packaged):
     trainer = Trainer(packaged())
     trainer.checkpointer.save("mine")
-    config = trainer.model.backbone.bottom_up.swin.trunk.config
+    config = trainer.model.backbone.bottom_up.net.trunk.config
     save_trunk(FrozenSwin(config), tmp_path / "other.safetensors")
     for method in ("e3va", "full"):
         for weights in ("", tmp_path / "other.safetensors"):
@@ -147,7 +177,7 @@ def test_a_trunk_trained_in_part(tmp_path, packaged):
 
     def biases_alone():
         model = build_model(packaged("MODEL.TUNING.METHOD", "full"))
-        trunk = model.backbone.bottom_up.swin.trunk
+        trunk = model.backbone.bottom_up.net.trunk
         for name, parameter in trunk.named_parameters():
             parameter.requires_grad_(name.endswith("bias"))
         (tmp_path / "out").mkdir(exist_ok=True)

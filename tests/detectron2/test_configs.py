@@ -156,10 +156,10 @@ def test_full_size_models(name, variant, features):
         cfg.MODEL.TRUNK.WEIGHTS, cfg.MODEL.DEVICE = "", "meta"
         with torch.device("meta"):
             model = build_model(cfg)
-        swin = getattr(model.backbone, "bottom_up", model.backbone).swin
-        assert swin.trunk.config.embed_dim == {"t": 96, "s": 96, "b": 128, "l": 192}[letter]
-        assert sum(p.requires_grad for p in swin.norms.parameters()) == 2 * features
-        adapters = sum(p.numel() for p in swin.highway.parameters())
+        net = getattr(model.backbone, "bottom_up", model.backbone).net
+        assert net.trunk.config.embed_dim == {"t": 96, "s": 96, "b": 128, "l": 192}[letter]
+        assert sum(p.requires_grad for p in net.norms.parameters()) == 2 * features
+        adapters = sum(p.numel() for p in net.highway.parameters())
         expected = {"b": 1.181e6, "l": 1.766e6}.get(letter, adapters)
         assert adapters == pytest.approx(expected, rel=2e-2)
 
@@ -170,15 +170,15 @@ def test_lazy_configs(letter, tmp_path):
     path = FOLDER / f"lazy/cascade_mask_rcnn_e3va_swin_{letter}_3x.py"
     cfg = LazyConfig.load(str(path))
     yaml = load_config(str(FOLDER / "coco" / path.with_suffix(".yaml").name))
-    swin = cfg.model.backbone.bottom_up.swin
-    assert (swin.swin.trunk.variant, swin.weights) == (f"swin_{letter}", yaml.MODEL.TRUNK.WEIGHTS)
+    net = cfg.model.backbone.bottom_up.net
+    assert (net.net.trunk.variant, net.weights) == (f"swin_{letter}", yaml.MODEL.TRUNK.WEIGHTS)
     assert cfg.train.max_iter == cfg.lr_multiplier.scheduler.num_updates == yaml.SOLVER.MAX_ITER
     assert tuple(cfg.lr_multiplier.scheduler.milestones) == yaml.SOLVER.STEPS
     assert (cfg.optimizer.lr, cfg.optimizer.weight_decay) == (1e-4, 0.05)
     assert list(cfg.model.pixel_mean) == yaml.MODEL.PIXEL_MEAN
     assert list(cfg.model.pixel_std) == pytest.approx(yaml.MODEL.PIXEL_STD)
 
-    swin.swin.trunk.variant, swin.weights, swin.swin.dtype.name = "swin_digits", "", "float32"
+    net.net.trunk.variant, net.weights, net.net.dtype.name = "swin_digits", "", "float32"
     cfg.model.roi_heads.batch_size_per_image = 16
     cfg.model.proposal_generator.post_nms_topk = (20, 20)
     names = f"lazy:{letter}"
@@ -198,9 +198,9 @@ def test_lazy_configs(letter, tmp_path):
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert set(decay) == set(trained.values())
     assert not [n for n, p in trained.items() if p.grad is None]
-    stage = model.backbone.bottom_up.swin.highway.stages[0]
+    stage = model.backbone.bottom_up.net.highway.stages[0]
     assert (decay[stage.b], decay[stage.c], decay[stage.P]) == (0, 0, 0.05)
-    assert decay[model.backbone.bottom_up.swin.norms[0].weight] == 0
+    assert decay[model.backbone.bottom_up.net.norms[0].weight] == 0
     with torch.no_grad():
         (found,) = model.eval()([batch[0]])
     assert found["instances"].image_size == (batch[0]["height"], batch[0]["width"])

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from e3va.checkpoint import frozen_names
 from e3va.detectron2 import Trainer
-from e3va.detectron2.train import distribute
+from e3va.detectron2.step import distribute
 from tests.detectron2.factories import (
     AVERAGEABLE,
     PACKAGED,

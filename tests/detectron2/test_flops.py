@@ -7,8 +7,9 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integ
 
 from fvcore.nn import FlopCountAnalysis
 
-from e3va import E3VABackbone, FrozenSwin, HighwayConfig, trunk_config
+from e3va import E3VABackbone, HighwayConfig, trunk_config
 from e3va.detectron2.flops import HANDLES
+from e3va.trunks import FrozenSwin
 
 
 def test_flops_of_our_ops():
@@ -24,9 +25,9 @@ def test_flops_of_our_ops():
     assert flops(trunk).total() == expected
     adapters = 0
     highway = HighwayConfig(tap="output")  # the norm after a stage's last sub-layer is one more
-    for s, (taps, C) in enumerate(zip(config.num_taps, config.dims, strict=True)):
+    for s, (K, C) in enumerate(zip(config.num_taps, config.dims, strict=True)):
         tokens, r, m = (56 // 2**s) ** 2, highway.rank, highway.hidden(C)
-        adapters += taps * tokens * (2 * (C * r + r * m) + 9 * r)
+        adapters += K * tokens * (2 * (C * r + r * m) + 9 * r)
     ours = flops(E3VABackbone(trunk, highway)).by_operator()
     alone = flops(trunk).by_operator()
     assert ours["highway"] + ours["sublayer_epilogue"] - alone["sublayer_epilogue"] == adapters

@@ -69,7 +69,7 @@ def test_bias_decay_covers_the_highway(tiny):
         for g in build_optimizer(cfg, model).param_groups
         for p in g["params"]
     }
-    for stage in model.backbone.bottom_up.swin.highway.stages:
+    for stage in model.backbone.bottom_up.net.highway.stages:
         assert decay[id(stage.b)] == decay[id(stage.c)] == 0.01
         assert decay[id(stage.P)] == decay[id(stage.V)] == 0.05
 

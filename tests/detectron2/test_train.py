@@ -13,9 +13,10 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integ
 from torch import nn
 
 import train_net
-from e3va import FrozenSwin, trunk_config
+from e3va import trunk_config
 from e3va.detectron2 import Trainer, WeightAverage
-from e3va.detectron2.train import StepTrainer
+from e3va.detectron2.step import StepTrainer
+from e3va.trunks import FrozenSwin
 from tests.detectron2.factories import (
     AVERAGEABLE,
     DIGITS,
@@ -49,7 +50,7 @@ def test_train_evaluate_resume(tmp_path):
     trained = train_net.main(arguments(opts))
     assert set(trained) == {"bbox", "segm"}
     saved = torch.load(out / "model_final.pth", weights_only=True)
-    prefix = "backbone.bottom_up.swin."
+    prefix = "backbone.bottom_up.net."
     assert saved["trunk"]["source"] == str(tmp_path / "trunk.safetensors")
     assert not [name for name in saved["model"] if name.startswith(f"{prefix}trunk.")]
     assert all(saved["model"][f"{prefix}highway.stages.{s}.V"].any() for s in range(4))
@@ -90,16 +91,16 @@ def test_mixed_precision_on_cpu(tiny, dtype):
     seen = []
     bottom_up = trainer.model.backbone.bottom_up
     bottom_up.register_forward_hook(lambda *args: seen.extend(p.dtype for p in args[2].values()))
-    trunk = {n: p.clone() for n, p in bottom_up.swin.trunk.named_parameters()}
-    V = bottom_up.swin.highway.stages[0].V.detach().clone()
+    trunk = {n: p.clone() for n, p in bottom_up.net.trunk.named_parameters()}
+    V = bottom_up.net.highway.stages[0].V.detach().clone()
     for _ in range(8):  # steps are skipped until the loss scale of float16 no longer overflows
         assert np.isfinite(step(trainer)["total_loss"][0])
-        if not torch.equal(bottom_up.swin.highway.stages[0].V, V):
+        if not torch.equal(bottom_up.net.highway.stages[0].V, V):
             break
     else:
         pytest.fail("the highway never moved")
     assert set(seen) == {getattr(torch, dtype)}
-    assert all(torch.equal(p, trunk[n]) for n, p in bottom_up.swin.trunk.named_parameters())
+    assert all(torch.equal(p, trunk[n]) for n, p in bottom_up.net.trunk.named_parameters())
     scaler = trainer._trainer.state_dict()["grad_scaler"]
     assert bool(scaler) == (dtype == "float16")  # bfloat16 needs no scaling
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from e3va.measure import LiveBytes
-from e3va.ops.taps import compress
+from e3va.ops.storage import compress
 from tests import oracles
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
@@ -26,7 +26,7 @@ GRADIENTS = ("dbefore", "dD", "dg", "dQ", "db", "dU", "dg_up")
 @pytest.fixture(autouse=True)
 def few_programs(monkeypatch):
     """The interpreter runs one after the other, a large one as fast as a small one."""
-    from e3va.kernels import adapters
+    from e3va.kernels import adapters, adapters_backward
 
     def enlarged(tiles):
         def larger(*arguments):
@@ -37,8 +37,8 @@ def few_programs(monkeypatch):
 
     monkeypatch.setattr(common, "SPLITS", 3)
     if DEVICE == "cpu":
-        for name in ("forward_tiles", "backward_tiles"):
-            monkeypatch.setattr(adapters, name, enlarged(getattr(adapters, name)))
+        for module, name in ((adapters, "forward_tiles"), (adapters_backward, "backward_tiles")):
+            monkeypatch.setattr(module, name, enlarged(getattr(module, name)))
 
 
 def make_arguments(shape, K, rank, hidden, dtype, side, state):
@@ -93,7 +93,8 @@ def check(
     spoil=lambda v: v,
 ):
     """Kept in codes, u has those of what it is in full."""
-    from e3va.kernels.adapters import adapters, adapters_backward
+    from e3va.kernels.adapters import adapters
+    from e3va.kernels.adapters_backward import adapters_backward
 
     arguments = make_arguments(shape, K, rank, hidden, dtype, side, state)
     tokens = shape[0] * shape[1] * shape[2]
@@ -211,7 +212,7 @@ def test_takes_parameters_of_the_rows_dtype():
 
 def test_launches_and_memory(monkeypatch):
     """Stage 3 of Swin-B at 800×1344, as on a GPU, but that no kernel runs."""
-    from e3va.kernels import adapters, fold
+    from e3va.kernels import adapters, adapters_backward, fold
 
     monkeypatch.undo()
     launches = defaultdict(int)
@@ -222,10 +223,13 @@ def test_launches_and_memory(monkeypatch):
 
         return defaultdict(lambda: launch)
 
-    for name in ("adapters", "adapters_backward"):
-        monkeypatch.setattr(adapters, f"{name}_kernel", pretend(name))
-    for name in ("fold", "fold_backward"):
-        monkeypatch.setattr(fold, f"{name}_kernel", pretend(name))
+    for module, name in (
+        (adapters, "adapters"),
+        (adapters_backward, "adapters_backward"),
+        (fold, "fold"),
+        (fold, "fold_backward"),
+    ):
+        monkeypatch.setattr(module, f"{name}_kernel", pretend(name))
     K, H, W, C, r, m = 36, 50, 84, 512, 16, 256
     shapes = (K, r, 3, 3), (K, r), (K, 2, 8, 8), (K, r, m), (K, m), (K, m, r), (K, 2, 8, 8)
     D, gamma, *weights = (torch.zeros(shape, dtype=torch.bfloat16) for shape in shapes)
@@ -238,7 +242,7 @@ def test_launches_and_memory(monkeypatch):
         with LiveBytes() as memory:
             u, scale = adapters.adapters(t, None, D, gamma, *weights, (H, W), kept)[2:]
             scale = None if kept == "full" else scale
-            adapters.adapters_backward(dS, None, u, scale, D, gamma, *weights, (H, W))
+            adapters_backward.adapters_backward(dS, None, u, scale, D, gamma, *weights, (H, W))
         assert memory.peak < K * tap.nbytes / 4
         assert launches == {
             "adapters": K,
@@ -248,7 +252,7 @@ def test_launches_and_memory(monkeypatch):
         }
     launches.clear()
     adapters.adapters(t, None, None, None, *weights, (H, W))
-    adapters.adapters_backward(dS, None, t, None, None, None, *weights, (H, W))
+    adapters_backward.adapters_backward(dS, None, t, None, None, None, *weights, (H, W))
     assert launches["adapters"] == 1 and launches["adapters_backward"] <= K / 4
 
 

@@ -36,7 +36,7 @@ def test_compiles_ahead_of_time_without_spills(architecture):
     command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--channels", "1536", "--ranks", "16", "--taps", "int4", "--compile-only"],
+        [*command, "--channels", "1536", "--ranks", "16", "--storages", "int4", "--compile-only"],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from e3va.ops.taps import LARGEST, TAPPED, compress, expand
+from e3va.ops.storage import LARGEST, compress, expand
+from e3va.ops.sublayer_epilogue import TAPPED
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are untested")
@@ -28,13 +29,13 @@ def oracle(x, y, weight, bias, eps, P, tap):
     return y + x, z, (x if tap == "output" else z).flatten(0, -2) @ P
 
 
-def check(arguments, tap, taps="full", tolerance=None):
+def check(arguments, tap, storage="full", tolerance=None):
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
     x, _, weight, *_ = arguments
     seed, index = torch.tensor(3), 2
-    y_out, z, t, codes, scale = sublayer_epilogue(*arguments, tap, taps, seed, index)
-    stored = weight is not None or (tap == "norm" and taps == "full")
+    y_out, z, t, codes, scale = sublayer_epilogue(*arguments, tap, storage, seed, index)
+    stored = weight is not None or (tap == "norm" and storage == "full")
     assert stored or z.numel() == 0
     expected = oracle(*arguments, tap)
     for name, ours, theirs in zip(("y", "z", "t"), (y_out, z, t), expected, strict=True):
@@ -42,16 +43,16 @@ def check(arguments, tap, taps="full", tolerance=None):
             continue
         assert ours.dtype == x.dtype and ours.shape == theirs.shape, name
         assert relative_error(ours, theirs) <= (tolerance or TOLERANCE[x.dtype]), name
-    if taps == "full":
+    if storage == "full":
         assert codes.numel() == scale.numel() == 0
         return
     if tap == "norm" and not stored:
         _, z, *_ = sublayer_epilogue(*arguments, tap, "full")
-    expected = compress(x if tap == "output" else z, taps, 5)
+    expected = compress(x if tap == "output" else z, storage, 5)
     if tap == "norm" and not stored:  # of a norm that nobody reads the last bit is the kernel's
         rows = z.flatten(0, -2)
         error, least = (
-            relative_error(expand(*kept, taps, z.shape[-1], torch.float64), rows)
+            relative_error(expand(*kept, storage, z.shape[-1], torch.float64), rows)
             for kept in ((codes, scale), expected)
         )
         assert error <= 1.05 * least
@@ -82,9 +83,9 @@ def test_any_width(channels, rank, tap, norm, dtype):
 @pytest.mark.parametrize("channels", [37, 192])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
 @pytest.mark.parametrize("tap", TAPPED)
-@pytest.mark.parametrize("taps", LARGEST)
-def test_codes_are_those_of_the_tap_as_it_is_returned(taps, tap, norm, channels, dtype):
-    check(make_arguments((2, 5, 9), channels, 16, dtype, norm), tap, taps)
+@pytest.mark.parametrize("storage", LARGEST)
+def test_codes_are_those_of_the_tap_as_it_is_returned(storage, tap, norm, channels, dtype):
+    check(make_arguments((2, 5, 9), channels, 16, dtype, norm), tap, storage)
 
 
 @pytest.mark.parametrize("tap", TAPPED)
@@ -92,7 +93,7 @@ def test_without_an_adapter(tap):
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
 
     arguments = make_arguments((2, 3, 7), 24, 5, torch.float32)
-    y, z, t, codes, scale = sublayer_epilogue(*arguments[:5], tap=tap, taps="int4")
+    y, z, t, codes, scale = sublayer_epilogue(*arguments[:5], tap=tap, storage="int4")
     for ours, theirs in zip((y, z), oracle(*arguments, tap)[:2], strict=True):
         assert relative_error(ours, theirs) <= TOLERANCE[torch.float32]
     assert t.numel() == codes.numel() == scale.numel() == 0

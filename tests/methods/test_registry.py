@@ -6,9 +6,10 @@ import inspect
 import pytest
 import torch
 
-from e3va import SwinConfig, build_backbone
+from e3va import build_backbone
 from e3va.measure import trainable_parameters
 from e3va.methods import METHODS, options_of
+from e3va.trunks import SwinConfig
 
 TINY = SwinConfig(16, (1, 1), (1, 2), window_size=3)
 

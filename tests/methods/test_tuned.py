@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from e3va import Backbone, Swin, SwinConfig, build_backbone, trunk_config
+from e3va import Backbone, build_backbone, trunk_config
 from e3va.measure import trainable_parameters
 from e3va.methods import METHODS
+from e3va.trunks import Swin, SwinConfig
 from e3va.weights import load_trunk, save_trunk
 from tests import oracles
 
@@ -355,16 +356,16 @@ def test_one_step_in_detectron2(method, tmp_path):
     cfg = load_config(d2.DIGITS, d2.overrides(tmp_path, train, *more))
     register_coco_json(cfg)
     trainer = Trainer(cfg)
-    swin = wake(trainer.model.backbone.bottom_up.swin)
-    before = copy.deepcopy(swin.state_dict())
+    net = wake(trainer.model.backbone.bottom_up.net)
+    before = copy.deepcopy(net.state_dict())
     d2.step(trainer)
-    trained = names_of_trained(swin)
-    for name, parameter in swin.named_parameters():
+    trained = names_of_trained(net)
+    for name, parameter in net.named_parameters():
         assert torch.equal(parameter, before[name]) == (name not in trained), name
 
     trainer.checkpointer.save("saved")
     torch.manual_seed(1)
     other = Trainer(cfg)
     other.checkpointer.load(str(tmp_path / "out/saved.pth"))
-    loaded = other.model.backbone.bottom_up.swin.state_dict()
-    assert all(torch.equal(loaded[name], value) for name, value in swin.state_dict().items())
+    loaded = other.model.backbone.bottom_up.net.state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in net.state_dict().items())

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from e3va import native
+from e3va.ops.backends import native
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]

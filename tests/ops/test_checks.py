@@ -57,7 +57,7 @@ def test_few_are_remembered(calls, monkeypatch):
 
 def test_what_cannot_be_remembered_is_checked():
     x = torch.zeros(1, 3, 96)
-    with pytest.raises(ValueError, match="taps must be one of"):
+    with pytest.raises(ValueError, match="storage must be one of"):
         ops.sublayer_epilogue(x, x, None, None, 1e-5, None, "output", {"int4"})
 
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 import e3va
 from e3va import ops
 from e3va.highway import HEARD
-from e3va.ops.reference import pool_2x2
-from e3va.ops.taps import compress
+from e3va.ops.functional import pool_2x2
+from e3va.ops.storage import compress
 from tests import oracles
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
@@ -25,21 +25,21 @@ def backend(request):
         yield
 
 
-def make_parameters(taps, channels, rank, hidden, dtype=torch.float64, side=3, state=True):
+def make_parameters(adapters, channels, rank, hidden, dtype=torch.float64, side=3, state=True):
     branches = 2 - rank % 2
-    kernel = taps, branches, rank // branches, rank // branches
+    kernel = adapters, branches, rank // branches, rank // branches
     shapes = {
-        "P": (taps, channels, rank),
+        "P": (adapters, channels, rank),
         "g": kernel,
-        "Q": (taps, rank, hidden),
-        "b": (taps, hidden),
-        "U": (taps, hidden, rank),
+        "Q": (adapters, rank, hidden),
+        "b": (adapters, hidden),
+        "U": (adapters, hidden, rank),
         "g_up": kernel,
-        "V": (taps, rank, channels),
+        "V": (adapters, rank, channels),
         "c": (channels,),
     }
-    shapes |= {"D": (taps, rank, side, side)} if side else {}
-    shapes |= {"gamma": (taps, rank)} if state else {}
+    shapes |= {"D": (adapters, rank, side, side)} if side else {}
+    shapes |= {"gamma": (adapters, rank)} if state else {}
     scale = {"P": channels**-0.5, "Q": rank**-0.5, "U": hidden**-0.5, "V": rank**-0.5}
     scale |= dict.fromkeys(("g", "g_up"), 0.3 * kernel[-1] ** -0.5)
     # Around the identity, where they begin: what nearly maps to zero loses digits.
@@ -76,11 +76,11 @@ def fused(h_in, y_in, x, parameters, carry=None):
     ids=str,
 )
 def test_matches_one_adapter_at_a_time(dtype, shape, form, sizes):
-    (side, state), (taps, channels, rank, hidden) = form, sizes
-    exact = make_parameters(taps, channels, rank, hidden, side=side, state=state)
+    (side, state), (adapters, channels, rank, hidden) = form, sizes
+    exact = make_parameters(adapters, channels, rank, hidden, side=side, state=state)
     # The trunk's tensors as the dtype can hold them, so that only our own rounding is judged.
     h_in, y_in, *x = (
-        torch.randn(*shape, channels, dtype=torch.float64).to(dtype) for _ in range(taps + 2)
+        torch.randn(*shape, channels, dtype=torch.float64).to(dtype) for _ in range(adapters + 2)
     )
     G = torch.randn(*shape, channels, dtype=torch.float64).to(dtype)
     dstate, carry = (torch.randn(*shape, rank, dtype=torch.float64).to(dtype) for _ in range(2))
@@ -312,7 +312,7 @@ def test_opcheck_of_int4():
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        (dict(tap=lambda v: v[:1]), ValueError, "2 adapters, got 1 taps"),
+        (dict(taps=lambda v: v[:1]), ValueError, "2 adapters, got 1 taps"),
         (dict(h_in=lambda v: v[:, :1]), ValueError, "h_in must have shape"),
         (dict(y_in=lambda v: v.double()), TypeError, "y_in must have the dtype of y_out"),
         (dict(c=lambda v: v[:-1]), ValueError, "c must have shape"),
@@ -328,15 +328,23 @@ def test_opcheck_of_int4():
         (dict(gamma=lambda v: None), ValueError, "a carry is heard through gamma"),
         (dict(carry=lambda v: v[:, 1:]), ValueError, "carry must have shape"),
         (dict(carry=lambda v: v.half()), TypeError, "carry must have the dtype of y_out"),
-        (dict(taps=lambda _: "int2"), ValueError, "taps must be one of full, fp8, int8, int4"),
-        (dict(taps=lambda _: "int8"), ValueError, "taps 'int8' come without a scale"),
-        (dict(scale=lambda _: torch.ones(2, 12)), ValueError, "taps 'full' come with a scale"),
+        (
+            dict(storage=lambda _: "int2"),
+            ValueError,
+            "storage must be one of full, fp8, int8, int4",
+        ),
+        (dict(storage=lambda _: "int8"), ValueError, "taps kept as 'int8' come without a scale"),
+        (
+            dict(scale=lambda _: torch.ones(2, 12)),
+            ValueError,
+            "taps kept as 'full' come with a scale",
+        ),
     ],
 )
 def test_bad_input(change, error, message):
     h_in, y_in, y_out, carry, x, t, parameters = opcheck_arguments()
-    arguments = dict(h_in=h_in, y_in=y_in, y_out=y_out, tap=x, t=t, carry=carry, **parameters)
-    arguments |= dict(taps="full", scale=None)
+    arguments = dict(h_in=h_in, y_in=y_in, y_out=y_out, taps=x, t=t, carry=carry, **parameters)
+    arguments |= dict(storage="full", scale=None)
     for name, spoil in change.items():
         arguments[name] = spoil(arguments[name])
     with pytest.raises(error, match=message):

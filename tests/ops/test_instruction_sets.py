@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from e3va.native import build_info
+from e3va.ops.backends.native import build_info
 
 HERE = Path(__file__).parent
-KERNELS = ("sublayer_epilogue", "highway", "taps", "window_attention_native")
+KERNELS = ("sublayer_epilogue", "highway", "storage", "window_attention_native")
 # What float64 and opcheck look at is PyTorch.
 SELECTED = "native and not cuda and not opcheck and not gradcheck and not float64"
 

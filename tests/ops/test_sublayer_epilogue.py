@@ -4,7 +4,8 @@ import torch.nn.functional as F
 
 import e3va
 from e3va import ops
-from e3va.ops.taps import TAPPED, compress, room
+from e3va.ops.storage import compress, room
+from e3va.ops.sublayer_epilogue import TAPPED
 from tests.ops.backends import backend_of
 from tests.oracles import TOLERANCE, UGLY_MAPS, relative_error
 
@@ -51,16 +52,16 @@ def test_matches_float64(shape, dtype, norm, tap):
             assert relative_error(ours, theirs) <= TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("taps", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("storage", ["fp8", "int8", "int4"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
-def test_a_norm_that_is_tapped_is_kept_alone(taps, norm):
+def test_a_norm_that_is_tapped_is_kept_alone(storage, norm):
     """After a stage's last sub-layer nobody reads the norm but the adapter."""
     arguments = make_arguments((2, 3, 7), 24, 5, torch.float32, norm)
-    _, z, t, kept, scale = ops.sublayer_epilogue(*arguments, "norm", taps)
+    _, z, t, kept, scale = ops.sublayer_epilogue(*arguments, "norm", storage)
     assert z.numel() == (42 * 24 if norm else 0) and len(kept) == len(scale) == 42
     _, full, t_full, *_ = ops.sublayer_epilogue(*arguments, "norm")
     assert torch.equal(t, t_full)
-    for ours, theirs in zip((kept, scale), compress(full, taps, 0), strict=True):
+    for ours, theirs in zip((kept, scale), compress(full, storage, 0), strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
@@ -76,14 +77,14 @@ def test_without_an_adapter(dtype, tap):
 
 
 @pytest.mark.parametrize("tap", TAPPED)
-@pytest.mark.parametrize("taps", ["full", "int4"])
-def test_opcheck(tap, taps):
+@pytest.mark.parametrize("storage", ["full", "int4"])
+def test_opcheck(tap, storage):
     for norm in (True, False):
         x, y, *rest = make_arguments((2, 3, 5), 8, 4, torch.float32, norm)
-        rest += [tap, taps, None, 0, list(room(x, 4, taps))]
+        rest += [tap, storage, None, 0, list(room(x, 4, storage))]
         arguments = x, y, *rest
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, arguments)
-        no_adapter = (*arguments[:5], None, tap, taps, None, 0, [])
+        no_adapter = (*arguments[:5], None, tap, storage, None, 0, [])
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, no_adapter)
         strided = (*(v.mT.contiguous().mT for v in arguments[:2]), *arguments[2:])
         torch.library.opcheck(torch.ops.e3va.sublayer_epilogue.default, strided)
@@ -105,7 +106,7 @@ def test_has_no_backward_and_says_so():
         (5, lambda P: P[:-1], ValueError, "P must have shape"),
         (5, lambda P: P.long(), TypeError, "P must be of a floating dtype"),
         (6, lambda _: "input", ValueError, "tap must be one of output, norm, got 'input'"),
-        (7, lambda _: "int2", ValueError, "taps must be one of full, fp8, int8, int4"),
+        (7, lambda _: "int2", ValueError, "storage must be one of full, fp8, int8, int4"),
     ],
 )
 def test_bad_input(index, spoil, error, message):
@@ -126,14 +127,18 @@ def smaller(part):
         (smaller(1), ValueError, r"into\[1\] must have shape"),
         (smaller(2), ValueError, r"into\[2\] must have shape \[6\], got \[5\]"),
         (lambda into: [into[0].double(), *into[1:]], TypeError, "dtype of x"),
-        (lambda into: [into[0], into[1].to(torch.int16), into[2]], TypeError, "does not hold taps"),
-        (lambda into: [into[0], into[1], into[2].half()], TypeError, "does not hold taps"),
+        (
+            lambda into: [into[0], into[1].to(torch.int16), into[2]],
+            TypeError,
+            "does not hold a tap as",
+        ),
+        (lambda into: [into[0], into[1], into[2].half()], TypeError, "does not hold a tap as"),
         (lambda into: [into[0].mT.contiguous().mT, *into[1:]], ValueError, "must be contiguous"),
     ],
 )
-@pytest.mark.parametrize("taps", ["int4", "fp8"])
-def test_results_are_not_written_where_they_do_not_fit(taps, spoil, error, message):
+@pytest.mark.parametrize("storage", ["int4", "fp8"])
+def test_results_are_not_written_where_they_do_not_fit(storage, spoil, error, message):
     x, *rest = make_arguments((2, 3), 10, 4, torch.float32)
-    into = spoil(list(room(x, 4, taps)))
+    into = spoil(list(room(x, 4, storage)))
     with torch.no_grad(), pytest.raises(error, match=message):
-        ops.sublayer_epilogue(x, *rest, "norm", taps, into=into)
+        ops.sublayer_epilogue(x, *rest, "norm", storage, into=into)

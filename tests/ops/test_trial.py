@@ -2,7 +2,6 @@
 functions for its kernels."""
 
 import json
-import multiprocessing
 import time
 import warnings
 
@@ -10,84 +9,13 @@ import pytest
 import torch
 
 import e3va
-from e3va import cli, native
-from e3va.cache import warn_once
-from e3va.ops import dispatch, reference, trial
-from e3va.ops.taps import compress
+from e3va import cli
+from e3va.ops import dispatch, trial
+from e3va.ops.backends import native, reference
+from e3va.ops.backends.registry import IMPLEMENTATIONS
+from e3va.ops.storage import compress
 from e3va.ops.variants import SEED, VARIANTS, Draw, SublayerEpilogue, WindowAttention, examples
-
-CPU = torch.device("cpu")
-OP = "sublayer_epilogue"
-VARIANT = SublayerEpilogue(40, "float32", 5, "norm", "int4")
-
-
-def arguments(dtype=torch.float32, variant=VARIANT):
-    return variant.arguments(Draw(dtype, seed=1), 2, 3, 5)
-
-
-def right(*arguments):
-    right.runs += 1
-    return reference.sublayer_epilogue(*arguments)
-
-
-right.runs = 0
-
-
-def wrong_here(at):
-    """The reference with one wrong value in one of its results."""
-
-    def run(*arguments):
-        results = reference.sublayer_epilogue(*arguments)
-        if results[at].numel():
-            results[at].flatten()[-1] += 3
-        return results
-
-    return run
-
-
-def raising(error):
-    def run(*arguments):
-        raise error
-
-    return run
-
-
-@pytest.fixture
-def gpu(monkeypatch, tmp_path):
-    """Call it with a kernel, its seconds where the reference takes one, and a reference."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(dispatch, "TRIED_ON", {"cpu"})
-
-    def restart():
-        dispatch.forget()
-        trial._memory.clear()
-        warn_once.cache_clear()
-
-    def install(kernel, seconds=0.5, other=reference.sublayer_epilogue):
-        def timed(run, device, arguments):
-            run(*arguments)
-            return 1.0 if run is other else seconds
-
-        monkeypatch.setattr(trial, "_seconds", timed)
-        backends = dispatch._ops[OP]
-        kernel = dispatch._Backend(kernel, lambda *_: None, lambda *_: None)
-        monkeypatch.setitem(backends, "triton", kernel)
-        monkeypatch.setitem(backends, "native", kernel._replace(why_not=lambda *_: "not here"))
-        monkeypatch.setitem(backends, "reference", backends["reference"]._replace(run=other))
-        restart()
-
-    install.restart = restart
-    yield install
-    restart()
-
-
-def chosen():
-    return dispatch.explain(OP, CPU, torch.float32, arguments())
-
-
-def files(tmp_path):
-    return sorted((tmp_path / "e3va").glob("*.json"))
+from tests.ops.trials import CPU, OP, arguments, chosen, files, raising, right, wrong_here
 
 
 def test_right_and_fast(gpu, tmp_path, capsys):
@@ -203,132 +131,6 @@ def test_no_faster_than_noise(gpu):
     assert chosen().backend == "reference"
 
 
-def test_a_size_is_tried_by_itself(gpu):
-    """Small maps are a matter of launches, large ones of bytes."""
-    gpu(right)
-    sizes = []
-    for B, H, W in ((1, 1, 1), (1, 2, 2), (2, 20, 20), (2, 20, 21), (1, 100, 200)):
-        x, *rest = VARIANT.arguments(Draw(torch.float32), B, H, W)
-        dispatch.run(OP, x, x, *rest)
-        sizes.append(len(trial.verdicts(CPU)))
-    assert sizes == [1, 2, 3, 3, 4]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "[]", "null", '{"verdicts": {"a": {}, "b": 3}}', "\0", '{"verdicts": []}'),
-        *("[" * 100_000, "\udcff\udcfe{"),  # nested too deep; no UTF-8
-    ],
-    ids=lambda text: ascii(text[:8]),
-)
-def test_a_broken_file_is_made_anew(gpu, tmp_path, text):
-    gpu(right)
-    chosen()
-    (kept,) = files(tmp_path)
-    good = json.loads(kept.read_text())["verdicts"]
-    kept.write_text(text, errors="surrogateescape")
-    gpu.restart()
-    with pytest.warns(UserWarning, match="is damaged, its content is made anew"):
-        assert chosen().backend == "triton"
-    assert json.loads(kept.read_text())["verdicts"].keys() == good.keys()
-
-
-def test_a_verdict_that_was_tampered_with_is_no_verdict(gpu, tmp_path):
-    gpu(wrong_here(0))
-    with pytest.warns(UserWarning, match="wrong"):
-        chosen()
-    (kept,) = files(tmp_path)
-    kept.write_text(kept.read_text().replace("false", '"yes"'))
-    gpu.restart()
-    with pytest.warns(UserWarning, match=r"made anew|wrong"):
-        assert chosen().backend == "reference"
-
-
-def test_a_home_that_cannot_be_written(gpu, monkeypatch, tmp_path):
-    blocked = tmp_path / "file"
-    blocked.write_text("in the way")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    gpu(right)
-    with pytest.warns(UserWarning, match="cannot be kept in .*XDG_CACHE_HOME"):
-        choice = chosen()
-    once = right.runs
-    assert choice.backend == "triton"
-    assert chosen() == choice and right.runs == once
-
-
-def test_verdicts_are_of_one_state_of_the_kernels(gpu, monkeypatch, tmp_path):
-    gpu(right)
-    chosen()
-    identity = trial._identity(CPU)
-    for name in identity:
-        other = identity | {name: "another"}
-        monkeypatch.setattr(trial, "_identity", lambda device, other=other: other)
-        assert trial.verdicts(CPU) == {}
-    assert len(files(tmp_path)) == 1
-
-
-def _one_of_two(folder, barrier, results):
-    import os
-
-    os.environ["XDG_CACHE_HOME"] = folder
-    dispatch.TRIED_ON = {"cpu"}
-    runs = []
-
-    def kernel(*arguments):
-        runs.append(1)
-        time.sleep(0.01)
-        return reference.sublayer_epilogue(*arguments)
-
-    backends = dispatch._ops[OP]
-    backends["triton"] = dispatch._Backend(kernel, lambda *_: None, lambda *_: None)
-    backends["native"] = backends["triton"]._replace(why_not=lambda *_: "not here")
-    barrier.wait()
-    verdict = trial.verdict(OP, "triton", CPU, torch.float32, arguments(), 0)
-    results.put((len(runs), verdict))
-
-
-def test_two_processes_at_once_agree(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(2), context.Queue()
-    processes = [
-        context.Process(target=_one_of_two, args=(str(tmp_path), barrier, results))
-        for _ in range(2)
-    ]
-    for process in processes:
-        process.start()
-    (runs, verdict), (runs_too, verdict_too) = (results.get(timeout=120) for _ in range(2))
-    for process in processes:
-        process.join()
-    assert verdict == verdict_too
-    assert sorted((runs, runs_too))[0] == 0 < max(runs, runs_too)
-
-
-def test_another_process_that_never_lets_go(gpu, tmp_path, monkeypatch):
-    monkeypatch.setattr(trial, "WAIT", 0.1)
-    gpu(right)
-    path = trial._path(CPU)
-    path.parent.mkdir()
-    lock = trial.FileLock(path.with_suffix(".lock"))
-    with lock, pytest.warns(UserWarning, match="locked: kernels are tried without waiting"):
-        assert chosen().backend == "triton"
-    assert not files(tmp_path)
-    gpu.restart()
-    chosen()
-    gpu.restart()
-    once = right.runs
-    with lock:  # what is known needs no lock
-        assert chosen().backend == "triton" and right.runs == once
-
-
-def test_a_user_without_a_home(gpu, monkeypatch):
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
-    gpu(right)
-    with pytest.warns(UserWarning, match="cannot be kept in"):
-        assert chosen().backend == "triton"
-
-
 def test_defaults_of_pytorch_change_nothing(gpu, monkeypatch):
     gpu(right)
     monkeypatch.setattr(trial, "_times", lambda *_: (0.5, 1.0))
@@ -352,7 +154,7 @@ def test_the_last_bit_of_a_norm_decides_few_codes(monkeypatch):
         y_out, _, t, *_ = reference.sublayer_epilogue(x, y, weight, bias, eps, *rest)
         return y_out, x.new_empty(0), t, *compress(z, "int4", shift + SEED)
 
-    backends = dispatch._ops[OP]
+    backends = IMPLEMENTATIONS[OP]
     monkeypatch.setitem(backends, "native", backends["native"]._replace(run=kernel))
     for dtype in trial.TOLERANCE:
         shift = 0
@@ -404,44 +206,9 @@ def test_selftest(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "ok    window_attention   native  bfloat16" in out
     assert "3 of 3 kernels are right on cpu" in out
-    backends = dispatch._ops["window_attention"]
+    backends = IMPLEMENTATIONS["window_attention"]
     broken = backends["native"]._replace(run=lambda qkv, *_: qkv[..., : qkv.shape[-1] // 3] + 0)
     monkeypatch.setitem(backends, "native", broken)
     assert cli.main(["selftest", "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "WRONG window_attention" in out and "0 of 3 kernels are right" in out
-
-
-def test_what_a_kernel_cannot_do_is_told_before_it_is_tried(monkeypatch):
-    fits, wide = WindowAttention(32, 2, 12, False), WindowAttention(48, 2, 7, False)
-    far = WindowAttention(32, 2, 13, False)
-    gpu = torch.device("cuda")
-    assert native._window_attention_cannot(gpu, fits) is None
-    assert "heads of 32 channels, not of 48" in native._window_attention_cannot(gpu, wide)
-    assert "windows up to 12, not of 13" in native._window_attention_cannot(gpu, far)
-    assert native._window_attention_cannot(CPU, wide) is None
-    assert "ranks up to 128, not of 256" in e3va.triton.cannot(gpu, VARIANT._replace(rank=256))
-    assert e3va.triton.cannot(gpu, fits) is None
-
-
-@pytest.mark.parametrize(
-    ("code", "architecture", "runs"),
-    [
-        ("sm_80", 80, True),
-        ("sm_80", 89, True),
-        ("sm_86", 80, False),
-        ("sm_80", 90, False),
-        ("compute_80", 110, True),
-        ("compute_120", 110, False),
-        ("sm_90a", 90, True),
-        ("sm_100a", 103, False),
-        ("compute_90a", 100, False),
-        ("sm_100f", 103, True),
-        ("compute_100f", 120, False),
-        ("x86_64", 80, False),
-    ],
-)
-def test_code_for_a_gpu(code, architecture, runs):
-    """Machine code runs within a generation, on later members; PTX from its own one on (CUDA
-    programming guide, "Binary compatibility", "PTX compatibility")."""
-    assert native._runs(code, architecture) is runs

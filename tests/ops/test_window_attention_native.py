@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import e3va
-from e3va import native, ops
-from e3va.ops import reference
+from e3va import ops
+from e3va.ops.backends import native, reference
 from tests.ops.backends import DEVICES
 from tests.oracles import relative_error
 

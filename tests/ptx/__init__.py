@@ -3,7 +3,8 @@
     parser.py            PTX as text → entries of instructions
     flow.py              basic blocks, and the order in which threads that diverged meet again
     floats.py            the float formats and their roundings
-    opcodes.py           the table of opcodes: what one thread does
+    opcodes.py           the table of opcodes
+    arithmetic.py  accesses.py   what one thread does
     warps.py             … what a warp does together: shuffles, matrices, tensor cores
     tensor_memory.py     … and the tensor cores of sm_100
     memory.py            global and shared memory, and the checks of every access

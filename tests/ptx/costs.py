@@ -51,13 +51,12 @@ def measure(
         adapters: K, with a state.
     """
     from e3va.kernels.adapters import adapters as forward
-    from e3va.kernels.adapters import adapters_backward as backward
+    from e3va.kernels.adapters_backward import adapters_backward as backward
     from e3va.kernels.fold import fold, fold_backward
     from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
     from e3va.kernels.tap_gradient import tap_gradient
-    from e3va.ops.reference import keep
-    from e3va.ops.taps import LARGEST, TAPS, compress
+    from e3va.ops.storage import LARGEST, STORAGES, compress, keep
 
     N, K = size[0] * size[1], adapters
     x, y = (torch.randn(N, channels).to(dtype) for _ in range(2))
@@ -75,9 +74,19 @@ def measure(
         counts = device.counts[f"{launcher.__name__}_kernel"]
         yield Cost(launcher.__name__ + note, units, counts)
 
-    for taps in TAPS:
+    for storage in STORAGES:
         yield from counted(
-            f" {taps}", N, sublayer_epilogue, x, y, *norm, 1e-5, P, "output", taps, torch.tensor(5)
+            f" {storage}",
+            N,
+            sublayer_epilogue,
+            x,
+            y,
+            *norm,
+            1e-5,
+            P,
+            "output",
+            storage,
+            torch.tensor(5),
         )
     for kept in ("full", "int8"):
         yield from counted(f" {kept}", N * K, forward, t, None, *weights, kept)
@@ -86,10 +95,10 @@ def measure(
     yield from counted("", K, fold, *folded, dtype)
     totals, of_D = torch.randn(K, hidden * (2 * rank + 1)), torch.randn(K, side**2, rank)
     yield from counted("", K, fold_backward, totals, of_D, *folded)
-    for taps in LARGEST:
-        codes, scale = compress(x, taps, 5)
+    for storage in LARGEST:
+        codes, scale = compress(x, storage, 5)
         yield from counted(
-            f" {taps}", N, tap_gradient, codes[None], scale[None], taps, t[:1], channels
+            f" {storage}", N, tap_gradient, codes[None], scale[None], storage, t[:1], channels
         )
     p, dp = (v.view(1, *size, channels) for v in (x, y))
     dgathered = torch.randn(1, size[0] // 2, size[1] // 2, 4 * channels).to(dtype)

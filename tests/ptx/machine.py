@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tests.ptx import tensor_memory, warps  # noqa: F401  (they fill the table of opcodes)
+from tests.ptx import accesses, arithmetic, tensor_memory, warps  # noqa: F401  (the opcodes)
 from tests.ptx.counters import Counts
 from tests.ptx.floats import UNSIGNED, Array
 from tests.ptx.flow import Flow, is_end_of_block

@@ -10,8 +10,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not executed")
 
-from e3va.kernels import adapters, common, sublayer_epilogue, tap_gradient
-from e3va.ops.taps import compress
+from e3va.kernels import adapters, adapters_backward, common, sublayer_epilogue, tap_gradient
+from e3va.ops.storage import compress
 from tests.ptx.memory import GlobalMemory
 
 DTYPE = torch.bfloat16
@@ -95,18 +95,18 @@ def test_sublayer_epilogue(device):
 K, RANK, HIDDEN, SIZE, IMAGES = 2, 16, 32, (3, 5), 3
 
 
-def stage(make, N, taps=K, rank=RANK, hidden=HIDDEN):
+def stage(make, N, count=K, rank=RANK, hidden=HIDDEN):
     """t, carry, D, γ, g, Q, b, U, g of U."""
     return (
-        make(taps, N, rank),
+        make(count, N, rank),
         None,
-        make(taps, rank, 3, 3),
+        make(count, rank, 3, 3),
         None,
-        make(taps, 1, rank, rank),
-        make(taps, rank, hidden),
-        make(taps, hidden),
-        make(taps, hidden, rank),
-        make(taps, 1, rank, rank),
+        make(count, 1, rank, rank),
+        make(count, rank, hidden),
+        make(count, hidden),
+        make(count, hidden, rank),
+        make(count, 1, rank, rank),
     )
 
 
@@ -147,9 +147,9 @@ def test_adapters(device):
     compare(gpu, far, near, (first // rows, K - 1, 0), places, {"S_ptr"})
 
 
-def backward(make, N, taps=K, rank=RANK, hidden=HIDDEN, size=SIZE):
-    t, _, *rest = stage(make, N, taps, rank, hidden)
-    return make(N, taps * rank), None, t, None, *rest, size
+def backward(make, N, count=K, rank=RANK, hidden=HIDDEN, size=SIZE):
+    t, _, *rest = stage(make, N, count, rank, hidden)
+    return make(N, count * rank), None, t, None, *rest, size
 
 
 def backward_launches(gpu):
@@ -164,10 +164,10 @@ def test_adapters_backward(device):
     whole = 64 * SIZE[0] * SIZE[1]
     N = n + (FAR // RANK // whole + 1) * whole  # the last program has n rows
     with device(80) as gpu:
-        adapters.adapters_backward(*backward(normal, n))
+        adapters_backward.adapters_backward(*backward(normal, n))
     near = backward_launches(gpu)
     with device(80, execute=False) as gpu:
-        adapters.adapters_backward(*backward(vast, N))
+        adapters_backward.adapters_backward(*backward(vast, N))
     far = backward_launches(gpu)
     parts, slot = far[0].grid[0], near[0].grid[1] - 1
     rows = far[0].arguments["ROWS"]
@@ -185,22 +185,22 @@ def test_adapters_backward(device):
 
 
 def test_many_adapters_backward(device):
-    """Of so many taps that the last one lies far out."""
-    taps, N, rank, hidden, size = 60000, 570, 64, 576, (19, 30)
+    """Of so many adapters that the last one lies far out."""
+    count, N, rank, hidden, size = 60000, 570, 64, 576, (19, 30)
     with device(80) as gpu:
-        adapters.adapters_backward(*backward(normal, N, 1, rank, hidden, size))
+        adapters_backward.adapters_backward(*backward(normal, N, 1, rank, hidden, size))
     near = backward_launches(gpu)
     with device(80, execute=False) as gpu:
-        adapters.adapters_backward(*backward(vast, N, taps, rank, hidden, size))
+        adapters_backward.adapters_backward(*backward(vast, N, count, rank, hidden, size))
     far = backward_launches(gpu)
     parts, slots = far[0].grid[:2]
     first = (parts - 1) * far[0].arguments["ROWS"]
 
     def last_tap(width, start=0):
-        return [((taps - 1) * width + start, start, width - start)]
+        return [((count - 1) * width + start, start, width - start)]
 
     def columns(start):
-        return [((row * taps + taps - 1) * rank, row * rank, rank) for row in range(start, N)]
+        return [((row * count + count - 1) * rank, row * rank, rank) for row in range(start, N)]
 
     weight, narrow = rank * hidden, N * rank
     width = far[0].arguments["sums_ptr"].shape[-1]
@@ -220,8 +220,8 @@ def test_many_adapters_backward(device):
     places = {name: last_tap(narrow) for name in ("u_ptr", "dmixed_ptr")}
     places["D_ptr"] = last_tap(9 * rank)
     places["dt_ptr"] = last_tap(narrow, first * rank)
-    places["dD_ptr"] = [((parts * taps - 1) * 9 * rank, (parts - 1) * 9 * rank, 9 * rank)]
-    compare(gpu, far[1], near[1], (parts - 1, taps - 1, 0), places, {"dt_ptr", "dD_ptr"})
+    places["dD_ptr"] = [((parts * count - 1) * 9 * rank, (parts - 1) * 9 * rank, 9 * rank)]
+    compare(gpu, far[1], near[1], (parts - 1, count - 1, 0), places, {"dt_ptr", "dD_ptr"})
 
 
 def test_tap_gradient(device, monkeypatch):

@@ -8,7 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not executed")
 
-from e3va.ops.taps import LARGEST, TAPPED, TAPS
+from e3va.ops.storage import LARGEST, STORAGES
+from e3va.ops.sublayer_epilogue import TAPPED
 from tests.kernels import (
     test_adapters,
     test_stage_exit,
@@ -54,11 +55,13 @@ EPILOGUES = (
 )
 
 
-@pytest.mark.parametrize("architecture, dtype, tap, taps", list(cases(EPILOGUES, TAPPED, TAPS)))
-def test_sublayer_epilogue_runs(device, architecture, dtype, tap, taps):
+@pytest.mark.parametrize(
+    "architecture, dtype, tap, storage", list(cases(EPILOGUES, TAPPED, STORAGES))
+)
+def test_sublayer_epilogue_runs(device, architecture, dtype, tap, storage):
     with device(architecture):
         arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), 42, 5, dtype)
-        test_sublayer_epilogue.check(arguments, tap, taps)
+        test_sublayer_epilogue.check(arguments, tap, storage)
 
 
 ADAPTERS = (
@@ -99,10 +102,10 @@ GRADIENTS = (
 )
 
 
-@pytest.mark.parametrize("architecture, dtype, taps", list(cases(GRADIENTS, LARGEST)))
-def test_tap_gradient_runs(device, architecture, dtype, taps):
+@pytest.mark.parametrize("architecture, dtype, storage", list(cases(GRADIENTS, LARGEST)))
+def test_tap_gradient_runs(device, architecture, dtype, storage):
     with device(architecture):
-        test_tap_gradient.check(2, 45, 37, 5, dtype, taps)
+        test_tap_gradient.check(2, 45, 37, 5, dtype, storage)
 
 
 EXITS = (
@@ -195,9 +198,9 @@ def test_any_map(device, architecture, dtype, shape):
     if (architecture, dtype) == (75, BFLOAT):
         pytest.skip("sm_75 has no bfloat16")
     with device(architecture):
-        for tap, taps in itertools.product(TAPPED, ("full", "int4")):
+        for tap, storage in itertools.product(TAPPED, ("full", "int4")):
             arguments = test_sublayer_epilogue.make_arguments(shape, 24, 5, dtype)
-            test_sublayer_epilogue.check(arguments, tap, taps)
+            test_sublayer_epilogue.check(arguments, tap, storage)
         for form in test_adapters.FORMS:
             test_adapters.check(shape, 2, 5, 12, dtype, *form, again=0)
         for merging in (True, False):
@@ -212,10 +215,10 @@ def test_published_widths(device, architecture, dtype, channels, rank):
     if (architecture, dtype) == (75, BFLOAT):
         pytest.skip("sm_75 has no bfloat16")
     with device(architecture):
-        for tap, taps in itertools.product(TAPPED, TAPS):
+        for tap, storage in itertools.product(TAPPED, STORAGES):
             arguments = test_sublayer_epilogue.make_arguments((1, 3, 7), channels, rank, dtype)
-            test_sublayer_epilogue.check(arguments, tap, taps)
+            test_sublayer_epilogue.check(arguments, tap, storage)
         test_adapters.check((1, 5, 9), 2, rank, channels // 2, dtype, 3, "carry", again=0)
-        for taps in LARGEST:
-            test_tap_gradient.check(1, 150, channels, rank, dtype, taps)
+        for storage in LARGEST:
+            test_tap_gradient.check(1, 150, channels, rank, dtype, storage)
         test_stage_exit.check((1, 5, 9), channels, dtype, True)

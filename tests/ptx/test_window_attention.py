@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from e3va.ops import reference
+from e3va.ops.backends import reference
 from tests.oracles import TOLERANCE, relative_error
 from tests.ptx import compiler
 from tests.ptx.memory import APART, GlobalMemory, Misaligned, OutOfBounds, Race

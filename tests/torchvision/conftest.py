@@ -5,7 +5,7 @@ import torch
 
 import e3va
 
-TINY = e3va.SwinConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
+TINY = e3va.trunks.SwinConfig(embed_dim=16, depths=(1, 1, 2, 1), num_heads=(1, 2, 2, 4))
 SMALL = {"out_channels": 16, "min_size": 64, "max_size": 96, "anchor_sizes": (8, 16, 32, 64, 96)}
 SMALL_HEADS = {
     "mask_rcnn": {"representation_size": 32, "mask_channels": (16,)},
@@ -26,7 +26,7 @@ def one_thread():
 def backbone(method="e3va", seed=0, trunk_seed=0, **options):
     """A narrow backbone, its trunk's weights drawn apart from the rest."""
     torch.manual_seed(trunk_seed)
-    trunk = e3va.Swin(TINY).state_dict()
+    trunk = e3va.trunks.Swin(TINY).state_dict()
     torch.manual_seed(seed)
     if method.startswith("e3va"):
         options = {"branches": 1, "kernel_dim": 4, **options}

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from e3va import FrozenSwin, Swin, SwinConfig, trunk_config
+from e3va import trunk_config
+from e3va.trunks import FrozenSwin, Swin, SwinConfig
 from e3va.trunks.base import WEIGHT_HASH
 from e3va.weights import convert_weights
 from tests import libraries, oracles

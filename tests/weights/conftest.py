@@ -3,9 +3,7 @@ import functools
 import pytest
 import torch
 
-from e3va import (
-    FrozenSwin,
-)
+from e3va.trunks import FrozenSwin
 from tests import libraries
 from tests.weights.files import CONFIG, SIZE
 

@@ -2,12 +2,8 @@
 
 import torch
 
-from e3va import (
-    E3VABackbone,
-    FrozenSwin,
-    SwinConfig,
-    load_trunk,
-)
+from e3va import E3VABackbone, load_trunk
+from e3va.trunks import FrozenSwin, SwinConfig
 from e3va.trunks.base import WEIGHT_HASH
 from e3va.weights import trunk_hash
 
@@ -69,6 +65,6 @@ WRITERS = {
     "mmdetection": lambda t: {"meta": {"epoch": 1}, "state_dict": mmdetection(t)},
     "detectron2": lambda t: {"model": prefixed("backbone.bottom_up.", official(t)), "iteration": 9},
     "data parallel": lambda t: {"model": prefixed("module.", official(t))},
-    "ours": lambda t: prefixed("backbone.bottom_up.swin.", E3VABackbone(t).state_dict()),
+    "ours": lambda t: prefixed("backbone.bottom_up.net.", E3VABackbone(t).state_dict()),
     "our trunk": lambda t: prefixed("trunk.", t.state_dict()),
 }

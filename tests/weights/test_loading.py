@@ -7,16 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from e3va import (
-    E3VABackbone,
-    FrozenSwin,
-    Swin,
-    SwinConfig,
-    load_trunk,
-    open_trunk,
-    save_trunk,
-    trunk_config,
-)
+from e3va import E3VABackbone, load_trunk, open_trunk, save_trunk, trunk_config
+from e3va.trunks import FrozenSwin, Swin, SwinConfig
 from e3va.trunks.base import WEIGHT_HASH
 from e3va.weights import convert_weights, trunk_hash
 from tests import libraries

@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from e3va import (
-    FrozenSwin,
-    load_trunk,
-)
+from e3va import load_trunk
+from e3va.trunks import FrozenSwin
 from e3va.weights import read_weights
 from tests.weights.files import CONFIG, WRITERS, assert_loads
 

@@ -11,13 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from e3va import (
-    FrozenSwin,
-    load_trunk,
-    open_trunk,
-    save_trunk,
-    trunk_config,
-)
+from e3va import load_trunk, open_trunk, save_trunk, trunk_config
+from e3va.trunks import FrozenSwin
 from e3va.weights import convert_weights, read_weights, resolve, trunk_hash
 from tests import libraries
 from tests.weights.files import CONFIG, SIZE, WRITERS, assert_loads, official, prefixed

@@ -1,7 +1,6 @@
 """Every op in plain PyTorch: the definition that the other backends must match, and the fallback.
 
-Shape letters, here and everywhere: B images, H×W a stage's map, N = B·H·W tokens, C channels,
-K taps, α rank (``r`` in code), m hidden width, w window side.
+Shape letters: see :mod:`e3va.ops.functional`.
 """
 
 from __future__ import annotations
@@ -12,9 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from e3va.ops.taps import compress, expand, room
+from e3va.ops.backends.registry import register
+from e3va.ops.functional import (
+    fold,
+    fold_backward,
+    gather_2x2,
+    norm_parameters,
+    over_tokens,
+    project,
+    wide,
+)
+from e3va.ops.storage import compress, expand, keep, kept_in_full, room
 
 
+@register("sublayer_epilogue", "reference")
 def sublayer_epilogue(
     x: Tensor,  # [..., C]
     y: Tensor,  # [..., C]
@@ -23,7 +33,7 @@ def sublayer_epilogue(
     eps: float,
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
-    taps: str = "full",
+    storage: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
     into: Sequence[Tensor] = (),
@@ -31,54 +41,20 @@ def sublayer_epilogue(
     x, y = x.contiguous(), y.contiguous()
     y_out, z = y + x, x.new_empty(0)
     if not into:
-        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], taps)
+        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], storage)
     t, kept, scale = into
     if norm_weight is not None or (P is not None and tap == "norm"):
         z = F.layer_norm(y_out, y.shape[-1:], _to(norm_weight, y), _to(norm_bias, y), eps)
     if P is not None:
         tapped = x if tap == "output" else z
         project(tapped, P, t)
-        if taps != "full":
-            compress(tapped, taps, index if seed is None else seed + index, (kept, scale))
+        if storage != "full":
+            compress(tapped, storage, index if seed is None else seed + index, (kept, scale))
             z = z if norm_weight is not None else x.new_empty(0)
     return y_out, z, t, kept, scale
 
 
-def project(tapped: Tensor, P: Tensor, t: Tensor) -> None:
-    """Write t [N, r], what an adapter reads of a tap [..., C]."""
-    torch.mm(tapped.flatten(0, -2), P.to(tapped), out=t)
-
-
-def fold(
-    g: Tensor,  # [K, branches, d, d]
-    Q: Tensor,  # [K, r, m]
-    U: Tensor,  # [K, m, r]
-    g_up: Tensor,  # [K, branches, d, d]
-) -> tuple[Tensor, Tensor]:
-    """Q and U with the inner kernels multiplied in, each branch's by its own."""
-    taps, branches, d, _ = g.shape
-    Q = (g @ Q.view(taps, branches, d, -1)).flatten(1, 2)
-    U = U.view(taps, -1, branches, d).transpose(1, 2) @ g_up
-    return Q, U.transpose(1, 2).flatten(2)
-
-
-def fold_backward(
-    dQ: Tensor,  # [K, r, m], of what fold returns
-    dU: Tensor,  # [K, m, r]
-    g: Tensor,
-    Q: Tensor,
-    U: Tensor,
-    g_up: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of g, Q, U and g_up, in the dtype of dQ."""
-    taps, branches, d, _ = g.shape
-    g, Q, U, g_up = (v.to(dQ) for v in (g, Q, U, g_up))
-    dQ, Q = (v.view(taps, branches, d, -1) for v in (dQ, Q))
-    dU, U = (v.view(taps, -1, branches, d).transpose(1, 2) for v in (dU, U))
-    dU_in = (dU @ g_up.mT).transpose(1, 2).flatten(2)
-    return dQ @ Q.mT, (g.mT @ dQ).flatten(1, 2), dU_in, U.mT @ dU
-
-
+@register("adapters", "reference")
 def adapters(
     t: Tensor,  # [K, N, r]
     carry: Tensor | None,  # [N, r]
@@ -90,7 +66,7 @@ def adapters(
     U: Tensor,  # [K, m, r]
     g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-    kept: str = "full",
+    storage: str = "full",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """S [N, K·r]; the state after the stage [N, r]; u [K, N, r] as it is to be kept, and its scales
     [K, N], if any: "full" or "int8". What there is not is empty; so is u where it is t, in full."""
@@ -108,25 +84,11 @@ def adapters(
         if c is not None:
             c = c + s
     after = t.new_empty(0) if c is None else c.to(t)
-    read = torch.stack(u) if u else t if kept != "full" else t.new_empty(0)
-    return torch.cat(S, dim=1), after, *keep(read, kept)
+    read = torch.stack(u) if u else t if storage != "full" else t.new_empty(0)
+    return torch.cat(S, dim=1), after, *keep(read, storage)
 
 
-def keep(u: Tensor, kept: str) -> tuple[Tensor, Tensor]:
-    """u [K, N, r] in full or in int8, and its scales [K, N], if any."""
-    if kept == "full":
-        return u, u.new_empty(0)
-    codes, scale = compress(u, kept, seed=0)
-    return codes.view(u.shape), scale.view(u.shape[:2])
-
-
-def kept_in_full(u: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
-    """The inverse of :func:`keep`, in the dtype of ``like``."""
-    if scale is None:
-        return u
-    return expand(u.flatten(0, 1), scale.flatten(), "int8", u.shape[-1], like.dtype).view(u.shape)
-
-
+@register("adapters_backward", "reference")
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
@@ -192,17 +154,18 @@ def _adapters_backward_outputs(
     )
 
 
+@register("tap_gradient", "reference")
 def tap_gradient(
-    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    taps: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
     scale: Tensor | None,  # [K, N]
-    taps: str,
+    storage: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
     dP = dt.new_empty(len(dt), channels, dt.shape[2], dtype=wide(dt[:0]).dtype)
-    for k, (tap_k, dt_k) in enumerate(zip(tap, dt, strict=True)):
+    for k, (tap_k, dt_k) in enumerate(zip(taps, dt, strict=True)):
         if scale is not None:
-            tap_k = expand(tap_k, scale[k], taps, channels, dt.dtype)
+            tap_k = expand(tap_k, scale[k], storage, channels, dt.dtype)
         dP[k] = over_tokens(tap_k, dt_k)
     return dP
 
@@ -245,44 +208,7 @@ def _channels_first(rows: Tensor, size: tuple[int, int]) -> Tensor:
     return wide(rows).reshape(len(rows) // (H * W), H, W, rows.shape[1]).permute(0, 3, 1, 2)
 
 
-def wide(x: Tensor) -> Tensor:
-    """In float32 or wider: what is summed along the adapters of a stage, and around a token."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def highway(
-    h_in: Tensor,  # [..., C]
-    y_in: Tensor,  # [..., C]
-    y_out: Tensor,  # [..., C]
-    S: Tensor,  # [N, K·r]
-    V: Tensor,  # [K, r, C]
-    c: Tensor,  # [C]
-) -> Tensor:
-    # h_in == y_in at initialisation: this order makes h_out == y_out to the last bit.
-    h = (h_in - y_in).contiguous().add_(y_out).add_(c).flatten(0, -2)
-    return h.addmm_(S, V.flatten(0, 1).to(y_out)).view_as(y_out)
-
-
-def pool_2x2(c: Tensor) -> Tensor:
-    """Means of 2×2 neighbours, at an odd end of those that there are: [B, H, W, r] →
-    [B, ⌈H/2⌉, ⌈W/2⌉, r]. Its backward needs nothing."""
-    for axis in (1, 2):
-        if c.shape[axis] % 2:
-            c = torch.cat([c, c.narrow(axis, -1, 1)], dim=axis)
-    return c.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
-
-
-def output_norm(
-    h: Tensor,  # [..., C]
-    weight: Tensor,  # [C]
-    bias: Tensor,  # [C]
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    weight, bias = norm_parameters(h, weight, bias)
-    p, mean, rstd = torch.native_layer_norm(h, h.shape[-1:], weight, bias, eps)
-    return p, mean.flatten(), rstd.flatten()
-
-
+@register("stage_exit_backward", "reference")
 def stage_exit_backward(
     dp: Tensor,  # [B, H, W, C]
     dgathered: Tensor | None,  # [B, ceil(H/2), ceil(W/2), 4C]
@@ -342,24 +268,6 @@ def _output_norm_backward(
     return dh, dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
-def norm_parameters(h: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """On a CPU the parameters' dtype is that of the norm's statistics, too: float32 or wider."""
-    dtype = h.dtype if h.device.type == "cuda" else torch.promote_types(h.dtype, torch.float32)
-    return weight.to(dtype), bias.to(dtype)
-
-
-def patch_merging(
-    h: Tensor,  # [B, H, W, C]
-    norm_weight: Tensor,  # [4C]
-    norm_bias: Tensor,  # [4C]
-    eps: float,
-    reduction: Tensor,  # [D, 4C]
-) -> Tensor:
-    x = gather_2x2(h)
-    x = F.layer_norm(x, x.shape[-1:], norm_weight.to(x), norm_bias.to(x), eps)
-    return F.linear(x, reduction.to(x))
-
-
 def _gathered_backward(
     dgathered: Tensor,  # [B, ceil(H/2), ceil(W/2), 4C]
     h: Tensor,  # [B, H, W, C]
@@ -377,15 +285,7 @@ def _gathered_backward(
     return neighbours.flatten(3, 4).flatten(1, 2)[:, :H, :W]
 
 
-def gather_2x2(h: Tensor) -> Tensor:
-    """[B, H, W, C] → [B, ceil(H/2), ceil(W/2), 4C], missing rows and columns taken as zero."""
-    H, W = h.shape[1:3]
-    if H % 2 or W % 2:
-        h = F.pad(h, (0, 0, 0, W % 2, 0, H % 2))
-    # The order of the four neighbours is Swin's: down first, then right.
-    return h.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2, 5).flatten(3)
-
-
+@register("window_attention", "reference")
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
     qkv_bias: Tensor,  # [3C]
@@ -448,19 +348,6 @@ def shift_mask(rows: int, columns: int, window: int, shift: int, like: Tensor) -
         region.view(rows, window, columns, window).permute(0, 2, 1, 3).reshape(-1, window * window)
     )
     return (region[:, None, :] != region[:, :, None]).to(like.dtype) * -100.0
-
-
-def over_tokens(a: Tensor, b: Tensor) -> Tensor:
-    """Σ aᵀ·b over the tokens, [N, p] and [N, q] → [p, q], in float32 or wider: where losses are
-    scaled, a sum of many tokens leaves what float16 holds."""
-    if a.device.type == "cuda" and a.dtype in (torch.float16, torch.bfloat16):
-        return torch.mm(a.t(), b, out_dtype=torch.float32)
-    if a.dtype != torch.float16:
-        return wide(a.t() @ b)
-    total = a.new_zeros(a.shape[1], b.shape[1], dtype=torch.float32)
-    for a_i, b_i in zip(a.split(1024), b.split(1024), strict=True):
-        total.addmm_(a_i.float().t(), b_i.float())
-    return total
 
 
 def _sum_rows(x: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from e3va.ops import dispatch, reference
-from e3va.ops.sublayer_epilogue import returns_norm
-from e3va.ops.taps import TAPS, room
+from e3va.ops.backends import reference
+from e3va.ops.backends.registry import register
+from e3va.ops.functional import fold, fold_backward
+from e3va.ops.storage import STORAGES, keep, kept_in_full, returns_norm, room
 from e3va.ops.variants import WindowAttention
 
-_FOLDER = Path(__file__).parent
+_FOLDER = Path(__file__).parents[2]
 _PARTS = {"cpu": "C++", "cuda": "CUDA"}
 HEAD_DIM, LARGEST_WINDOW = 32, 12  # of csrc/cuda/window_attention.cu
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -119,7 +120,7 @@ def _cpu_why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     return why_not(device, dtype)
 
 
-@dispatch.register("sublayer_epilogue", "native", why_not=_cpu_why_not)
+@register("sublayer_epilogue", "native", why_not=_cpu_why_not)
 def sublayer_epilogue(
     x: Tensor,  # [..., C]
     y: Tensor,  # [..., C]
@@ -128,23 +129,23 @@ def sublayer_epilogue(
     eps: float,
     P: Tensor | None = None,  # [C, r]
     tap: str = "output",
-    taps: str = "full",
+    storage: str = "full",
     seed: Tensor | None = None,
     index: int = 0,
     into: Sequence[Tensor] = (),
 ) -> tuple[Tensor, ...]:
-    z = x.new_empty(x.shape if returns_norm(norm_weight, P, tap, taps) else 0)
+    z = x.new_empty(x.shape if returns_norm(norm_weight, P, tap, storage) else 0)
     if not into:
-        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], taps)
+        into = [x.new_empty(0)] * 3 if P is None else room(x, P.shape[1], storage)
     weights = _given(norm_weight), _given(norm_bias), eps, _given(P)
-    storage = tap == "norm", TAPS.index(taps), index + (0 if seed is None else int(seed))
+    form = tap == "norm", STORAGES.index(storage), index + (0 if seed is None else int(seed))
     y_out = torch.ops.e3va_native.sublayer_epilogue(
-        x.contiguous(), y.contiguous(), *weights, *storage, z, *into
+        x.contiguous(), y.contiguous(), *weights, *form, z, *into
     )
     return y_out, z, *into
 
 
-@dispatch.register("adapters", "native", why_not=_cpu_why_not)
+@register("adapters", "native", why_not=_cpu_why_not)
 def adapters(
     t: Tensor,  # [K, N, r]
     carry: Tensor | None,  # [N, r]
@@ -156,18 +157,18 @@ def adapters(
     U: Tensor,  # [K, m, r]
     g_up: Tensor,  # [K, branches, d, d]
     size: tuple[int, int],
-    kept: str = "full",
+    storage: str = "full",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     t, before = t.contiguous(), None if carry is None else carry.contiguous()
-    Q, U = reference.fold(g, Q, U, g_up)
+    Q, U = fold(g, Q, U, g_up)
     weights = _given(D), _given(gamma), _weight(Q), _weight(b), _weight(U)
     S, u, after = torch.ops.e3va_native.adapters(t, before, *weights, *size)
-    if gamma is None and kept != "full":
+    if gamma is None and storage != "full":
         u = t
-    return S, after, *reference.keep(u, kept)
+    return S, after, *keep(u, storage)
 
 
-@dispatch.register("adapters_backward", "native", why_not=_cpu_why_not)
+@register("adapters_backward", "native", why_not=_cpu_why_not)
 def adapters_backward(
     dS: Tensor,  # [N, K·r]
     dcarry: Tensor | None,  # [N, r]
@@ -183,8 +184,8 @@ def adapters_backward(
     size: tuple[int, int],
 ) -> tuple[Tensor, ...]:
     after = None if dcarry is None else dcarry.contiguous()
-    u = reference.kept_in_full(u, scale, dS).contiguous()
-    folded = reference.fold(g, Q, U, g_up)
+    u = kept_in_full(u, scale, dS).contiguous()
+    folded = fold(g, Q, U, g_up)
     weights = _given(D), _given(gamma), _weight(folded[0]), _weight(b), _weight(folded[1])
     D, _, *others = weights
     dD, dQ, db, dU = (
@@ -193,34 +194,30 @@ def adapters_backward(
     results = torch.ops.e3va_native.adapters_backward(
         dS.contiguous(), after, u, *weights, *size, dD, dQ, db, dU
     )
-    dg, dQ, dU, dg_up = reference.fold_backward(dQ, dU, g, Q, U, g_up)
+    dg, dQ, dU, dg_up = fold_backward(dQ, dU, g, Q, U, g_up)
     return *results, dD, dg, dQ, db, dU, dg_up
 
 
-@dispatch.register("tap_gradient", "native", why_not=_cpu_why_not)
+@register("tap_gradient", "native", why_not=_cpu_why_not)
 def tap_gradient(
-    tap: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
+    taps: Sequence[Tensor] | Tensor,  # K × [N, C], or as kept, [K, N, bytes]
     scale: Tensor | None,  # [K, N]
-    taps: str,
+    storage: str,
     dt: Tensor,  # [K, N, r]
     channels: int,
 ) -> Tensor:
-    rows = [tap_k.contiguous() for tap_k in tap]
+    rows = [tap_k.contiguous() for tap_k in taps]
     scales = [] if scale is None else list(scale.contiguous())
     return torch.ops.e3va_native.tap_gradient(
-        rows, scales, TAPS.index(taps), dt.contiguous(), channels, dt.new_empty(0).float()
+        rows, scales, STORAGES.index(storage), dt.contiguous(), channels, dt.new_empty(0).float()
     )
 
 
 # PyTorch's own kernels, so that "native" runs whole backbones: launches cost little on a CPU.
-dispatch.register("stage_exit_backward", "native", why_not=_cpu_why_not)(
-    reference.stage_exit_backward
-)
+register("stage_exit_backward", "native", why_not=_cpu_why_not)(reference.stage_exit_backward)
 
 
-@dispatch.register(
-    "window_attention", "native", _window_attention_why_not, _window_attention_cannot
-)
+@register("window_attention", "native", _window_attention_why_not, _window_attention_cannot)
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
     qkv_bias: Tensor,  # [3C]
@@ -262,8 +259,8 @@ def _register_fakes() -> None:
     @fake("e3va_native::adapters")
     def _(t, carry, D, gamma, Q, b, U, height, width):
         adapters, tokens, rank = t.shape
-        u = (adapters + 1, tokens, rank) if gamma is not None else (0,)
-        return t.new_empty(tokens, adapters * rank), t.new_empty(u)
+        u, after = (t.shape, (tokens, rank)) if gamma is not None else ((0,), (0,))
+        return t.new_empty(tokens, adapters * rank), t.new_empty(u), t.new_empty(after)
 
     @fake("e3va_native::adapters_backward")
     def _(dS, dcarry, u, D, gamma, Q, b, U, height, width, *sums):
@@ -271,5 +268,5 @@ def _register_fakes() -> None:
         return torch.empty_like(dS), dS.new_empty(u.shape), dS.new_empty(before)
 
     @fake("e3va_native::tap_gradient")
-    def _(tap, scale, taps, dt, channels, like):
+    def _(taps, scale, storage, dt, channels, like):
         return like.new_empty(len(dt), channels, dt.shape[2])

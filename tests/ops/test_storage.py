@@ -8,8 +8,9 @@ import torch
 import e3va
 from e3va import ops
 from e3va.ops import dispatch
-from e3va.ops import taps as tap_storage
-from e3va.ops.taps import TAPPED
+from e3va.ops import storage as tap_storage
+from e3va.ops.backends.registry import IMPLEMENTATIONS
+from e3va.ops.sublayer_epilogue import TAPPED
 from e3va.trunks.swin import SWIN_VARIANTS
 from tests.ops.backends import backend_of
 from tests.ops.test_highway import NAMES, make_parameters
@@ -31,29 +32,29 @@ def device(request, monkeypatch):
         if torch.cuda.is_available():
             device = "cuda"
         else:
-            for backends in (dispatch._ops[op] for op in HIGHWAY_OPS):
+            for backends in (IMPLEMENTATIONS[op] for op in HIGHWAY_OPS):
                 anywhere = backends["triton"]._replace(why_not=lambda device, dtype: None)
                 monkeypatch.setitem(backends, "triton", anywhere)
     with e3va.backend(backend_of(request.param)):
         yield device
 
 
-def store(x, taps, seed=0, norm=True):
+def store(x, storage, seed=0, norm=True):
     arguments = make_arguments((1, 1, 1), x.shape[-1], 4, x.dtype, norm)[2:]
     arguments = [a.to(x.device) if isinstance(a, torch.Tensor) else a for a in arguments]
     *_, kept, scale = ops.sublayer_epilogue(
-        x, torch.zeros_like(x), *arguments, "output", taps, torch.tensor(seed)
+        x, torch.zeros_like(x), *arguments, "output", storage, torch.tensor(seed)
     )
     return kept.cpu(), scale.cpu()
 
 
-def check_bits(x, taps, device, seed=5, norm=True):
+def check_bits(x, storage, device, seed=5, norm=True):
     """The op stores what the reference does."""
-    expected = tap_storage.compress(x, taps, seed)
-    actual = store(x.to(device), taps, seed, norm)
+    expected = tap_storage.compress(x, storage, seed)
+    actual = store(x.to(device), storage, seed, norm)
     tokens, channels = x.shape[:-1].numel(), x.shape[-1]
-    assert actual[0].dtype == tap_storage.stored_dtype(taps)
-    assert actual[0].shape == (tokens, tap_storage.stored_channels(channels, taps))
+    assert actual[0].dtype == tap_storage.stored_dtype(storage)
+    assert actual[0].shape == (tokens, tap_storage.stored_channels(channels, storage))
     for ours, theirs in zip(actual, expected, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
@@ -62,41 +63,41 @@ def check_bits(x, taps, device, seed=5, norm=True):
     "shape, channels", [*product(UGLY_MAPS, [37]), *product(UGLY_MAPS[:2], [1, 24])], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_every_backend_stores_the_same_bits(shape, channels, dtype, taps, device):
+@pytest.mark.parametrize("storage", COMPRESSED)
+def test_every_backend_stores_the_same_bits(shape, channels, dtype, storage, device):
     x = (torch.randn(*shape, channels) * torch.logspace(-6, 3, channels)).to(dtype)
     if x.numel():
         x[0, 0, 0] = 0  # a token of nothing
         # Its inverse would overflow; smaller ones Triton's interpreter reads wrongly from bfloat16.
         x[-1, -1, -1] = 1.2e-38
-    check_bits(x, taps, device)
+    check_bits(x, storage, device)
 
 
 @pytest.mark.parametrize("channels", sorted({d for s in SWIN_VARIANTS.values() for d in s.dims}))
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_widths_of_swin(channels, norm, taps, device):
-    check_bits(torch.randn(1, 3, 7, channels).half(), taps, device, norm=norm)
+@pytest.mark.parametrize("storage", COMPRESSED)
+def test_widths_of_swin(channels, norm, storage, device):
+    check_bits(torch.randn(1, 3, 7, channels).half(), storage, device, norm=norm)
 
 
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_non_contiguous_input(taps, device):
+@pytest.mark.parametrize("storage", COMPRESSED)
+def test_non_contiguous_input(storage, device):
     x = torch.randn(2, 37, 5, 3).permute(0, 2, 3, 1)
     assert not x.is_contiguous()
-    check_bits(x, taps, device)
+    check_bits(x, storage, device)
 
 
-@pytest.mark.parametrize("taps", ["fp8", "int8"])
-def test_ties_are_rounded_to_even(taps, device):
+@pytest.mark.parametrize("storage", ["fp8", "int8"])
+def test_ties_are_rounded_to_even(storage, device):
     """Every multiple of half a step that the grid has, around numbers with a code of their own."""
-    top = tap_storage.LARGEST[taps]
+    top = tap_storage.LARGEST[storage]
     grid = torch.arange(-2 * 127, 2 * 127 + 1) / 2
-    if taps == "fp8":
+    if storage == "fp8":
         codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
         grid = torch.cat([codes, (codes[1:] + codes[:-1]) / 2])
         grid = torch.cat([grid, -grid, torch.nextafter(grid, torch.tensor(0.0))])
     x = torch.cat([grid, torch.tensor([top])])  # of scale 1
-    check_bits(x.view(1, 1, 1, -1), taps, device)
+    check_bits(x.view(1, 1, 1, -1), storage, device)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31 - 1, 2**31 + 7, 2**32 + 5, -3])
@@ -118,15 +119,15 @@ def test_an_index_is_added_to_the_seed(device):
     assert torch.equal(one.cpu(), tap_storage.compress(x, "int4", sum(seeds[0]))[0])
 
 
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_large_taps_are_stored_piece_by_piece(taps, monkeypatch):
+@pytest.mark.parametrize("storage", COMPRESSED)
+def test_large_taps_are_stored_piece_by_piece(storage, monkeypatch):
     x = torch.randn(61, 37)
-    whole = tap_storage.compress(x, taps, 5)
-    expanded = tap_storage.expand(*whole, taps, 37, torch.float32)
+    whole = tap_storage.compress(x, storage, 5)
+    expanded = tap_storage.expand(*whole, storage, 37, torch.float32)
     monkeypatch.setitem(tap_storage.CHUNK, "cpu", 300)
-    for ours, theirs in zip(tap_storage.compress(x, taps, 5), whole, strict=True):
+    for ours, theirs in zip(tap_storage.compress(x, storage, 5), whole, strict=True):
         assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
-    assert torch.equal(tap_storage.expand(*whole, taps, 37, torch.float32), expanded)
+    assert torch.equal(tap_storage.expand(*whole, storage, 37, torch.float32), expanded)
 
 
 def test_random_words_are_uniform_beyond_32_bits():
@@ -140,14 +141,14 @@ def test_random_words_are_uniform_beyond_32_bits():
     assert torch.equal(wrapped[5:], tap_storage.random_words(5, 3, 0, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_expanded_taps_are_close(taps, device):
+@pytest.mark.parametrize("storage", COMPRESSED)
+def test_expanded_taps_are_close(storage, device):
     x = torch.randn(3, 5, 7, 33)
-    expanded = tap_storage.expand(*store(x.to(device), taps), taps, 33, torch.float32)
+    expanded = tap_storage.expand(*store(x.to(device), storage), storage, 33, torch.float32)
     rows = x.flatten(0, 2)
-    step = rows.abs() if taps == "fp8" else rows.abs().amax(1, keepdim=True)
+    step = rows.abs() if storage == "fp8" else rows.abs().amax(1, keepdim=True)
     slack = rows.abs().amax(1, keepdim=True) * 2**-18  # subnormals of fp8
-    assert ((expanded - rows).abs() <= step * WORST[taps] * (1 + 1e-5) + slack).all()
+    assert ((expanded - rows).abs() <= step * WORST[storage] * (1 + 1e-5) + slack).all()
 
 
 def test_int4_rounds_without_bias_and_repeats_from_its_seed():
@@ -161,18 +162,18 @@ def test_int4_rounds_without_bias_and_repeats_from_its_seed():
 
 
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no_norm"])
-@pytest.mark.parametrize("taps", COMPRESSED)
-def test_a_norm_that_is_tapped_is_stored_like_any_map(taps, norm, device):
+@pytest.mark.parametrize("storage", COMPRESSED)
+def test_a_norm_that_is_tapped_is_stored_like_any_map(storage, norm, device):
     """The bits of the norm as the op itself makes it, in the dtype of the map."""
     for dtype in (torch.float32, torch.bfloat16):
         arguments = make_arguments((1, 3, 7), 37, 5, dtype, norm)
         arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments]
         _, z, *_ = ops.sublayer_epilogue(*arguments, "norm")
-        *_, kept, scale = ops.sublayer_epilogue(*arguments, "norm", taps, torch.tensor(5))
-        expected = tap_storage.compress(z.cpu(), taps, 5)
+        *_, kept, scale = ops.sublayer_epilogue(*arguments, "norm", storage, torch.tensor(5))
+        expected = tap_storage.compress(z.cpu(), storage, 5)
         if device == "cuda" and not norm:  # one that is not stored may be another by its last bit
             ours, theirs = (
-                tap_storage.expand(codes.cpu(), s.cpu(), taps, 37, torch.float32)
+                tap_storage.expand(codes.cpu(), s.cpu(), storage, 37, torch.float32)
                 for codes, s in ((kept, scale), expected)
             )
             assert relative_error(ours, theirs) < 0.02
@@ -181,21 +182,21 @@ def test_a_norm_that_is_tapped_is_stored_like_any_map(taps, norm, device):
             assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
 
 
-def gradients(tap, taps, x, G, parameters):
+def gradients(tap, storage, x, G, parameters):
     P, *others = parameters.values()
-    kept, room = [], tap_storage.room(x[0], P.shape[2], taps, len(x))
+    kept, room = [], tap_storage.room(x[0], P.shape[2], storage, len(x))
     with torch.no_grad():
         y = torch.zeros_like(G)
         for k, x_k in enumerate(x):
             into = [v[k] for v in room]
             y, z, *_ = ops.sublayer_epilogue(
-                x_k, y, None, None, 1e-5, P[k], tap, taps, torch.tensor(k), 0, into
+                x_k, y, None, None, 1e-5, P[k], tap, storage, torch.tensor(k), 0, into
             )
             kept.append(x_k if tap == "output" else z)
     h = torch.zeros_like(G)
     t, codes, scale = room
-    kept, scale = (kept, None) if taps == "full" else (codes, scale)
-    out, _ = ops.highway(h, h, y, kept, t, P, *others, None, scale, taps)
+    kept, scale = (kept, None) if storage == "full" else (codes, scale)
+    out, _ = ops.highway(h, h, y, kept, t, P, *others, None, scale, storage)
     return dict(zip(NAMES, torch.autograd.grad(out, list(parameters.values()), G), strict=True))
 
 
@@ -203,27 +204,27 @@ def gradients(tap, taps, x, G, parameters):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tap", TAPPED)
 @pytest.mark.parametrize(
-    "taps, tolerance", [("full", 0.0), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
+    "storage, tolerance", [("full", 0.0), ("fp8", 0.04), ("int8", 0.015), ("int4", 0.25)]
 )
-def test_gradients(device, channels, dtype, tap, taps, tolerance):
+def test_gradients(device, channels, dtype, tap, storage, tolerance):
     """Against float64. Only P's gradient sees the stored taps; all others are exact but for u,
     which int4 keeps in eight bits."""
     parameters = make_parameters(2, channels, 5, 12, torch.float32)
     x = [torch.randn(2, 3, 7, channels).to(dtype) for _ in range(2)]
     G = torch.randn(2, 3, 7, channels).to(dtype)
     there = {name: p.detach().to(device).requires_grad_() for name, p in parameters.items()}
-    ours = gradients(tap, taps, [x_k.to(device) for x_k in x], G.to(device), there)
+    ours = gradients(tap, storage, [x_k.to(device) for x_k in x], G.to(device), there)
     wide = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     # Triton's interpreter cuts bfloat16 off, which no GPU does.
     cut = device == "cpu" and dispatch.requested_backends() == ("triton",)
     rounding = TOLERANCE[dtype] * (2 if cut and dtype == torch.bfloat16 else 1)
     with e3va.backend("reference"):
         exact = gradients(tap, "full", [x_k.double() for x_k in x], G.double(), wide)
-        same = gradients(tap, taps, [x_k.double() for x_k in x], G.double(), wide)
+        same = gradients(tap, storage, [x_k.double() for x_k in x], G.double(), wide)
     # Where u lies between two codes of eight bits, its last bit decides which one it gets; so does
     # that of a norm for its code of four.
-    tie = 4e-3 if taps == "int4" else 0.0
-    if tap == "norm" and taps != "full":
+    tie = 4e-3 if storage == "int4" else 0.0
+    if tap == "norm" and storage != "full":
         tie += 0.02 if dtype == torch.bfloat16 else 2e-3
     for name in NAMES:
         ours[name] = ours[name].cpu()
@@ -231,8 +232,8 @@ def test_gradients(device, channels, dtype, tap, taps, tolerance):
         # Of gamma's five numbers chance may cancel most: in 60 draws the error was 0.026 at most,
         # in half of them 0.006, as of the others.
         rounded_u = 0.03 if name == "gamma" else 0.015
-        rounded_u = rounded_u if taps == "int4" and name not in "Pc" else 0.0
+        rounded_u = rounded_u if storage == "int4" and name not in "Pc" else 0.0
         allowed = rounding + (tolerance if name == "P" else rounded_u)
         assert relative_error(ours[name], exact[name]) < allowed, name
-    if taps != "full":
+    if storage != "full":
         assert relative_error(ours["P"], exact["P"]) > 1e-4  # it was compressed indeed

@@ -10,15 +10,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-TAPPED = ("output", "norm")
-"""What an adapter may read."""
-
-TAPS = ("full", "fp8", "int8", "int4")
+STORAGES = ("full", "fp8", "int8", "int4")
 """``full``: in the dtype of the map. ``fp8``: e4m3, round to nearest. ``int8``: round to nearest.
 ``int4``: stochastic rounding, so that the gradient of P stays unbiased; u (see
 :func:`e3va.ops.highway`) is then kept in int8."""
 
-DEFAULT_TAPS = "int4"
+DEFAULT_STORAGE = "int4"
 """On the demo its AP is that of ``full`` to within the noise of a seed."""
 
 LARGEST = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
@@ -31,37 +28,42 @@ CHUNK = {"cpu": 2**17, "cuda": 2**22}
 and yet a bound on what is made in between."""
 
 
-def stored_channels(channels: int, taps: str) -> int:
+def stored_channels(channels: int, storage: str) -> int:
     """Values that a token of C = ``channels`` is stored in: two channels share a byte of int4."""
-    return -(-channels // 2) if taps == "int4" else channels
+    return -(-channels // 2) if storage == "int4" else channels
 
 
-def stored_dtype(taps: str) -> torch.dtype:
+def stored_dtype(storage: str) -> torch.dtype:
     """The dtype of compressed taps."""
-    return {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[taps]
+    return {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "int4": torch.uint8}[storage]
 
 
-def room(x: Tensor, rank: int, taps: str, *adapters: int) -> tuple[Tensor, Tensor, Tensor]:
+def room(x: Tensor, rank: int, storage: str, *adapters: int) -> tuple[Tensor, Tensor, Tensor]:
     """Where the taps of ``adapters`` sub-layers go whose outputs are like x [..., C], or that of
     one: t [*adapters, N, α], and what :func:`compress` returns, [*adapters, N, bytes] and
     [*adapters, N]; empty where taps are kept in full."""
     tokens, channels = x.shape[:-1].numel(), x.shape[-1]
     t = x.new_empty(*adapters, tokens, rank)
-    if taps == "full":
+    if storage == "full":
         return t, x.new_empty(*adapters, 0), x.new_empty(*adapters, 0)
-    shape = *adapters, tokens, stored_channels(channels, taps)
-    codes = x.new_empty(shape, dtype=stored_dtype(taps))
+    shape = *adapters, tokens, stored_channels(channels, storage)
+    codes = x.new_empty(shape, dtype=stored_dtype(storage))
     return t, codes, x.new_empty(*adapters, tokens, dtype=torch.float32)
 
 
+def returns_norm(norm_weight: Tensor | None, P: Tensor | None, tap: str, storage: str) -> bool:
+    """Whether the second result of ``sublayer_epilogue`` is a norm, not empty."""
+    return norm_weight is not None or (P is not None and tap == "norm" and storage == "full")
+
+
 def compress(
-    x: Tensor, taps: str, seed: int | Tensor, into: tuple[Tensor, Tensor] | None = None
+    x: Tensor, storage: str, seed: int | Tensor, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """A tap [..., C] in fewer bits.
 
     Args:
         x: the tap, N tokens.
-        taps: "fp8", "int8" or "int4".
+        storage: "fp8", "int8" or "int4".
         seed: of int4's stochastic rounding, a number or an integer [].
         into: what is written and returned; default: new tensors.
 
@@ -71,25 +73,25 @@ def compress(
     """
     rows = x.flatten(0, -2)
     channels = rows.shape[1]
-    codes, scale = into or room(x, 0, taps)[1:]
+    codes, scale = into or room(x, 0, storage)[1:]
     for part in _parts(rows, channels):
         place = part.start * codes.shape[1]
-        codes[part], scale[part] = _compress(rows[part].float(), taps, seed, place)
+        codes[part], scale[part] = _compress(rows[part].float(), storage, seed, place)
     return codes, scale
 
 
-def _compress(rows: Tensor, taps: str, seed: int | Tensor, place: int) -> tuple[Tensor, Tensor]:
+def _compress(rows: Tensor, storage: str, seed: int | Tensor, place: int) -> tuple[Tensor, Tensor]:
     tokens, channels = rows.shape
     largest = rows.abs().amax(1) if channels else rows.new_zeros(tokens)
-    limit = torch.full_like(largest, LARGEST[taps])  # a number would be multiplied by 1/largest
+    limit = torch.full_like(largest, LARGEST[storage])  # a number would be multiplied by 1/largest
     # What is smaller than TINY is zero: its inverse would overflow.
     inverse = torch.where(largest > TINY, limit / largest, 0.0)[:, None]
-    if taps == "fp8":
+    if storage == "fp8":
         return (rows * inverse).clamp(-448, 448), largest / limit
-    if taps == "int8":
+    if storage == "int8":
         return (rows * inverse).round(), largest / limit
     # In fixed point of 16 bits after the point; no sum leaves [1, 16).
-    bytes_ = stored_channels(channels, taps)
+    bytes_ = stored_channels(channels, storage)
     fixed = torch.full((tokens, 2 * bytes_), 8 << 16, dtype=torch.int32, device=rows.device)
     fixed[:, :channels] += (rows * (inverse * 2.0**16)).to(torch.int32)
     random = random_words(tokens * bytes_, seed, place, rows.device).view(tokens, bytes_)
@@ -99,16 +101,31 @@ def _compress(rows: Tensor, taps: str, seed: int | Tensor, place: int) -> tuple[
     return codes[:, :bytes_] | codes[:, bytes_:] << 4, largest / limit
 
 
-def expand(codes: Tensor, scale: Tensor, taps: str, channels: int, dtype: torch.dtype) -> Tensor:
+def expand(codes: Tensor, scale: Tensor, storage: str, channels: int, dtype: torch.dtype) -> Tensor:
     """The inverse of :func:`compress`: [N, C] in ``dtype``."""
     x = torch.empty(len(codes), channels, dtype=dtype, device=codes.device)
     for part in _parts(codes, channels):
         values = codes[part]
-        if taps == "int4":
+        if storage == "int4":
             values = torch.cat([values & 15, values >> 4], dim=1)[:, :channels]
-        offset = 8 if taps == "int4" else 0
+        offset = 8 if storage == "int4" else 0
         x[part] = (values.float() - offset) * scale[part, None]
     return x
+
+
+def keep(u: Tensor, storage: str) -> tuple[Tensor, Tensor]:
+    """u [K, N, r] in full or in int8, and its scales [K, N], if any."""
+    if storage == "full":
+        return u, u.new_empty(0)
+    codes, scale = compress(u, storage, seed=0)
+    return codes.view(u.shape), scale.view(u.shape[:2])
+
+
+def kept_in_full(u: Tensor, scale: Tensor | None, like: Tensor) -> Tensor:
+    """The inverse of :func:`keep`, in the dtype of ``like``."""
+    if scale is None:
+        return u
+    return expand(u.flatten(0, 1), scale.flatten(), "int8", u.shape[-1], like.dtype).view(u.shape)
 
 
 def _parts(rows: Tensor, channels: int) -> Iterator[slice]:

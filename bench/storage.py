@@ -1,8 +1,8 @@
 """What keeping the taps in fewer bits does to AP: the demo's E³VA, over several seeds.
 
-    python -m bench.taps [--taps full int4] [--seeds 0 1 2] [--json FILE]
+    python -m bench.storage [--storages full int4] [--seeds 0 1 2] [--json FILE]
 
-The default storage (e3va.ops.taps.DEFAULT_TAPS) is the smallest whose AP is that of ``full`` to
+The default, e3va.ops.storage.DEFAULT_STORAGE, is the smallest whose AP is that of ``full`` to
 within the noise of a seed.
 """
 
@@ -19,21 +19,21 @@ from e3va.demo.digits import write_digits
 from e3va.demo.engines import train_detectron2
 from e3va.files import write_json
 from e3va.measure import saved_bytes
-from e3va.ops.taps import TAPS
+from e3va.ops.storage import STORAGES
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--taps", nargs="+", choices=TAPS, default=list(TAPS))
+    parser.add_argument("--storages", nargs="+", choices=STORAGES, default=list(STORAGES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=400, help="of each (default 400)")
-    parser.add_argument("--output", type=Path, default=Path("output/taps"))
+    parser.add_argument("--output", type=Path, default=Path("output/storage"))
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args(arguments)
     coco = write_digits(options.output / "digits", seed=0) / "coco"
     report: dict[str, Any] = {"environment": environment(), "iterations": options.iterations}
-    report["seeds"], report["taps"] = options.seeds, {name: {} for name in options.taps}
-    for name, result in report["taps"].items():
+    report["seeds"], report["storages"] = options.seeds, {name: {} for name in options.storages}
+    for name, result in report["storages"].items():
         result["mask_ap"] = []
         for seed in options.seeds:
             folder = options.output / f"{name}_{seed}"

@@ -1,4 +1,4 @@
-"""Taps in fewer bits, inside of a kernel: what ``e3va/ops/taps.py`` defines, to the last bit.
+"""Taps in fewer bits, inside of a kernel: what ``e3va/ops/storage.py`` defines, to the last bit.
 
 The conversions are integer arithmetic: it runs on GPUs without float8, and no compiler fuses a
 product with an addition that rounds it.
@@ -10,21 +10,21 @@ import triton
 import triton.language as tl
 
 from e3va.kernels.common import INTERPRETED
-from e3va.ops import taps
+from e3va.ops import storage
 
-TINY = tl.constexpr(taps.TINY)
+TINY = tl.constexpr(storage.TINY)
 
 
 @triton.constexpr_function
-def parts(FORMAT):
+def parts(STORAGE):
     """Channels that share a byte."""
-    return 2 if FORMAT == "int4" else 1
+    return 2 if STORAGE == "int4" else 1
 
 
 @triton.constexpr_function
-def limit(FORMAT):
+def limit(STORAGE):
     """The largest number that has a code."""
-    return taps.LARGEST[FORMAT]
+    return storage.LARGEST[STORAGE]
 
 
 @triton.jit
@@ -34,10 +34,10 @@ def magnitude(x):
 
 
 @triton.jit
-def scales(largest, FORMAT: tl.constexpr):
+def scales(largest, STORAGE: tl.constexpr):
     """(what x is multiplied by, what codes are) from the largest :func:`magnitude` of a token."""
     largest = largest.to(tl.float32, bitcast=True)
-    top = tl.full(largest.shape, limit(FORMAT), tl.float32)
+    top = tl.full(largest.shape, limit(STORAGE), tl.float32)
     inverse = tl.where(largest > TINY, tl.div_rn(top, tl.maximum(largest, TINY)), 0.0)
     return inverse, tl.div_rn(largest, top)
 
@@ -51,11 +51,11 @@ def hash(x):
 
 
 @triton.jit
-def encode(x, inverse, random, FORMAT: tl.constexpr):
+def encode(x, inverse, random, STORAGE: tl.constexpr):
     """The code of x, float32, in int32; ``random``: 16 bits."""
-    if FORMAT == "int4":  # fixed point, 16 bits after the point
+    if STORAGE == "int4":  # fixed point, 16 bits after the point
         code = ((x * (inverse * 65536.0)).to(tl.int32) + (8 << 16) + random) >> 16 & 15
-    elif FORMAT == "int8":
+    elif STORAGE == "int8":
         code = _nearest(x * inverse) & 255
     else:
         bits = (x * inverse).to(tl.int32, bitcast=True)
@@ -113,19 +113,19 @@ def _fma(a, b, c, dtype: tl.constexpr):
 
 
 @triton.jit
-def decode(word, FORMAT: tl.constexpr, dtype: tl.constexpr):
+def decode(word, STORAGE: tl.constexpr, dtype: tl.constexpr):
     """What the codes in words of 32 bits stand for, exactly, in a 16-bit ``dtype``; they come in
     the order that :func:`place_of` tells."""
     MANTISSA: tl.constexpr = mantissa(dtype)
     ONE: tl.constexpr = powers(0, dtype)
     BASE: tl.constexpr = powers(MANTISSA, dtype)  # what is put into its last bits, is added to it
-    if FORMAT == "int4":
+    if STORAGE == "int4":
         word = tl.interleave(tl.interleave(word, word >> 8), tl.interleave(word >> 4, word >> 12))
         x = _fma(word & 0x000F000F | BASE, ONE, BASE | 0x80088008, dtype)
     else:
         word = tl.interleave(word, word >> 8)
         size, sign = word & 0x007F007F, word & 0x00800080
-        if FORMAT == "int8":  # the sign weighs -128
+        if STORAGE == "int8":  # the sign weighs -128
             x = _fma(sign | BASE, ONE | 0x80008000, size | BASE, dtype)
         else:  # the bits of a float of a larger bias
             bits = size << (MANTISSA - 3) | sign << 8
@@ -134,9 +134,9 @@ def decode(word, FORMAT: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def place_of(column, FORMAT: tl.constexpr):
+def place_of(column, STORAGE: tl.constexpr):
     """(byte, part) of the code that :func:`decode` puts into a column: what lies half a word apart
     comes side by side."""
-    CODES: tl.constexpr = 4 * parts(FORMAT)  # of a word
+    CODES: tl.constexpr = 4 * parts(STORAGE)  # of a word
     code = column % CODES // 2 + column % 2 * (CODES // 2)
-    return column // CODES * 4 + code // parts(FORMAT), code % parts(FORMAT)
+    return column // CODES * 4 + code // parts(STORAGE), code % parts(STORAGE)
