@@ -95,4 +95,6 @@ class _FocalLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.gradient.mul_(grads[0]).to(ctx.dtype), None, None, None
+        gradient = ctx.gradient
+        del ctx.gradient  # it is changed in place: a second backward fails, and is not wrong
+        return gradient.mul_(grads[0]).to(ctx.dtype), None, None, None

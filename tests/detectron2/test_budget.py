@@ -55,7 +55,7 @@ def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, 
         assert traced[part] == real[part]
     # How many of a handful of regions are positive, and so the heads, is a matter of chance; and so
     # is which level's losses are at the peak.
-    for part, slack in (("backbone_saved", 2**16), ("neck", 2**16), ("proposals", 2**18)):
+    for part, slack in (("backbone_saved", 2**16), ("neck", 2**16), ("proposals", 2**19)):
         assert traced[part] == pytest.approx(real[part], rel=0.05, abs=slack)
 
 
