@@ -25,12 +25,12 @@ from fvcore.nn import sigmoid_focal_loss
 from bench.step import build
 from bench.step import step as whole_step
 from bench.train_step import Trainee
-from e3va import native
 from e3va.budget import ShapesOnly
 from e3va.detectron2 import LeanConvFCHead, LeanFPN, LeanROIAlign, load_config, retinanet
 from e3va.detectron2.budget import sample_batch
 from e3va.detectron2.rpn import _Take
 from e3va.measure import LiveBytes, whole_step_bytes
+from e3va.ops.backends import native
 from tests.detectron2.factories import FOLDER, SMALL
 
 CHANNELS = 24
