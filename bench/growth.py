@@ -2,7 +2,7 @@
 
     python -m bench.growth [--axes …] [--methods …] [--json FILE] [--plot FILE]
 
-Live bytes at the peak of one whole step of Mask R-CNN on a Swin-T (``step_bytes`` of bench.step),
+Live bytes at the peak of one whole step of Mask R-CNN on a Swin-T (``total_bytes`` of bench.step),
 counted without the arithmetic (e3va.budget.ShapesOnly). Along each axis one thing changes;
 the others are those of the config, the image 800×1344 and the batch one image. Depth is that of the
 third stage, which Swin-T and Swin-S differ in alone; the rank is LoRA's, and the highway's α.

@@ -5,7 +5,7 @@
 Images of noise, by default one of 800×1344, with eight polygon-mask instances each, or with a
 semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak counts every tensor
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
-step, as from the second step on, and are not activations. ``step_bytes`` is the peak of a whole
+step, as from the second step on, and are not activations. ``total_bytes`` is the peak of a whole
 step as the trainer takes it, everything included: there gradients are made and freed along the
 backward (e3va.optim.stepping). ``METHOD/own`` is a method under Detectron2's own FPN and heads;
 ``stock`` is Detectron2's own Swin, frozen, its weights in fp32, under those, the optimizer stepping
@@ -153,7 +153,7 @@ def measure(
         "backbone_trainable_params": trainable_parameters(backbone),
         "saved_bytes": saved,
         "peak_live_bytes": activations,
-        "step_bytes": sum(split.values()),
+        "total_bytes": sum(split.values()),
         "split": split,
     }
     if DEVICE == "cuda":
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> None:
         del optimizer
         print(
             f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "
-            f"a whole step {results[method]['step_bytes'] / MIB:7.1f} MiB   "
+            f"a whole step {results[method]['total_bytes'] / MIB:7.1f} MiB   "
             f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
             flush=True,
         )

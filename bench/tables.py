@@ -51,8 +51,8 @@ def costs() -> str:
     lines = [_row("MiB", *titles, "saved"), "|---" * (2 + len(titles)) + "|"]
     for setup, methods in setups.items():
         found = (methods.get(method) for method in names)
-        totals = [f"{result['step_bytes'] / MIB:.0f}" if result else "–" for result in found]
-        percent = saving(methods, "step_bytes")
+        totals = [f"{result['total_bytes'] / MIB:.0f}" if result else "–" for result in found]
+        percent = saving(methods, "total_bytes")
         saved = "–" if percent is None else f"{percent:.1f} %"
         lines.append(_row(f"`{setup}`", *totals, saved))
     memory, _ = savings_table(setups).splitlines()

@@ -57,7 +57,7 @@ def test_split_sums_to_an_independent_count(name, method):
     activations, whole = count(train_step.Trainee(name, method, SMALL[name], 2), early=not stock)
     split = costs["split"]
     assert costs["peak_live_bytes"] == activations
-    assert costs["step_bytes"] == sum(split.values()) == whole
+    assert costs["total_bytes"] == sum(split.values()) == whole
     assert tuple(split) == SPLIT and min(split.values()) >= 0
     assert bool(split["neck"]) == bool(split["proposals"]) == (name != "digits/upernet_e3va")
     if method == "e3va":  # its maps are among what it saves, and nothing else outlives its forward
@@ -81,7 +81,7 @@ def test_the_bytes_are_the_same_without_the_arithmetic(name, method):
     assert counted["saved_bytes"] == pytest.approx(real["saved_bytes"], rel=3e-3)
     # How many regions are positive depends on values, and so how far the backward is at the peak.
     real, counted = (
-        r["step_bytes"] - r["split"]["heads"] - r["split"]["gradients"] for r in (real, counted)
+        r["total_bytes"] - r["split"]["heads"] - r["split"]["gradients"] for r in (real, counted)
     )
     assert counted == pytest.approx(real, rel=3e-3)
 
@@ -105,7 +105,7 @@ def test_results_are_kept_and_continued(small, tmp_path, monkeypatch, capsys):
     } == {**full, "seconds_per_step": 0} | {f"{part}_seconds": 0 for part in PARTS}
     for result in methods.values():
         assert result["seconds_per_step"] > max(result[f"{part}_seconds"] for part in PARTS) > 0
-        assert sum(result["split"].values()) == result["step_bytes"] > result["peak_live_bytes"]
+        assert sum(result["split"].values()) == result["total_bytes"] > result["peak_live_bytes"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert "Memory that e3va saves" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="name another file with --json"):
@@ -120,15 +120,15 @@ def test_average_saving_is_the_papers():
     """Its table: 17061 and 7639 MB on COCO, 15679 and 4819 on VOC; its abstract says 62.2 %."""
     coco, voc, ade20k = train_step.BENCHMARKS
     setups = {
-        coco: {"full": {"step_bytes": 17061}, "e3va": {"step_bytes": 7639}},
-        voc: {"full": {"step_bytes": 15679}, "e3va": {"step_bytes": 4819}},
+        coco: {"full": {"total_bytes": 17061}, "e3va": {"total_bytes": 7639}},
+        voc: {"full": {"total_bytes": 15679}, "e3va": {"total_bytes": 4819}},
     }
-    average = train_step.average_saving(setups, "step_bytes", (coco, voc))
-    assert round(average, 1) == train_step.PUBLISHED["step_bytes"]
-    assert train_step.average_saving(setups, "step_bytes") is None
-    setups[ade20k] = {"full": {"step_bytes": 200}, "e3va": {"step_bytes": 150}}
+    average = train_step.average_saving(setups, "total_bytes", (coco, voc))
+    assert round(average, 1) == train_step.PUBLISHED["total_bytes"]
+    assert train_step.average_saving(setups, "total_bytes") is None
+    setups[ade20k] = {"full": {"total_bytes": 200}, "e3va": {"total_bytes": 150}}
     by_hand = (55.2253 + 69.2646 + 25) / 3
-    assert train_step.average_saving(setups, "step_bytes") == pytest.approx(by_hand, abs=1e-3)
+    assert train_step.average_saving(setups, "total_bytes") == pytest.approx(by_hand, abs=1e-3)
     assert train_step.average_saving(setups, "seconds_per_step") is None
     assert "the paper says 62.2 %" in train_step.savings_table(setups)
 
@@ -160,7 +160,7 @@ def test_step_alone(tmp_path):
     step.main([*options, "MODEL.TRUNK.WEIGHTS", ""])
     report = json.loads(file.read_text())
     assert report["size"] == [64, 96] and report["config"] == config
-    keys = ("backbone_trainable_params", "saved_bytes", "peak_live_bytes", "step_bytes")
+    keys = ("backbone_trainable_params", "saved_bytes", "peak_live_bytes", "total_bytes")
     for result in report["methods"].values():
         assert all(key in result for key in keys) and result["seconds_per_step"] > 0
     assert list(report["methods"]) == methods
