@@ -198,13 +198,11 @@ def _highway(
 @_highway.register_fake
 def _(h_in, y_in, y_out, carry, storage, taps, scale, t, P, D, gamma, g, Q, b, U, g_up, V, c):
     rows, state = y_out.shape[:-1], gamma is not None
-    shape = t.shape
     h = y_out.new_empty(y_out.shape)
     after = y_out.new_empty((*rows, P.shape[2]) if state else 0)
-    if storage != "int4":
-        return h, after, y_out.new_empty(shape), h.new_empty(0)
-    kept_scale = h.new_empty(shape[:2], dtype=torch.float32)
-    return h, after, h.new_empty(shape, dtype=torch.int8), kept_scale
+    coded = storage == "int4"
+    u = h.new_empty(t.shape, dtype=torch.int8 if coded else h.dtype)
+    return h, after, u, h.new_empty(t.shape[:2] if coded else 0, dtype=torch.float32)
 
 
 def _setup_context(ctx, inputs, output):

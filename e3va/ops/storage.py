@@ -114,9 +114,9 @@ def expand(codes: Tensor, scale: Tensor, storage: str, channels: int, dtype: tor
 
 
 def keep(u: Tensor, storage: str) -> tuple[Tensor, Tensor]:
-    """u [K, N, r] in full or in int8, and its scales [K, N], if any."""
+    """u [K, N, r] in full or in int8, and its scales [K, N] float32, if any."""
     if storage == "full":
-        return u, u.new_empty(0)
+        return u, u.new_empty(0, dtype=torch.float32)
     codes, scale = compress(u, storage, seed=0)
     return codes.view(u.shape), scale.view(u.shape[:2])
 

@@ -108,6 +108,7 @@ def check(
     rest = [None if v is None else spoil(v) for v in rest]
     forward = t, carry, *rest, shape[1:], kept
     outputs = S, after, u, scale = adapters(*forward)
+    assert scale.dtype == torch.float32
     assert S.dtype == dtype and S.shape == S_exact.shape
     assert relative_error(S.cpu(), S_exact) <= TOLERANCE[dtype]
     if u_exact is None:

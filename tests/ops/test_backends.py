@@ -44,23 +44,37 @@ def test_what_the_table_does_not_name_is_refused(op, backend):
         register(op, backend)
 
 
-def test_compiled_kernels_say_on_shapes_what_they_return():
+def test_compiled_kernels_return_what_the_reference_does_and_say_so_on_shapes():
     if native.why_not(CPU, torch.float32):
         pytest.skip("compiled kernels left untested")
     for op, variant in examples():
         if "native" in PREFERENCE[op] and getattr(variant, "adapters", 0) < 36:
-            run = IMPLEMENTATIONS[op]["native"].run
+            run, reference = (IMPLEMENTATIONS[op][name].run for name in ("native", "reference"))
             arguments = variant.arguments(Draw(torch.bfloat16), 1, 3, 5)
             with FakeTensorMode(allow_non_fake_inputs=True) as mode:
                 fake = run(*tree_map_only(torch.Tensor, mode.from_tensor, arguments))
-            assert list(map(form, fake)) == list(map(form, run(*arguments))), (op, variant)
+            for results in (run(*arguments), reference(*arguments)):
+                assert list(map(form, fake)) == list(map(form, results)), (op, variant)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_default_device_changes_nothing(backend):
+    if backend == "native" and native.why_not(CPU, torch.float32):
+        pytest.skip("compiled kernels left untested")
+    for op, variant in examples():
+        if getattr(variant, "adapters", 0) < 36:
+            run = IMPLEMENTATIONS[op][backend].run
+            arguments = variant.arguments(Draw(torch.float32), 1, 3, 5)
+            with torch.device("meta"):
+                results = run(*arguments)
+            assert all(result.device == CPU for result in results), (op, variant)
 
 
 def form(result):
     return result.shape, result.dtype
 
 
-def test_what_a_kernel_cannot_do_is_told_before_it_is_tried(monkeypatch):
+def test_what_a_kernel_cannot_do_is_told_before_it_is_tried():
     fits, wide = WindowAttention(32, 2, 12, False), WindowAttention(48, 2, 7, False)
     far = WindowAttention(32, 2, 13, False)
     gpu = torch.device("cuda")

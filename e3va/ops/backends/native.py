@@ -189,7 +189,7 @@ def adapters_backward(
     weights = _given(D), _given(gamma), _weight(folded[0]), _weight(b), _weight(folded[1])
     D, _, *others = weights
     dD, dQ, db, dU = (
-        torch.empty(0 if w is None else w.shape, dtype=torch.float32) for w in (D, *others)
+        dS.new_empty(0 if w is None else w.shape, dtype=torch.float32) for w in (D, *others)
     )
     results = torch.ops.e3va_native.adapters_backward(
         dS.contiguous(), after, u, *weights, *size, dD, dQ, db, dU
