@@ -10,7 +10,14 @@ import torch
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels are not executed")
 
-from e3va.kernels import adapters, adapters_backward, common, sublayer_epilogue, tap_gradient
+from e3va.kernels import (
+    adapters,
+    adapters_backward,
+    common,
+    stage_exit,
+    sublayer_epilogue,
+    tap_gradient,
+)
 from e3va.ops.storage import compress
 from tests.ptx.memory import GlobalMemory
 
@@ -244,3 +251,29 @@ def test_tap_gradient(device, monkeypatch):
     ]
     places["dP_ptr"] = [((C - tile) * r, 0, tile * r)]
     compare(gpu, far, near, (0, C // tile - 1, 0), places, {"dP_ptr"})
+
+
+def test_stage_exit_backward(device):
+    """Four images of odd sides are whole programs; the last one is of one."""
+    H, W, C = 3, 5, 64
+    before = (FAR // (H * W * C) // 4 + 1) * 4  # images
+
+    def arguments(make, B):
+        dp, dgathered, p = make(B, H, W, C), make(B, 2, 3, 4 * C), make(B, H, W, C)
+        shapes = (B * H * W,), (B * H * W,), (C,), (C,), (4 * C,)
+        return dp, dgathered, p, *(make(*shape).float() for shape in shapes), 1e-5
+
+    with device(80) as gpu:
+        stage_exit.stage_exit_backward(*arguments(normal, 1))
+    near = launch_of(gpu, "stage_exit_backward_kernel")
+    with device(80, execute=False) as gpu:
+        stage_exit.stage_exit_backward(*arguments(vast, before + 1))
+    far = launch_of(gpu, "stage_exit_backward_kernel")
+    parts = far.grid[0]
+    places = everything(near, "weight_ptr", "bias_ptr", "merge_weight_ptr")
+    widths = {"dp_ptr": C, "p_ptr": C, "mean_ptr": 1, "rstd_ptr": 1, "dh_ptr": C}
+    for name, width in widths.items():
+        places[name] = [(before * H * W * width, 0, H * W * width)]
+    places["dgathered_ptr"] = [(before * 24 * C, 0, 24 * C)]
+    places["sums_ptr"] = [((i * parts + parts - 1) * C, i * C, C) for i in range(2)]
+    compare(gpu, far, near, (parts - 1, 0, 0), places, {"dh_ptr", "sums_ptr"})
