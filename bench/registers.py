@@ -201,7 +201,7 @@ def compile_kernel(
     # The trunk stores its norms in fp32; parameters are in it, unless they are multiplied, and so
     # are the sums of their gradients and of the state.
     wide = {"norm_weight", "norm_bias", "scale", "D", "gamma", "b", "state", "dstate"}
-    wide |= {"g", "g_up", "dg", "dQ", "db", "dU", "dg_up", "totals", "mixing_totals"}
+    wide |= {"D_out", "g", "g_up", "dg", "dQ", "db", "dU", "dg_up", "totals", "mixing_totals"}
     wide |= {"dP", "dD", "sums", "mean", "rstd", "weight", "bias", "merge_weight"}
     types = {f"{name}_ptr": "fp32" for name in wide} | {
         "codes_ptr": "u8",

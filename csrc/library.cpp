@@ -150,7 +150,7 @@ Tensor sublayer_epilogue_on_cpu(
   return y_out;
 }
 
-// A tensor of `like`'s dtype: rows of `tokens`, or of `planes` times as many.
+// A contiguous tensor of `like`'s dtype and of `numel` values.
 const void* rows_of(const Tensor& tensor, const Tensor& like, int64_t numel) {
   STD_TORCH_CHECK(tensor.is_contiguous() && tensor.scalar_type() == like.scalar_type() &&
                       tensor.numel() == numel,

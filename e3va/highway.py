@@ -166,8 +166,8 @@ class StageRide:
         P = self._stage.P.to(x.dtype)  # cast once for all
         self._room = room(x, P.shape[2], self._storage, len(P))
         parts = (v.unbind() for v in (P, *self._room))
-        storage = range(self._first, self._first + len(P))
-        self._slices = list(zip(storage, *parts, strict=True))
+        numbers = range(self._first, self._first + len(P))
+        self._slices = list(zip(numbers, *parts, strict=True))
         if self._storage == "int4" and self._seed is None:
             # From PyTorch's own generator: torch.manual_seed makes a run repeatable.
             self._seed = torch.randint(2**31, (), device=x.device)

@@ -19,12 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from e3va.kernels.common import (
-    architecture_of,
-    dot,
-    gelu,
-    padded_rank,
-)
+from e3va.kernels.common import architecture_of, dot, gelu, padded_rank
 from e3va.kernels.fold import fold
 from e3va.kernels.mixing import mix
 from e3va.kernels.storage import encode, magnitude, scales

@@ -25,7 +25,8 @@ LAUNCHES = {
     # One for each adapter where there is a state, which begins with two; and the folded weights.
     "adapters": lambda t, *rest: len(t) + 2 + 1,
     # One more than adapters, the beginning of the state, the folded weights; the sums of parts, of
-    # D's gradient and of others, and what folds the latter.
+    # D's gradient and of others, and what folds the latter. Large maps, whose parts outgrow a
+    # cache, take more sums: one for every few adapters.
     "adapters_backward": lambda dS, dcarry, u, *rest: len(u) + 1 + 1 + 1 + 2 + 1,
     "tap_gradient": lambda *arguments: 2,  # and a sum
     "stage_exit_backward": lambda *arguments: 3,  # and two sums
