@@ -30,7 +30,7 @@ def stage_exit(
     weights ("inherited" down-sampling, arXiv 2306.09729, sec. 3.3). Gradients flow to ``h``,
     ``weight`` and ``bias``. Saved for backward: p, and mean and inverse deviation of each token;
     h is taken as ``(p - bias) / weight`` un-normalised, to the rounding of p's dtype. A channel
-    whose weight is exactly zero counts as its token's mean.
+    whose weight is zero, or lost beside its bias in that rounding, counts as its token's mean.
 
     Args:
         h: the highway, [B, H, W, C].

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from tests.ptx.machine import Execution
 
 
-# Memory
-
-
 @opcode("ld.param")
 def _ld_param(o: Operands) -> Step:
     base, offset = re.fullmatch(r"\[([\w$]+)(?:\+(\d+))?\]", o.texts[1]).groups()
