@@ -294,8 +294,8 @@ def least_bytes(case: Case) -> int | None:
     """What an op must read and write at least; None: not told.
 
     The epilogue reads x and y and writes y' and its norm, and t; the adapters read t and write S
-    and what is kept; their backward reads what is kept and dS and writes S and dt; the gradient of
-    taps reads four bits a value, their scales and dt.
+    and u; their backward reads u and dS and writes S and dt; both read and write a state, or its
+    gradient. The gradient of taps reads four bits a value, their scales and dt.
     """
     if case.stage is None:
         return None
@@ -307,7 +307,7 @@ def least_bytes(case: Case) -> int | None:
     per_token = {
         "sublayer_epilogue": (4 * channels + rank) * size,
         "adapters": (3 * K + 2) * rank * size,
-        "adapters_backward": (4 * K + 3) * rank * size,
+        "adapters_backward": (4 * K + 2) * rank * size,
         "tap_gradient": K * (-(-channels // 2) + 4 + rank * size),
     }
     return tokens * per_token[case.op] if case.op in per_token else None

@@ -57,8 +57,11 @@ def test_fewest_bytes_and_lowest_ratios():
     assert competitors.least_bytes(case) == tokens * (8 * 512 + 2 * 16)
     gradient = tokens * 36 * (256 + 4 + 2 * 16)
     assert competitors.least_bytes(case._replace(op="tap_gradient")) == gradient
-    # t read, S and u written, of which there is one more, and the state before.
+    # t read, S and u written, and the state before and after; dS and u read, S and dt written, and
+    # both gradients of the state.
     assert competitors.least_bytes(case._replace(op="adapters")) == tokens * 2 * 16 * (3 * 36 + 2)
+    backward = tokens * 2 * 16 * (4 * 36 + 2)
+    assert competitors.least_bytes(case._replace(op="adapters_backward")) == backward
     assert competitors.least_bytes(case._replace(op="window_attention")) is None
     results = [{"op": "trunk_forward", "ratios": {"timm": ratio}} for ratio in (2.0, 1.5, 3.0)]
     results += [{"op": "highway", "ratios": {"eager": 2.0, "compile": 1.2}}]
