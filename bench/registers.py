@@ -361,6 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--architectures", nargs="+", type=int, choices=ARCHITECTURES, default=DEFAULT_ARCHITECTURES
     )
+    parser.add_argument("--dtypes", nargs="+", choices=TYPES.values(), default=list(TYPES.values()))
     for name in ("--channels", "--ranks"):
         parser.add_argument(name, nargs="+", type=int, help="these only (default: all)")
     choices = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
@@ -371,7 +372,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
     results = []
     for architecture in options.architectures:
-        for dtype in TYPES:
+        for dtype in (dtype for dtype, name in TYPES.items() if name in options.dtypes):
             for shape in shapes(options.storages) if runs_on(architecture, dtype) else ():
                 if options.channels and shape[0] not in options.channels:
                     continue

@@ -30,10 +30,20 @@ KERNELS = (
 )
 
 
-@pytest.mark.parametrize("architecture", ["75", "80", "90"])
-def test_compiles_ahead_of_time_without_spills(architecture):
+@pytest.mark.parametrize(
+    ("architecture", "half"),
+    [
+        ("75", "fp16"),
+        ("80", "bf16"),
+        ("90", "bf16"),
+        pytest.param("80", "fp16", marks=pytest.mark.long),
+        pytest.param("90", "fp16", marks=pytest.mark.long),
+    ],
+)
+def test_compiles_ahead_of_time_without_spills(architecture, half):
     """In a process of its own: the interpreter's kernels cannot be compiled."""
     command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
+    command += ["--dtypes", "fp32", half]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--channels", "1536", "--ranks", "16", "--storages", "int4", "--compile-only"],
@@ -45,4 +55,4 @@ def test_compiles_ahead_of_time_without_spills(architecture):
     )
     assert done.returncode == 0, done.stderr
     for kernel in KERNELS:
-        assert re.search(rf"^{kernel} +{architecture} +fp16 +1536 +16 +768 ", done.stdout, re.M)
+        assert re.search(rf"^{kernel} +{architecture} +{half} +1536 +16 +768 ", done.stdout, re.M)
