@@ -74,7 +74,7 @@ def real_split(cfg: Any, images: int, size: tuple[int, int]) -> dict[str, int]:
     from e3va.detectron2.budget import sample_batch
     from e3va.detectron2.config import dtype_of
     from e3va.detectron2.solver import build_optimizer, steps_early
-    from e3va.detectron2.train import StepTrainer
+    from e3va.detectron2.step import StepTrainer
 
     torch.manual_seed(1)
     model = build_model(cfg)

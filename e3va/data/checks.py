@@ -86,8 +86,8 @@ def _state(path: Path) -> list[int] | None:
 @functools.cache
 def _version() -> str:
     """Of all that decides what a check tells."""
-    sources = [path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))]
-    return _digest(PIL.__version__, *sources)
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    return _digest(PIL.__version__, *(path.read_text(encoding="utf-8") for path in sources))
 
 
 def _digest(*texts: str) -> str:

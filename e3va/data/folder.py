@@ -229,8 +229,8 @@ def open_data(
         classes: what each class is to be called; those that are not named, or called None, are left
             out (default: all as they are).
         seed: of a split that is made here.
-        hold_out: where there is no validation split, make one (default); False: it is the test
-            split, or all.
+        hold_out: where there is no validation split, make one (default); False, for what is only
+            evaluated on: it is the test split, or all.
 
     Raises:
         FileNotFoundError: the path, or something that it names, is missing.
@@ -256,7 +256,7 @@ def open_data(
                 f"{_why(data.splits[name])}"
             )
     train = data.splits["train"]
-    if isinstance(train, Maps) and sum(map(bool, train.counts().values())) < 2:
+    if hold_out and isinstance(train, Maps) and sum(map(bool, train.counts().values())) < 2:
         (only,) = (name for name, number in train.counts().items() if number)
         raise ValueError(
             f"{train.source}: all that is labelled in the maps to train on is {only}, which can be "

@@ -15,8 +15,8 @@ class LeanFPN(FPN):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        for part in (*self.lateral_convs, *self.output_convs, self.top_block):
-            for conv in part.modules():
+        for name, part in self.named_children():
+            for conv in part.modules() if name != "bottom_up" else ():
                 if type(conv) in (nn.Conv2d, Conv2d):
                     LeanConv2d.adopt(conv)
 

@@ -86,7 +86,7 @@ class _FocalLoss(torch.autograd.Function):
             s[there] *= -1  # the larger, the worse is what is predicted, now everywhere
             q, cost = s.sigmoid(), F.softplus(s)
             weight = torch.where(y < 0, 0.0, negative)[:, None] * q**gamma
-            weight[there] *= positive / negative
+            weight[there] = positive * q[there] ** gamma
             total += (weight * cost).sum()
             torch.sub(1, q, out=s).mul_(cost).mul_(gamma).add_(q).mul_(weight)
             s[there] *= -1

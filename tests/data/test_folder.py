@@ -366,10 +366,11 @@ def test_why_nothing_is_left_to_train_on(tmp_path):
         open_data(path, task="masks")
 
 
-def test_maps_of_one_class_are_refused(tmp_path):
+def test_maps_of_one_class_are_not_trained_on(tmp_path):
     path = write_maps(tmp_path, {"train": [[0]] * 3, "val": [[0, 1]]}, "0,background\n1,cat")
     with pytest.raises(ValueError, match=r"\(train\): all that is labelled .* is background"):
         open_data(path)
+    assert open_data(path, hold_out=False).report()["classes"] == {"background": 4, "cat": 1}
 
 
 def test_neither_a_folder_nor_a_file():

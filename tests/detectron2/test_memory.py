@@ -202,15 +202,17 @@ def test_lean_box_head():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("names", [["p3", "p4", "p5"], ["p4", "p5"]])
-def test_lean_fpn(dtype, names):
+@pytest.mark.parametrize(
+    ("names", "top"), [(["p3", "p4", "p5"], True), (["p4", "p5"], True), (["p3", "p4"], False)]
+)
+def test_lean_fpn(dtype, names, top):
     """Casts of its weights are not kept, and its results and gradients have the same bits."""
     results = []
     for kind in (LeanFPN, FPN):
         torch.manual_seed(0)
         bottom_up = _Maps()
-        top = LastLevelP6P7(CHANNELS, 256, "p5")
-        fpn = kind(bottom_up, names, 256, norm="GN" if len(names) == 2 else "", top_block=top)
+        block = LastLevelP6P7(CHANNELS, 256, "p5") if top else None
+        fpn = kind(bottom_up, names, 256, norm="GN" if len(names) == 2 else "", top_block=block)
         assert {n for n, _ in bottom_up.named_modules()} == {"", "conv"}
         assert type(bottom_up.conv) is torch.nn.Conv2d  # no part of it
         x = torch.randn(1, CHANNELS, 16, 24)
@@ -242,7 +244,7 @@ class _Maps(Backbone):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("alpha", [0.25, -1.0])
+@pytest.mark.parametrize("alpha", [0.25, -1.0, 0.0, 1.0])
 @pytest.mark.parametrize("gamma", [2.0, 1.5, 0.0])
 def test_focal_loss_in_parts(dtype, alpha, gamma, monkeypatch):
     """Of confident logits, ignored and unlabelled anchors too, against fvcore's in float32; the
@@ -258,8 +260,10 @@ def test_focal_loss_in_parts(dtype, alpha, gamma, monkeypatch):
     targets = torch.nn.functional.one_hot(y[there], 8)[:, :-1].float()
     expected = sigmoid_focal_loss(theirs[there], targets, alpha, gamma, "sum")
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
-    for scaled in (loss, expected):
-        (64 * scaled).backward()
+    for scaled in (64 * loss, 64 * expected):
+        scaled.backward(retain_graph=True)
+    with pytest.raises(AttributeError):  # whose gradient has been used up
+        loss.backward()
     assert ours.grad.dtype == dtype and not ours.grad[~there].any()
     tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 64 * 1e-5}
     torch.testing.assert_close(ours.grad.float(), theirs.grad, **tolerance)
