@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import PIL
+from PIL import Image
 from tqdm import tqdm
 
 from e3va.cache import cache_path, read_cache, write_cache
@@ -60,6 +61,7 @@ def check_files(check: Callable[[Path], Any], paths: Sequence[Path]) -> list[Any
         return told
 
     found: list[Any] = []
+    Image.init()  # Pillow would load its readers in all threads at once, and one might miss some
     pool = ThreadPoolExecutor()
     try:
         bunches = [range(i, min(i + BUNCH, len(paths))) for i in range(0, len(paths), BUNCH)]

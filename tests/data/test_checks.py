@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -173,6 +175,15 @@ def test_files_are_checked_at_once(files, monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     pair = threading.Barrier(2, timeout=30)
     assert check_files(lambda path: pair.wait() < 2, files[:10]) == [True] * 10
+
+
+def test_threads_find_pillows_readers_loaded():
+    code = (
+        "from PIL import Image; from e3va.data.checks import check_files\n"
+        "print(check_files(lambda path: 'WEBP' in Image.OPEN, ['a.webp']))"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout == "[True]\n"
 
 
 def test_an_image_that_was_replaced_is_seen(tmp_path):
