@@ -89,6 +89,8 @@ class SafeCheckpointer(DetectionCheckpointer):
             return {"model": _renamed(read_weights(filename))}
         loaded = super()._load_file(filename)
         named = {key: _renamed(loaded[key]) for key in ("model", "ema") if key in loaded}
+        for group in loaded.get("trainer", {}).get("trained", {}).get("groups", ()):
+            group[:] = [[_name(name), shape] for name, shape in group]
         return {**loaded, **named}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
@@ -114,7 +116,11 @@ class SafeCheckpointer(DetectionCheckpointer):
 
 
 def _renamed(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {_FORMER.sub(r"\1net.", name): value for name, value in state.items()}
+    return {_name(name): value for name, value in state.items()}
+
+
+def _name(name: str) -> str:
+    return _FORMER.sub(r"\1net.", name)
 
 
 class CompleteCheckpointer(SafeCheckpointer):

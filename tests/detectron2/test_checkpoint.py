@@ -51,22 +51,30 @@ TRUNK = "backbone.bottom_up.net.trunk."
 
 
 def as_before(state):
-    return {name.replace("bottom_up.net.", "bottom_up.swin."): v for name, v in state.items()}
+    """With the names of before, however deep."""
+    if isinstance(state, str):
+        return state.replace("bottom_up.net.", "bottom_up.swin.")
+    if isinstance(state, dict):
+        return type(state)((as_before(name), as_before(value)) for name, value in state.items())
+    return list(map(as_before, state)) if isinstance(state, list) else state
 
 
-def test_names_of_before_are_understood(tmp_path, packaged):
-    """In the weights and in their average, so that a training goes on."""
+def test_names_of_before_are_understood(tmp_path, packaged, caplog):
+    """In the weights, in their average and of the optimizer, so that a training goes on."""
     cfg = packaged("SOLVER.MAX_ITER", 2, "SOLVER.EMA.DECAY", 0.9)
     trainer = train(cfg)
     path = tmp_path / "out/model_final.pth"
     saved = read(path)
-    before = {**saved, **{key: as_before(saved[key]) for key in ("model", "ema")}}
+    before = as_before(saved)
     assert all(before[key].keys() != saved[key].keys() for key in ("model", "ema"))
+    assert before["trainer"]["trained"] != saved["trainer"]["trained"]
     torch.save(before, path)
     other = Trainer(cfg)
     other.resume_or_load(resume=True)
     assert_same(state(other.model), state(trainer.model))
     assert_same(other.average.state_dict(), trainer.average.state_dict())
+    assert_same(other.optimizer.state_dict(), trainer.optimizer.state_dict())
+    assert "starts afresh" not in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
