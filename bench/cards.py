@@ -7,6 +7,9 @@ step holds, and the largest image that one holds alone, of the same shape, in st
 Bytes are those of whole steps (e3va.measure.step_split) under e3va.budget.ShapesOnly, at one to
 three images and at sizes around the one that is told; how many more fit follows the last two. Of a
 card's memory tensors have what e3va.budget.cards leaves them.
+
+Memory that nobody touches takes none, but glibc gives out what was touched before: with
+MALLOC_MMAP_THRESHOLD_=262144 in its environment the process stays below 2 GB.
 """
 
 from __future__ import annotations
