@@ -50,11 +50,13 @@ def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, 
     real = real_split(cfg, images, size)
     traced = Setup(cfg).split(images, size)
     assert traced.keys() == set(SPLIT)
-    assert sum(traced.values()) == pytest.approx(sum(real.values()), rel=0.05)
     for part in ("trunk_weights", "other_weights", "optimizer"):
         assert traced[part] == real[part]
     # How many of a handful of regions are positive, and so the heads, is a matter of chance; and so
     # is which level's losses are at the peak.
+    assert traced["heads"] == pytest.approx(real["heads"], rel=0.3, abs=2**16)
+    chance = real["heads"] - traced["heads"]
+    assert sum(traced.values()) == pytest.approx(sum(real.values()) - chance, rel=0.05)
     for part, slack in (("backbone_saved", 2**16), ("neck", 2**16), ("proposals", 2**19)):
         assert traced[part] == pytest.approx(real[part], rel=0.05, abs=slack)
 
