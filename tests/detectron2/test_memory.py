@@ -339,7 +339,7 @@ def test_a_step_takes_less_than_with_detectron2s_own(config_file):
         bytes_of_a_step(config_file, (320, 448), ours - 2**16, *narrow)
 
 
-LONG = pytest.mark.long  # others in the list ask for more
+LONG = pytest.mark.long  # much like others of the list
 CAPS = [
     ("coco/mask_rcnn_e3va_swin_b_1x", (800, 1344), 1, 2048),
     ("coco/cascade_mask_rcnn_e3va_swin_b_1x", (800, 1344), 1, 1150),
