@@ -154,6 +154,29 @@ def precision() -> str:
     return "\n".join(lines)
 
 
+def demo() -> str:
+    """What `python -m e3va.demo` found, and where: its report.json."""
+    found = json.loads((RESULTS / "demo.json").read_text())
+    titles = ("box AP", "mask AP", "mask AP50", "trained", "saved", "peak live", "s/iteration")
+    lines = [_row("", *titles), "|---" * (1 + len(titles)) + "|"]
+    for method, r in found["methods"].items():
+        cells = [f"{r[score]:.1f}" for score in ("box_ap", "mask_ap", "mask_ap50")]
+        cells.append(f"{r['trainable_params'] / 1e6:.3f} M")
+        cells += [f"{r[size] / MIB:.1f} MiB" for size in ("saved_bytes", "peak_live_bytes")]
+        lines.append(_row(f"`{method}`", *cells, f"{r['seconds_per_iter']:.3f}"))
+    where = found["environment"]
+    threads = f"{where['threads']} thread" + "s" * (where["threads"] > 1)
+    lines += [
+        "",
+        f"{found['iterations']} iterations each, by {ENGINES[found['engine']]}, on {threads} of an "
+        f"{where['device']}; {found['seconds'] / 60:.0f} minutes in all.",
+    ]
+    return "\n".join(lines)
+
+
+ENGINES = {"detectron2": "Detectron2", "torchvision": "torchvision"}
+
+
 def _score(runs: list[dict[str, float]], rate: float) -> str:
     """Mean and deviation over the seeds; one seed has no deviation."""
     scores = [run["score"] for run in runs if run["rate"] == rate]
@@ -171,6 +194,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cards": cards,
     "plans": plans,
     "costs": costs,
+    "demo": demo,
     "kernels": kernels,
     "h100": h100,
     "precision": precision,
