@@ -174,8 +174,11 @@ def test_any_side(side, dtype):
     check((2, 3, 4), 2, 4, 12, dtype, side, "zero", again=0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("side, state", [(0, "none"), (3, "carry")])
+@pytest.mark.parametrize(
+    "dtype, side, state",
+    [(torch.float32, 0, "none"), (torch.bfloat16, 3, "carry")],
+    ids=str,
+)
 @pytest.mark.parametrize("K, rank, hidden", [(1, 4, 24), (3, 16, 96), (2, 64, 128), (2, 16, 320)])
 def test_any_adapter(K, rank, hidden, side, state, dtype):
     check((2, 5, 9), K, rank, hidden, dtype, side, state, again=0)
