@@ -29,6 +29,15 @@ def logger():
     ours.setLevel(logging.NOTSET)
 
 
+@pytest.fixture
+def compiler():
+    """One that has seen nothing: sizes that varied between tests would be traced as symbols, which
+    takes many times as long."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real data sets (nuclei/, microcontrollers/, …)."""

@@ -203,7 +203,7 @@ def test_keeps_far_less_alive_than_full_fine_tuning():
 
 @pytest.mark.parametrize("storage", ["full", "int4"])
 @pytest.mark.parametrize("form", FORMS[:2], ids=str)
-def test_compiles_without_a_graph_break(storage, form):
+def test_compiles_without_a_graph_break(compiler, storage, form):
     backbone = E3VABackbone(randomised(FrozenSwin(TINY)), replace(form, storage=storage))
     compiled = torch.compile(backbone, fullgraph=True, backend="aot_eager")
     image = torch.randn(1, 3, 41, 50)

@@ -69,7 +69,8 @@ class BottomUp(Backbone):
                 net.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
             quantize_trunk(net.trunk, trunk.PRECISION)
         if trunk.COMPILE:
-            net.compile()
+            # Sizes that vary take eight times as long to trace as one size by itself.
+            net.compile(dynamic=False)
         return {"net": net}
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:

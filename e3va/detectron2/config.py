@@ -70,8 +70,8 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # "int8" or "fp8": quantise the linear layers of a frozen trunk, through torchao. Empty: do not.
     # WEIGHTS must then bring the trunk's weights.
     cfg.MODEL.TRUNK.PRECISION = ""
-    # Whether trunk and highway go through torch.compile, when they first run. New image sizes then
-    # take long at first.
+    # Whether trunk and highway go through torch.compile, when they first run. A new image size then
+    # takes long at first; after the eighth, PyTorch runs others as without.
     cfg.MODEL.TRUNK.COMPILE = False
 
     # Form and shape of the highway, and how it keeps the trunk's taps: see e3va.HighwayConfig.

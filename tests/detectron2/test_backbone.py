@@ -147,7 +147,7 @@ def test_synchronised_norms_build(packaged):
 
 
 @pytest.mark.parametrize("method", ["e3va", "frozen"])
-def test_compiled_trunk(packaged, monkeypatch, method):
+def test_compiled_trunk(compiler, packaged, monkeypatch, method):
     """The same features and gradients, in one graph. The graph is run as it is: to generate code
     for it takes a minute."""
     compile = torch.compile
