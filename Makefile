@@ -22,7 +22,7 @@ env: .venv/.stamp
 	touch $@
 
 test: env
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: env
 	$(BIN)/ruff check .

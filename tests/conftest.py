@@ -15,6 +15,29 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
+def _count_loops_of_triton() -> None:
+    """Before 3.8 its interpreter takes an array of one number for a whole number, which NumPy 2.4
+    refuses."""
+    try:
+        import triton
+    except ImportError:
+        return
+    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_with_index(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_with_index
+
+
+_count_loops_of_triton()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
