@@ -4,10 +4,11 @@
         [--json FILE]
 
 Trains detectron2_configs/digits/*.yaml by each method, all with one schedule. A method's learning
-rate is the best of a grid, multiples of the config's, by its score on the tuning scenes with the
-first seed; the other seeds follow at that rate, and what is reported is scored on the validation
-scenes. Tracks on real images, which $E3VA_DATA holds, have no tuning split and take the config's
-rate. With --json results are kept as they come, and a run that was stopped is continued.
+rate is the best of a grid, multiples of the config's, by its mean score on the tuning scenes: the
+first seed trains at all rates, the others at the one that is best so far, until the best one has
+them all. What is reported is scored on the validation scenes; a training that diverges scores 0.
+Tracks on real images, which $E3VA_DATA holds, have no tuning split and take the config's rate. With
+--json results are kept as they come, and a run that was stopped is continued.
 
 Parameters and bytes saved for backward are the backbone's; peak live bytes are a training step's;
 seconds per iteration are medians of interleaved steps.
@@ -114,7 +115,7 @@ def load(setting: Setting, method: str, split: str = "val", overrides: tuple[Any
 
 def train(setting: Setting, method: str, seed: int, rate: float) -> dict[str, float]:
     """One training at ``rate`` times the config's learning rate: its score, and that on the tuning
-    scenes where there are any."""
+    scenes where there are any; 0 where the loss becomes infinite or NaN."""
     from detectron2.utils.env import seed_all_rng
 
     from e3va.detectron2 import Trainer
@@ -125,7 +126,10 @@ def train(setting: Setting, method: str, seed: int, rate: float) -> dict[str, fl
     seed_all_rng(seed)
     (setting.output / method).mkdir(parents=True, exist_ok=True)
     trainer = Trainer(cfg)
-    results = trainer.train()
+    try:
+        results = trainer.train()
+    except FloatingPointError:
+        return {"seed": seed, "rate": rate, "score": 0.0, "tune": 0.0}
     run = {"seed": seed, "rate": rate, "score": float(results[track.task][track.metric])}
     if track.overrides:
         results = Trainer.test(load(setting, method, "tune"), trainer.model)
@@ -157,12 +161,33 @@ def measure(setting: Setting, methods: list[str]) -> dict[str, dict[str, float]]
     return costs
 
 
+def best_rate(runs: list[dict[str, Any]], rates: list[float]) -> float:
+    """That of ``rates`` with the best mean on the tuning scenes; the first of those that are
+    equal."""
+    tuned = {rate: [run.get("tune", 0.0) for run in runs if run["rate"] == rate] for rate in rates}
+    return max(
+        (rate for rate in rates if tuned[rate]), key=lambda rate: statistics.mean(tuned[rate])
+    )
+
+
+def next_run(
+    runs: list[dict[str, Any]], seeds: list[int], rates: list[float]
+) -> tuple[int, float] | None:
+    """Seed and rate of the training to come; None: there are all."""
+    done = {(run["seed"], run["rate"]) for run in runs}
+    wanted = [(seeds[0], rate) for rate in rates]
+    if done.issuperset(wanted):
+        best = best_rate([run for run in runs if run["seed"] in seeds], rates)
+        wanted = [(seed, best) for seed in seeds]
+    return next((pair for pair in wanted if pair not in done), None)
+
+
 def summarise(entry: dict[str, Any], seeds: list[int], rates: list[float]) -> None:
-    """The method's chosen rate of ``rates``, and its scores there, from its runs so far."""
-    first = [run for run in entry["runs"] if run["seed"] == seeds[0] and run["rate"] in rates]
-    best = max(first, key=lambda run: run.get("tune", 0))["rate"]
-    runs = {run["seed"]: run for run in entry["runs"] if run["rate"] == best}
-    scores = [runs[seed]["score"] for seed in seeds if seed in runs]
+    """The method's best rate of ``rates``, and its scores there, from its runs so far."""
+    runs = [run for run in entry["runs"] if run["seed"] in seeds]
+    best = best_rate(runs, rates)
+    found = {run["seed"]: run["score"] for run in runs if run["rate"] == best}
+    scores = [found[seed] for seed in seeds if seed in found]
     entry |= {"rate": best, "scores": scores, "mean": statistics.mean(scores)}
     entry["std"] = statistics.stdev(scores) if len(scores) > 1 else None
 
@@ -190,17 +215,14 @@ def run_track(
     rates = options.rates if setting.track.overrides else [1.0]
     for method in options.methods:
         entry = methods.setdefault(method, {"runs": []})
-        for seed in options.seeds:
-            for rate in rates if seed == options.seeds[0] else [entry["rate"]]:
-                if any(run["seed"] == seed and run["rate"] == rate for run in entry["runs"]):
-                    continue
-                run = {**train(setting, method, seed, rate), "environment": environment()}
-                shown = {key: value for key, value in run.items() if key != "environment"}
-                print(f"{setting.track.name} {method} {shown}", flush=True)
-                entry["runs"].append(run)
-                summarise(entry, options.seeds, rates)
-                keep()
+        while pair := next_run(entry["runs"], options.seeds, rates):
+            run = {**train(setting, method, *pair), "environment": environment()}
+            shown = {key: value for key, value in run.items() if key != "environment"}
+            print(f"{setting.track.name} {method} {shown}", flush=True)
+            entry["runs"].append(run)
             summarise(entry, options.seeds, rates)
+            keep()
+        summarise(entry, options.seeds, rates)
     for method, costs in measure(setting, list(methods)).items():
         methods[method] |= costs
     keep()
