@@ -206,7 +206,7 @@ class Mbarrier:
             self.missing, self.phase = self.count, self.phase ^ 1
 
 
-_BARRIER = "shared:cta shared:cluster cta_group:1 mbarrier:arrive:one parity"
+_BARRIER = "shared shared:cta shared:cluster cta_group:1 mbarrier:arrive:one parity"
 
 
 def _keys(execution: Execution, active: Active, address) -> list[tuple[int, int]]:

@@ -1,5 +1,6 @@
 """What the kernels cost does not grow unnoticed."""
 
+import pytest
 import torch
 
 from tests.ptx import costs
@@ -25,6 +26,11 @@ on sm_80, C = 512, rank 16, m = 256."""
 
 
 def test_instructions(compiler):
+    triton = pytest.importorskip(
+        "triton", reason="triton is not installed: its kernels are untested"
+    )
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8):
+        pytest.skip(f"the ceilings are of Triton 3.8, and Triton {triton.__version__} emits more")
     found = {
         kernel: counts.instructions / units
         for kernel, units, counts in costs.measure(compiler, 80, torch.bfloat16, 512, 16, 256)
