@@ -14,14 +14,19 @@ def pyplot() -> Any:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'e3va[train]'") from error
-    matplotlib.use("Agg")
+    _matplotlib().use("Agg")
     import matplotlib.pyplot
 
     return matplotlib.pyplot
+
+
+def font_file() -> Path:
+    """DejaVu Sans, which matplotlib brings: Latin, Greek and Cyrillic letters.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    return Path(_matplotlib().get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
 
 
 def save(figure: Any, path: Path) -> None:
@@ -29,3 +34,11 @@ def save(figure: Any, path: Path) -> None:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110)
     pyplot().close(figure)
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install 'e3va[train]'") from error
+    return matplotlib

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from e3va.data.folder import Data
 from e3va.data.geometry import decode_mask
 from e3va.data.images import read_image
 from e3va.data.maps import UNLABELLED, Maps, read_map
-from e3va.figures import pyplot
+from e3va.figures import font_file, pyplot
 from e3va.figures import save as save_figure
 from e3va.files import atomic_path
 
@@ -24,11 +26,16 @@ CELL = 320
 THINNEST = 24
 """The least that a side of such a picture has: of a panorama more than a line is seen."""
 
+LEAST = 640
+"""What the longer side of a picture by itself has at the least, in pixels."""
+
 COLUMNS = 4
 EXAMPLES = 12
 OPACITY = 0.45
 LONGEST_NAME = 80
 """Letters of a name that are drawn."""
+MOST_PLATES = 0.1
+"""Share of a picture that the names of its instances may take."""
 BACKGROUND = "background"
 """Name, in small letters, of a class that is drawn as no colour: it would veil the picture."""
 
@@ -51,7 +58,8 @@ def draw_instances(
 ) -> Image.Image:
     """An image with its instances drawn in, each called by its class, unless there is one alone.
 
-    Where names would cover each other that of the larger instance is drawn.
+    Where names would cover each other, or more than :data:`MOST_PLATES` of the picture, a legend of
+    the classes is drawn instead, and no scores.
 
     Args:
         pixels: [H, W, 3], uint8, RGB.
@@ -70,9 +78,9 @@ def draw_instances(
     across, down = image.width / pixels.shape[1], image.height / pixels.shape[0]
     pen = ImageDraw.Draw(image)
     width = max(1, min(image.size) // 250)
-    font = _font(image)
+    font = _font_for(image)
     names = []
-    for instance in sorted(instances, key=lambda i: -i["bbox"][2] * i["bbox"][3]):
+    for instance in instances:
         x, y, w, h = instance["bbox"]
         left, top = x * across, y * down
         ink = colour(instance["label"])
@@ -81,13 +89,14 @@ def draw_instances(
         if "score" in instance:
             words.append(f"{instance['score']:.2f}")
         if words:
-            names.append((" ".join(words), ink, (left, top)))
-    taken: list[Plate] = []
-    for text, ink, corner in names:  # above all boxes
-        plate = _plate(pen, corner, text, font)
-        if not any(_overlap(plate, other) for other in taken):
-            _label(pen, plate, text, ink, font)
-            taken.append(plate)
+            text = " ".join(words)
+            names.append((_plate(pen, (left, top), text, font), text, ink))
+    if _are_crowded([plate for plate, _, _ in names], image):
+        if len(classes) > 1:
+            _legend(image, {instance["label"] for instance in instances}, classes)
+        return image
+    for plate, text, ink in names:  # above all boxes
+        _label(pen, plate, text, ink, font)
     return image
 
 
@@ -105,16 +114,7 @@ def draw_map(
         mask = labels == index
         pixels[mask] = _mixed(pixels[mask], colour(int(index)))
     image = _resized(pixels, size)
-    pen = ImageDraw.Draw(image)
-    font = _font(image)
-    x, y, right = 2.0, 2.0, 0.0
-    for index in shown:
-        plate = _plate(pen, (x, y), classes[index], font, below=True)
-        if plate[3] > image.height and y > 2:
-            x, y = right + 2, 2.0
-            plate = _plate(pen, (x, y), classes[index], font, below=True)
-        _label(pen, plate, classes[index], colour(int(index)), font)
-        y, right = plate[3], max(right, plate[2])
+    _legend(image, shown, classes)
     return image
 
 
@@ -135,9 +135,17 @@ def read_cell(path: Path) -> tuple[np.ndarray, tuple[int, int]]:
     return pixels, (max(THINNEST, round(width * scale)), max(THINNEST, round(height * scale)))
 
 
+def enlarged(pixels: np.ndarray) -> tuple[int, int]:
+    """(width, height) of a picture of an image [H, W, 3] by itself: a whole multiple of its size,
+    so that :data:`LEAST` is reached."""
+    height, width = pixels.shape[:2]
+    factor = math.ceil(LEAST / max(height, width))
+    return width * factor, height * factor
+
+
 def page(pictures: Sequence[tuple[str, Image.Image]], columns: int = COLUMNS) -> Image.Image:
     """Pictures of the size that :func:`read_cell` gives, in rows, each under its title."""
-    font = ImageFont.load_default(size=14)
+    font = _font(14)
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(image.height for _, image in row) + 24 for row in rows]
     sheet = Image.new("RGB", (columns * (CELL + 8), max(1, sum(heights))), "white")
@@ -166,7 +174,7 @@ def curves(metrics: Sequence[Mapping[str, float]], path: Path) -> None:
     """
     steps = [line for line in metrics if "loss" in line]
     scores = [line for line in metrics if "loss" not in line]
-    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4), sharex=True)
     if steps:
         loss = np.array([line["loss"] for line in steps])
         window = max(1, len(loss) // 50)
@@ -233,8 +241,34 @@ def _resized(pixels: np.ndarray, size: tuple[int, int] | None) -> Image.Image:
     return image if size is None else image.resize(size)
 
 
-def _font(image: Image.Image) -> Any:
-    return ImageFont.load_default(size=max(10, min(image.size) // 35))
+def _font(size: int) -> Any:
+    return ImageFont.truetype(font_file(), size)
+
+
+def _font_for(image: Image.Image) -> Any:
+    return _font(max(10, min(image.size) // 35))
+
+
+def _legend(image: Image.Image, labels: Iterable[int], classes: Sequence[str]) -> None:
+    """Write the names of ``labels``, positions in ``classes``, from the upper left corner down."""
+    pen = ImageDraw.Draw(image)
+    font = _font_for(image)
+    x, y, right = 2.0, 2.0, 0.0
+    for label in sorted(labels):
+        plate = _plate(pen, (x, y), classes[label], font, below=True)
+        if plate[3] > image.height and y > 2:
+            x, y = right + 2, 2.0
+            plate = _plate(pen, (x, y), classes[label], font, below=True)
+        _label(pen, plate, classes[label], colour(int(label)), font)
+        y, right = plate[3], max(right, plate[2])
+
+
+def _are_crowded(plates: Sequence[Plate], image: Image.Image) -> bool:
+    """Whether plates cover each other, or too much of the image."""
+    areas = ((right - left) * (lower - upper) for left, upper, right, lower in plates)
+    return sum(areas) > MOST_PLATES * image.width * image.height or any(
+        _overlap(one, other) for one, other in itertools.combinations(plates, 2)
+    )
 
 
 def _plate(
