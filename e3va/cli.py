@@ -7,11 +7,12 @@ import io
 import logging
 import os
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +24,7 @@ from e3va.ops import dispatch, trial, verdicts
 from e3va.ops.backends import native
 from e3va.ops.backends.registry import PREFERENCE
 from e3va.weights import resolve
+from e3va.words import did_you_mean
 
 ENGINES = ("detectron2", "torchvision")
 TASKS = ("boxes", "masks", "semantic")
@@ -34,9 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: as after ``e3va`` on the command line (default: those of this process).
     """
-    parser = argparse.ArgumentParser(prog="e3va", description=e3va.__doc__)
+    parser = _Parser(prog="e3va", description=e3va.__doc__)
     parser.add_argument("--version", action="version", version=f"e3va {e3va.__version__}")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    commands = parser.add_subparsers(required=True, metavar="command", dest="command")
     info = commands.add_parser(
         "info", help="what was built, and which backend each op uses here and why"
     )
@@ -56,8 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.set_defaults(run=_convert)
     _add_runs(commands)
     options, more = parser.parse_known_args(arguments)
-    if more and (options.run not in (_train, _plan) or any(word.startswith("--") for word in more)):
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    wrong = [word for word in more if word.startswith("--")]
+    if wrong or (more and options.run not in (_train, _plan)):
+        commands.choices[options.command].refuse([*wrong, *more][0])
     options.overrides = more
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names of files need not be text
@@ -88,6 +91,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what it does not understand."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+    def refuse(self, word: str) -> NoReturn:
+        """End with exit code 2, for there is no such option."""
+        options = re.findall(r"--[a-z-]+", self.format_usage())
+        self.error(f"unrecognized argument {word}{did_you_mean(word.partition('=')[0], options)}")
+
+
 def _message(error: Exception) -> str:
     """In one line."""
     return " ".join(
@@ -100,7 +115,9 @@ def _add_runs(commands: Any) -> None:
     data = commands.add_parser("data", help="what a folder of data holds, with pictures")
     _add_data(data)
     data.add_argument("--json", type=Path, metavar="FILE", help="write the report to this file")
-    data.add_argument("--output", type=Path, default=Path("output/data.png"), help="the pictures")
+    data.add_argument(
+        "--output", type=Path, metavar="PNG", help="the pictures (default: output/data/DATA.png)"
+    )
     data.set_defaults(run=_data)
     train = commands.add_parser(
         "train",
@@ -130,7 +147,9 @@ def _add_runs(commands: Any) -> None:
     predict.add_argument(
         "images", nargs="+", help="files, folders, globs, or - for names on standard input"
     )
-    predict.add_argument("--output", type=Path, default=Path("output/predictions"))
+    predict.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder to write to (default: RUN/predictions)"
+    )
     predict.add_argument("--min-score", type=float, default=0.5, help="(default 0.5)")
     predict.set_defaults(run=_predict)
     plan = commands.add_parser(
@@ -187,12 +206,17 @@ def _open(options: argparse.Namespace, *, hold_out: bool = True) -> Any:
 def _data(options: argparse.Namespace) -> None:
     from e3va.runs import commands
 
-    commands.show(_open(options), options.output, options.json)
+    path = Path(options.data).expanduser().resolve()
+    name = path.name if path.is_dir() else path.stem
+    output = options.output or Path("output/data", name)
+    if output.suffix.lower() != ".png":
+        output = output.with_name(f"{output.name}.png")
+    commands.show(_open(options), output, options.json)
 
 
 def _train(options: argparse.Namespace) -> None:
     from e3va.runs import commands
-    from e3va.runs.folder import is_run
+    from e3va.runs.folder import CONFIG, PREDICTIONS, engine_of, is_run
     from e3va.runs.plan import make_plan
 
     folder = Path(options.data)
@@ -204,6 +228,7 @@ def _train(options: argparse.Namespace) -> None:
                 f"by KEY VALUE, and not by --{told[0].replace('_', '-')}"
             )
         config = commands.read(folder, options.overrides)
+        print(f"trained by {engine_of(folder)}, as {folder / CONFIG} says")
     else:
         data = _open(options)
         print(commands.describe(data))
@@ -221,9 +246,12 @@ def _train(options: argparse.Namespace) -> None:
         )
         print(f"trained by {name}, into {folder}:\n{plan.describe()}")
         if options.dry_run:
-            print(f"settings: {folder / 'config.yaml'}; train by: {commands.command(folder)}")
+            begin = commands.command("train", folder)
+            print(f"settings: {folder / CONFIG}; train by: {begin}")
             return
     _print_metrics(commands.train(folder, config, resume=options.resume))
+    again = commands.command("predict", folder)
+    print(f"predictions on some images: {folder / PREDICTIONS}; on others: {again} IMAGES")
 
 
 _OF_DATA = (
@@ -253,8 +281,7 @@ def _print_metrics(metrics: dict[str, float]) -> None:
 def _predict(options: argparse.Namespace) -> None:
     from e3va.runs import commands
 
-    found = commands.predict(options.folder, options.images, options.output, options.min_score)
-    print(f"{found} pictures and predictions.json are in {options.output}")
+    print(commands.predict(options.folder, options.images, options.output, options.min_score))
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from e3va.data import coco_json, maps, voc, yolo
 from e3va.data.images import list_files, list_images
 from e3va.data.maps import Maps
 from e3va.data.text import load_yaml
+from e3va.words import quoted
 
 TASKS = ("boxes", "masks", "semantic")
 VALIDATION = 0.2
@@ -354,8 +355,8 @@ def _use_same_classes(data: Data, path: Path, other: Any) -> None:
     for name, split in data.splits.items():
         if not set(split.classes) <= set(classes):
             raise ValueError(
-                f"{path} and {other} have different classes: {', '.join(classes)} in "
-                f"{data.splits['train'].source}, {', '.join(split.classes)} in {split.source}"
+                f"{path} and {other} have different classes: {quoted(classes)} in "
+                f"{data.splits['train'].source}, {quoted(split.classes)} in {split.source}"
             )
         if split.classes != classes:
             data.splits[name] = split.renamed(dict(zip(classes, classes, strict=True)), classes)
@@ -401,8 +402,10 @@ def _split(split: Any, seed: int) -> tuple[Any, Any]:
 def _renamed(split: Any, names: dict[str, str | None], path: Path) -> Any:
     unknown = names.keys() - set(split.classes)
     if unknown:
+        hint = '; those with commas are named by a YAML file of lines "old: new"'
         raise ValueError(
-            f"{path} has no class {', '.join(sorted(unknown))}; it has {', '.join(split.classes)}"
+            f"{path} has no class {quoted(sorted(unknown))}; it has {quoted(split.classes)}"
+            f"{hint * any(',' in name for name in split.classes)}"
         )
     kept = list(dict.fromkeys(n for c in split.classes if (n := names.get(c)) is not None))
     if not kept:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import e3va
 from e3va.detectron2.data import FORMATS
 from e3va.detectron2.data.loader import AUTO
 from e3va.methods import HIGHWAYS, METHODS, options_of
+from e3va.words import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +171,17 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     try:
         cfg.merge_from_list(words)
     except AssertionError as error:  # yacs tells of an unknown key by it
-        raise KeyError(f"unknown key among the overrides: {error}") from None
+        key = str(error).rpartition(" ")[2]
+        raise KeyError(f"unknown key {key}{did_you_mean(key, _keys(cfg))}") from None
     return cfg
+
+
+def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from _keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 _ACCUMULATE = "SOLVER.ACCUMULATE"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import importlib
 import importlib.util
+import math
 import os
 import shlex
 import sys
@@ -26,15 +27,18 @@ from e3va.runs.folder import (
     CURVES,
     DATA_PAGE,
     METRICS,
+    PREDICTED,
     PREDICTIONS,
     Found,
     check_same_data,
     engine_of,
+    map_values,
     read_metrics,
     validation_images,
     write_data,
 )
 from e3va.runs.plan import Plan
+from e3va.words import quoted
 
 
 def default_engine() -> str:
@@ -59,7 +63,7 @@ def describe(data: Data) -> str:
     width = max(map(len, found), default=0)
     lines += [f"  {name:{width}}  {number}" for name, number in found.items()]
     if missing := [name for name in report["classes"] if name not in found]:
-        lines.append(f"  without an instance: {', '.join(missing)}")
+        lines.append(f"  without an instance: {quoted(missing)}")
     if sizes := _sizes(data):
         lines.append(sizes)
     told = [("dropped", why, number) for why, number in report["dropped"].items()]
@@ -103,7 +107,7 @@ def prepare(
         check_same_data(data, folder / "data")
         by.check_same(config, folder)
     elif (folder / CONFIG).exists():
-        go_on = f"{command(folder)}{' --resume' * _has_begun(folder)}"
+        go_on = f"{command('train', folder)}{' --resume' * _has_begun(folder)}"
         raise ValueError(
             f"{folder} holds a run already: go on with it by {go_on}, or name another by --output"
         )
@@ -145,7 +149,7 @@ def train(folder: Path, config: Any, *, resume: bool) -> dict[str, float]:
         pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
         draw_examples(folder, validation_images(folder / "data"))
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"go on by {command(folder)} --resume") from None
+        raise KeyboardInterrupt(f"go on by {command('train', folder)} --resume") from None
     return metrics
 
 
@@ -153,9 +157,9 @@ def _has_begun(folder: Path) -> bool:
     return (folder / METRICS).exists()
 
 
-def command(folder: Path) -> str:
-    """What trains the run in ``folder``, to be typed."""
-    return f"e3va train {shlex.quote(str(folder))}"
+def command(name: str, folder: Path) -> str:
+    """What applies the command ``name`` to the run in ``folder``, to be typed."""
+    return f"e3va {name} {shlex.quote(str(folder))}"
 
 
 def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
@@ -168,8 +172,8 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
     by = engine(engine_of(folder))
     if data is not None and data.classes != (trained := by.classes_of(folder)):
         raise ValueError(
-            f"the data have the classes {', '.join(data.classes)}, but {folder} has trained "
-            f"{', '.join(trained)} (see --classes)"
+            f"the data have the classes {quoted(data.classes)}, but {folder} has trained "
+            f"{quoted(trained)} (see --classes)"
         )
     metrics = by.evaluate(folder, data)
     write_json(folder / "evaluation.json", metrics)
@@ -204,18 +208,19 @@ def draw(
     return pictures.draw_instances(pixels, shown, classes, size)
 
 
-def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float) -> int:
+def predict(folder: Path, sources: Sequence[str], output: Path | None, min_score: float) -> str:
     """Predict on images; writes a picture of each, and predictions.json.
 
     Args:
         folder: the run's.
         sources: files, folders, globs, or "-" for names on standard input, a line each.
-        output: folder to write to; images of a folder keep their places below it. Semantic maps go
-            to ``NAME_classes.png``, a position in the classes for each pixel.
+        output: folder to write to (default: ``predictions`` in the run's); images of a folder keep
+            their places below it. Semantic maps go to ``NAME_classes.png``, with the values of the
+            run's own maps where it knows them, else positions in the classes.
         min_score: of what is drawn and written.
 
     Returns:
-        The number of images.
+        What was written and found, in a line.
 
     Raises:
         FileNotFoundError: an image is missing; nothing has been predicted then.
@@ -224,25 +229,31 @@ def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float
     if not 0 <= min_score <= 1:
         raise ValueError(f"--min-score must be in [0, 1], got {min_score}")
     images = _images(sources)
+    output = output or folder / PREDICTED
     targets = {(output / place.with_suffix(".png")).resolve() for _, place in images}
     if any(path.resolve() in targets for path, _ in images):
         raise ValueError(f"{output} holds the images themselves: name another folder by --output")
     by = engine(engine_of(folder))
     find, names = by.predictor(folder), by.classes_of(folder)
-    entries = []
+    values = map_values(folder / "data")
+    entries: list[dict[str, Any]] = []
+    scores: list[float] = []
     try:
         for path, place in tqdm(images, unit="image", disable=None):
             pixels = read_image(path)
             found = find(pixels)
             target = output / place.with_suffix(".png")
-            pictures.save(draw(pixels, found, names, min_score), target)
+            size = pictures.enlarged(pixels)
+            pictures.save(draw(pixels, found, names, min_score, size), target)
             height, width = pixels.shape[:2]
             entry: dict[str, Any] = {"file_name": str(path), "height": height, "width": width}
             if found.labels is not None:
                 classes = target.with_name(f"{target.stem}_classes.png")
-                pictures.save(Image.fromarray(found.labels), classes)
+                labels = found.labels if values is None else values[found.labels]
+                pictures.save(Image.fromarray(labels), classes)
                 entry["classes_file"] = str(classes)
             else:
+                scores += [i["score"] for i in found.instances]
                 entry["instances"] = [
                     {
                         "category": names[i["label"]],
@@ -253,8 +264,19 @@ def predict(folder: Path, sources: Sequence[str], output: Path, min_score: float
                 ]
             entries.append(entry)
     finally:  # what was found before an image that cannot be read
-        write_json(output / "predictions.json", entries)
-    return len(entries)
+        write_json(output / f"{PREDICTED}.json", entries)
+    written = f"{len(entries)} pictures and {PREDICTED}.json are in {output}"
+    return written if "classes_file" in entries[0] else f"{written}: {_count(scores, min_score)}"
+
+
+def _count(scores: Sequence[float], least: float) -> str:
+    """How many objects have been found, and, where there is none, how some would be."""
+    number = sum(score >= least for score in scores)
+    text = f"{number} objects at {least:g} or above"
+    if scores and not number:
+        best = math.floor(100 * max(scores)) / 100
+        text += f"; the best is {best:g}: try --min-score {best / 2:.1g}"
+    return text
 
 
 def _images(sources: Sequence[str]) -> list[tuple[Path, Path]]:

@@ -21,6 +21,7 @@ CONFIG = "config.yaml"
 METRICS = "metrics.json"
 CURVES = "curves.png"
 PREDICTIONS = "predictions.png"
+PREDICTED = "predictions"
 DATA_PAGE = "data.png"
 LOG = "log.txt"
 MAPS = "maps.json"
@@ -137,6 +138,17 @@ def validation_images(folder: Path) -> list[Path]:
         return [Path(image) for image, _ in content["splits"]["val"]]
     content = json.loads((folder / "val.json").read_text(encoding="utf-8"))
     return [Path(image["file_name"]) for image in content["images"]]
+
+
+def map_values(folder: Path) -> np.ndarray | None:
+    """The value that each class has in the maps that :func:`write_data` wrote of into ``folder``,
+    the least one where it has several; None where there are no maps."""
+    if not (folder / MAPS).is_file():
+        return None
+    content = json.loads((folder / MAPS).read_text(encoding="utf-8"))
+    values = {index: int(value) for value, index in reversed(content["values"].items())}
+    found = [values[index] for index in range(len(content["classes"]))]
+    return np.array(found, np.uint8 if max(found) < 256 else np.uint16)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class Plan:
         lr: the highest learning rate; warmup: iterations until it is reached.
         min_size: what the shorter side of images is brought to; max_size: limit of the longer one.
         anchor_sizes: sides of the anchors on each level, one more than the trunk has stages, in
-            pixels of such images.
+            pixels of such images; none for semantic maps.
         eval_period: iterations between evaluations.
         flip: mirror half of the training images.
         seed: of all that is random.
@@ -75,7 +75,7 @@ class Plan:
 
     def describe(self) -> str:
         """The choices, a line each."""
-        fields = dataclasses.asdict(self)
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if v != ()}
         return "\n".join(f"  {name:14}{_text(value)}" for name, value in fields.items())
 
 
@@ -180,7 +180,7 @@ def _sizes(split: Any) -> tuple[int, int]:
 def _anchors(split: Any, min_size: int, max_size: int, levels: int) -> tuple[int, ...]:
     """Doubling sides, of which the smallest suits the small objects of the data."""
     if isinstance(split, Maps):
-        return tuple(32 * 2**level for level in range(levels))
+        return ()
     scale = {
         image["id"]: min(
             min_size / min(image["height"], image["width"]),

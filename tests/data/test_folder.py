@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from e3va.data.folder import open_data
+from e3va.data.folder import open_data, read_classes
 from tests.data.factories import (
     SQUARE,
     annotation,
@@ -205,7 +205,7 @@ def test_validation_that_lacks_a_class_or_has_another_order(tmp_path):
     data = open_data(tmp_path / "a", val=tmp_path / "b")
     assert data.splits["val"].classes == ["cat", "dog"]
     assert data.splits["val"].counts() == {"cat": 0, "dog": 1}
-    with pytest.raises(ValueError, match=r"different classes: dog in .*, cat, dog in"):
+    with pytest.raises(ValueError, match=r"different classes: 'dog' in .*, 'cat', 'dog' in"):
         open_data(tmp_path / "b", val=tmp_path / "a")
 
 
@@ -268,10 +268,21 @@ def test_classes(tmp_path):
     assert opened(dog="dog", cat=None)["classes"] == {"dog": 5}
     assert opened(dog="pet", cat="pet")["classes"] == {"pet": 10}
     assert opened(dog="cat", cat="dog")["classes"] == {"dog": 5, "cat": 5}
-    with pytest.raises(ValueError, match="has no class ox; it has cat, dog"):
+    with pytest.raises(ValueError, match=r"has no class 'ox'; it has 'cat', 'dog'$"):
         opened(ox="ox")
     with pytest.raises(ValueError, match="none is left"):
         opened(cat=None)
+
+
+def test_a_class_with_a_comma_is_chosen_by_a_file(tmp_path):
+    content = coco_of(4)
+    content["categories"][0]["name"] = "cat, small"
+    write_coco(tmp_path, content)
+    with pytest.raises(ValueError, match=r"no class 'cat', 'small'; .* by a YAML file of lines"):
+        open_data(tmp_path, classes=read_classes("cat, small"))
+    (tmp_path / "classes.yaml").write_text('"cat, small": cat\n')
+    classes = read_classes(str(tmp_path / "classes.yaml"))
+    assert open_data(tmp_path, classes=classes).classes == ["cat"]
 
 
 def test_classes_of_maps(tmp_path):

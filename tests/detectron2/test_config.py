@@ -29,6 +29,14 @@ def test_bad_config_files(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_mistyped_key_is_told_the_closest_one():
+    for typo in ("solver.max_iter", "SOLVER.MAXITER"):
+        with pytest.raises(KeyError, match=rf"unknown key {typo}: did you mean SOLVER\.MAX_ITER\?"):
+            load_config(DIGITS, [typo, 5])
+    with pytest.raises(KeyError, match=r"unknown key xyz'$"):
+        load_config(DIGITS, ["xyz", 5])
+
+
 def test_former_names_of_keys(tmp_path, caplog):
     """In files, in those that they are based on, and on the command line: the last one counts."""
     base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"

@@ -40,6 +40,11 @@ def test_the_task_decides_the_detector(tmp_path, masks):
     assert make_plan(boxes).weights.startswith("https://")
 
 
+def test_a_plan_tells_of_anchors_where_there_are_such(tmp_path, masks):
+    assert "anchor_sizes" in make_plan(masks).describe()
+    assert "anchor" not in make_plan(open_data(write_maps(tmp_path / "maps"))).describe()
+
+
 @pytest.mark.parametrize("size", [(40, 60), (600, 800), (3000, 4000), (20, 900)], ids=str)
 def test_images_are_brought_to_a_size_that_fits(masks, size):
     plan = make_plan(with_train(masks, boxes_of([10], size)))
