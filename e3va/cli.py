@@ -23,6 +23,7 @@ from e3va.methods import METHODS
 from e3va.ops import dispatch, trial, verdicts
 from e3va.ops.backends import native
 from e3va.ops.backends.registry import PREFERENCE
+from e3va.runs.interrupt import interrupted_by_sigterm
 from e3va.weights import resolve
 from e3va.words import did_you_mean
 
@@ -71,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("default", module=r"e3va\b")
             logging.getLogger("torch.fx").setLevel(logging.ERROR)
-            return options.run(options) or 0
+            with interrupted_by_sigterm():
+                return options.run(options) or 0
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
@@ -129,7 +131,7 @@ def _add_runs(commands: Any) -> None:
     train.add_argument("--weights", help="the trunk's: a file, a URL or timm:NAME")
     train.add_argument("--method", choices=METHODS, default="e3va", help="(default e3va)")
     train.add_argument("--engine", choices=ENGINES, help="(default detectron2, where it is)")
-    train.add_argument("--iterations", type=int, help="(default: by the number of images)")
+    train.add_argument("--iterations", type=_positive, help="(default: by the number of images)")
     train.add_argument("--output", type=Path, default=Path("output/run"), metavar="RUN")
     train.add_argument("--resume", action="store_true", help="go on where RUN has stopped")
     train.add_argument(
@@ -203,12 +205,16 @@ def _open(options: argparse.Namespace, *, hold_out: bool = True) -> Any:
     return open_data(options.data, **given, classes=classes, seed=options.seed, hold_out=hold_out)
 
 
+def _name_of(data: str) -> str:
+    """What folders of results call data: files of many are named data.yaml."""
+    path = Path(data).expanduser().resolve()
+    return f"{path.parent.name}-{path.stem}" if path.is_file() else path.name
+
+
 def _data(options: argparse.Namespace) -> None:
     from e3va.runs import commands
 
-    path = Path(options.data).expanduser().resolve()
-    name = path.name if path.is_dir() else path.stem
-    output = options.output or Path("output/data", name)
+    output = options.output or Path("output/data", _name_of(options.data))
     if output.suffix.lower() != ".png":
         output = output.with_name(f"{output.name}.png")
     commands.show(_open(options), output, options.json)
@@ -217,7 +223,7 @@ def _data(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     from e3va.runs import commands
     from e3va.runs.folder import CONFIG, PREDICTIONS, engine_of, is_run
-    from e3va.runs.plan import make_plan
+    from e3va.runs.plan import make_plan, model_of
 
     folder = Path(options.data)
     if is_run(folder):
@@ -230,6 +236,8 @@ def _train(options: argparse.Namespace) -> None:
         config = commands.read(folder, options.overrides)
         print(f"trained by {engine_of(folder)}, as {folder / CONFIG} says")
     else:
+        if options.model:
+            model_of(options.model, options.task)  # before the data, which take longer
         data = _open(options)
         print(commands.describe(data))
         plan = make_plan(
@@ -264,14 +272,14 @@ _OF_DATA = (
 def _evaluate(options: argparse.Namespace) -> None:
     from e3va.runs import commands
 
-    data = None
+    data, name = None, ""
     if options.data:
+        name = _name_of(options.val or options.data)
         data = _open(options, hold_out=False)
         print(commands.describe(data))
     elif options.val or options.images or options.task or options.classes:
         raise ValueError("--val, --images, --task and --classes are of DATA, and there is none")
-    metrics = commands.evaluate(options.folder, data)
-    _print_metrics(metrics)
+    _print_metrics(commands.evaluate(options.folder, data, name))
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:

@@ -156,6 +156,12 @@ def test_predict_names_what_is_wrong(trained, tmp_path, capsys):
     assert "have one name" in capsys.readouterr().err
     assert predict(tmp_path, tmp_path / "wide.jpg") == 2
     assert "is no folder of a run" in capsys.readouterr().err
+    (tmp_path / "text.tif").write_text("no image")
+    (tmp_path / "photo.png").write_bytes((tmp_path / "tall.png").read_bytes()[:99])
+    for name in ("text.tif", "photo.png"):  # beside one that could be predicted on
+        out = tmp_path / "out"
+        assert predict(folder, tmp_path / "wide.jpg", tmp_path / name, "--output", out) == 2
+        assert name in capsys.readouterr().err and not out.exists()
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])

@@ -44,6 +44,11 @@ class Data:
     def classes(self) -> list[str]:
         return self.splits["train"].classes
 
+    @property
+    def distinct(self) -> dict[str, Any]:
+        """The splits by name; one that serves as two is there once, by its last name."""
+        return dict({id(split): (name, split) for name, split in self.splits.items()}.values())
+
     def report(self) -> dict[str, Any]:
         """Format, task, counts of images, instances, classes, of boxes that were clipped and of
         what was dropped, by reason, and an example of each; JSON can hold it. In semantic maps a
@@ -52,7 +57,8 @@ class Data:
         dropped: dict[str, int] = {}
         examples: dict[str, str] = {}
         images = {}
-        for name, split in self.splits.items():
+        splits = self.distinct
+        for name, split in splits.items():
             for label, number in split.counts().items():
                 classes[label] = classes.get(label, 0) + number
             for reason, number in getattr(split, "dropped", {}).items():
@@ -67,7 +73,7 @@ class Data:
             "instances": sum(classes.values()),
             "classes": classes,
             "dropped": dropped,
-            "clipped": sum(getattr(split, "clipped", 0) for split in self.splits.values()),
+            "clipped": sum(getattr(split, "clipped", 0) for split in splits.values()),
             "examples": examples,
             "notes": self.notes,
         }
@@ -241,6 +247,8 @@ def open_data(
         raise ValueError(f"the task must be one of {', '.join(TASKS)}, got {task!r}")
     path = Path(path).expanduser()
     folder = Path(images).expanduser() if images else None
+    if folder and not os.path.isdir(folder):
+        raise FileNotFoundError(f"there is no folder of images {folder}")
     data = _read(path, folder, task)
     if val is not None:
         other = _read(Path(val).expanduser(), folder, data.task, data.format)
@@ -375,18 +383,13 @@ def _files(split: Any) -> set[str]:
 def _split(split: Any, seed: int) -> tuple[Any, Any]:
     """A split without and with a seeded share of its images, both with some that have an
     instance."""
-    items = list(_items(split))
-    if isinstance(split, Maps):
-        full = [i for i, found in enumerate(split.seen) if found & split.values.keys()]
-    else:
-        ids = {a["image_id"] for a in split.annotations if not a["iscrowd"]}
-        full = [i for i, image in enumerate(items) if image["id"] in ids]
+    items, empty = list(_items(split)), split.empty()
+    full = sorted(set(range(len(items))) - set(empty))
     if len(full) < 2:
         raise ValueError(
             f"{split.source} has one image with an instance: none is left to validate on (give "
             "--val)"
         )
-    empty = sorted(set(range(len(items))) - set(full))
     draw = random.Random(seed)
     count = min(max(1, round(VALIDATION * len(full))), len(full) - 1)
     chosen = set(draw.sample(full, count)) | set(draw.sample(empty, round(VALIDATION * len(empty))))

@@ -44,8 +44,12 @@ def open_image(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise FileNotFoundError(f"no image at {path}") from None
     except UnidentifiedImageError:
-        what = placeholder(path) or "nothing that Pillow reads: export it again, or leave it out"
-        raise ValueError(f"{path} is no image but {what}") from None
+        if what := placeholder(path):
+            raise ValueError(f"{path} is no image but {what}") from None
+        raise ValueError(
+            f"{path} is no image that can be read, or is cut short: export it again, or leave it "
+            "out"
+        ) from None
     except Image.DecompressionBombError as error:
         raise ValueError(f"{path} is too large to be trusted, cut it into tiles: {error}") from None
     except Exception as error:  # of a damaged file Pillow's readers raise whatever they stumble on

@@ -58,6 +58,11 @@ class Instances:
         number = Counter(a["category_id"] for a in self.annotations if not a["iscrowd"])
         return {category["name"]: number[category["id"]] for category in self.categories}
 
+    def empty(self) -> list[int]:
+        """Positions of the images that have no instance, crowds left out."""
+        full = {a["image_id"] for a in self.annotations if not a["iscrowd"]}
+        return [i for i, image in enumerate(self.images) if image["id"] not in full]
+
     def add_image(
         self, path: Path, height: int, width: int, image_id: Any = None, **more: Any
     ) -> dict[str, Any]:

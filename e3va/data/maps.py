@@ -75,6 +75,10 @@ class Maps:
         number = Counter(index for of_map in classes for index in of_map)
         return {name: number[index] for index, name in enumerate(self.classes)}
 
+    def empty(self) -> list[int]:
+        """Positions of the maps that no class occurs in."""
+        return [i for i, found in enumerate(self.seen) if not found & self.values.keys()]
+
     def subset(self, chosen: Sequence[int]) -> Maps:
         """Those at some positions of ``pairs``."""
         pairs, seen = [self.pairs[i] for i in chosen], [self.seen[i] for i in chosen]

@@ -27,7 +27,7 @@ from e3va.detectron2.inference import predictor as predictor_of
 from e3va.detectron2.run import RunTrainer, scores
 from e3va.detectron2.train import Trainer
 from e3va.files import atomic_path
-from e3va.runs.folder import CONFIG, LOG, Found, check_iterations, check_settings, write_data
+from e3va.runs.folder import CONFIG, LOG, MAPS, Found, check_iterations, check_settings
 from e3va.runs.plan import SMALL_TRUNKS, Plan, model_of
 
 BASES = {
@@ -87,7 +87,7 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         "SOLVER.MAX_ITER": plan.iterations,
         "SOLVER.STEPS": (),
         "SOLVER.WARMUP_ITERS": plan.warmup,
-        "SOLVER.CHECKPOINT_PERIOD": min(500, plan.eval_period),
+        "SOLVER.CHECKPOINT_PERIOD": plan.checkpoint_period,
         "SOLVER.AMP.ENABLED": torch.cuda.is_available(),
         "TEST.EVAL_PERIOD": plan.eval_period,
         "INPUT.MIN_SIZE_TRAIN": (plan.min_size,),
@@ -136,6 +136,11 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> CfgNode:
     return cfg
 
 
+def iterations_of(cfg: CfgNode) -> int:
+    """How long a run is."""
+    return cfg.SOLVER.MAX_ITER
+
+
 def write_config(cfg: CfgNode, data: Data, folder: Path) -> None:
     """Write config.yaml, with the classes of the data."""
     model = cfg.MODEL
@@ -175,17 +180,18 @@ def classes_of(folder: Path) -> list[str]:
     return class_names(load_config(str(folder / CONFIG)))
 
 
-def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
-    """Score the run's model on the validation split of ``data``, or on the run's own.
+def evaluate(folder: Path, other: Path | None) -> dict[str, float]:
+    """Score the run's model on its own validation split, or on that of the data which
+    :func:`e3va.runs.folder.write_data` has written into ``other``.
 
     Raises:
         ValueError: the run has nothing to be evaluated on.
     """
     cfg = _trained(folder)
-    if data is not None:
-        write_data(data, folder / "evaluation")
+    if other is not None:
+        cfg.OUTPUT_DIR = str(other)
         keys = {f"DATASETS.{f.section}.{key}": "" for f in FORMATS for key in f.given_by}
-        keys |= _data_keys(data.task, folder / "evaluation")
+        keys |= _data_keys("semantic" if (other / MAPS).is_file() else "boxes", other)
         cfg.merge_from_list([word for pair in keys.items() for word in pair])
     with _log(folder):
         register_datasets(cfg)
@@ -218,7 +224,7 @@ def _warn_of_memory(trainer: Trainer) -> None:
 def _data_keys(task: str, folder: Path) -> dict[str, str]:
     """The config keys of data for a task that :func:`write_data` has written into ``folder``."""
     if task == "semantic":
-        return {"DATASETS.SEMANTIC_MAPS.INDEX": str((folder / "maps.json").absolute())}
+        return {"DATASETS.SEMANTIC_MAPS.INDEX": str((folder / MAPS).absolute())}
     keys = {}
     for split, name in (("TRAIN", "train"), ("TEST", "val")):
         keys[f"DATASETS.COCO_JSON.{split}_JSON"] = str((folder / f"{name}.json").absolute())

@@ -18,20 +18,23 @@ from PIL import Image
 from tqdm import tqdm
 
 from e3va.data.folder import Data
-from e3va.data.images import SUFFIXES, list_images, read_image
+from e3va.data.images import SUFFIXES, check_images, list_images, read_image
 from e3va.data.instances import CLIPPED
 from e3va.files import write_json
 from e3va.runs import pictures
 from e3va.runs.folder import (
+    CHECKPOINTS,
     CONFIG,
     CURVES,
     DATA_PAGE,
+    EVALUATION,
     METRICS,
     PREDICTED,
     PREDICTIONS,
     Found,
     check_same_data,
     engine_of,
+    evaluation_after,
     map_values,
     read_metrics,
     validation_images,
@@ -64,8 +67,10 @@ def describe(data: Data) -> str:
     lines += [f"  {name:{width}}  {number}" for name, number in found.items()]
     if missing := [name for name in report["classes"] if name not in found]:
         lines.append(f"  without an instance: {quoted(missing)}")
-    if sizes := _sizes(data):
-        lines.append(sizes)
+    lines.append(_sizes(data))
+    if empty := sum(len(split.empty()) for split in data.distinct.values()):
+        what = "a labelled pixel" if data.task == "semantic" else "an instance"
+        lines.append(f"  {empty} images without {what}")
     told = [("dropped", why, number) for why, number in report["dropped"].items()]
     if report["clipped"]:
         told.append(("clipped", CLIPPED, report["clipped"]))
@@ -101,11 +106,16 @@ def prepare(
         KeyError, ValueError: the folder holds a run already, and it is not to be resumed or is
             another; or a setting is wrong.
     """
+    if resume:
+        check_same_data(data, folder / "data")
+        if (folder / CONFIG).is_file() and (other := engine_of(folder)) != name:
+            raise ValueError(f"{folder} is a run by {other}: resume it by --engine {other}")
     by = engine(name)
     config = by.config_of(data, plan, folder, overrides)
     if resume:
-        check_same_data(data, folder / "data")
         by.check_same(config, folder)
+        if _finished(folder, by.iterations_of(config)):
+            return config
     elif (folder / CONFIG).exists():
         go_on = f"{command('train', folder)}{' --resume' * _has_begun(folder)}"
         raise ValueError(
@@ -128,7 +138,8 @@ def read(folder: Path, overrides: Sequence[str]) -> Any:
 
 
 def train(folder: Path, config: Any, *, resume: bool) -> dict[str, float]:
-    """Train the run in ``folder``; returns the last evaluation's metrics.
+    """Train the run in ``folder``; returns the last evaluation's metrics. One that has finished is
+    left as it is.
 
     Args:
         folder: as :func:`prepare` made it.
@@ -137,17 +148,24 @@ def train(folder: Path, config: Any, *, resume: bool) -> dict[str, float]:
 
     Raises:
         KeyError, ValueError: the run has begun and is not to be resumed, or a setting is wrong.
-        KeyboardInterrupt: Ctrl-C; what was trained is kept, and the message says how to go on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; what was trained is kept, and the message says how to
+            go on.
     """
     by = engine(engine_of(folder))
     if resume:
         by.check_same(config, folder)
+        iterations = by.iterations_of(config)
+        if done := _finished(folder, iterations):
+            print(f"{folder} has finished its {iterations} iterations, and is left as it is")
+            return done
+        if not any((folder / name).is_file() for name in CHECKPOINTS):
+            print(f"{folder} has no checkpoint yet: from the start")
     elif _has_begun(folder):
         raise ValueError(f"{folder} holds a run that has begun: go on with it by --resume")
     try:
         metrics = by.train(config, folder, resume=resume)
-        pictures.curves(read_metrics(folder / METRICS), folder / CURVES)
-        draw_examples(folder, validation_images(folder / "data"))
+        draw_examples(folder, validation_images(folder / "data"), folder / PREDICTIONS)
+        pictures.curves(read_metrics(folder / METRICS), folder / CURVES)  # the last, see _finished
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"go on by {command('train', folder)} --resume") from None
     return metrics
@@ -157,14 +175,28 @@ def _has_begun(folder: Path) -> bool:
     return (folder / METRICS).exists()
 
 
+def _finished(folder: Path, iterations: int) -> dict[str, float] | None:
+    """The last metrics of a run of so many iterations, if :func:`train` has come to its end."""
+    metrics, curves = folder / METRICS, folder / CURVES
+    if not (metrics.is_file() and curves.is_file()):
+        return None
+    if curves.stat().st_mtime_ns < metrics.stat().st_mtime_ns:  # it went on, and was stopped
+        return None
+    return evaluation_after(read_metrics(metrics), iterations)
+
+
 def command(name: str, folder: Path) -> str:
     """What applies the command ``name`` to the run in ``folder``, to be typed."""
     return f"e3va {name} {shlex.quote(str(folder))}"
 
 
-def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
+def evaluate(folder: Path, data: Data | None, name: str = "") -> dict[str, float]:
     """Score a run's model on the validation split of ``data`` (default: the run's own), and write
-    evaluation.json, and predictions.png of other data.
+    evaluation.json and predictions.png into ``folder``, of other data into its folder
+    ``evaluation/NAME``.
+
+    Args:
+        name: of the data, if they are given.
 
     Raises:
         ValueError: the data have other classes, or the run has nothing to be evaluated on.
@@ -175,22 +207,28 @@ def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
             f"the data have the classes {quoted(data.classes)}, but {folder} has trained "
             f"{quoted(trained)} (see --classes)"
         )
-    metrics = by.evaluate(folder, data)
-    write_json(folder / "evaluation.json", metrics)
+    place, own = folder, folder / "data"
     if data is not None:
-        draw_examples(folder, validation_images(folder / "evaluation"))
+        place = own = folder / EVALUATION / name
+        write_data(data, own)
+    metrics = by.evaluate(folder, None if data is None else place)
+    write_json(place / "evaluation.json", metrics)
+    print(f"results: {place / 'evaluation.json'}")
+    if own.is_dir():  # a run of train_net.py has none
+        draw_examples(folder, validation_images(own), place / PREDICTIONS)
+        print(f"pictures: {place / PREDICTIONS}")
     return metrics
 
 
-def draw_examples(folder: Path, images: Sequence[Path]) -> None:
-    """Write predictions.png: what a run finds on some images."""
+def draw_examples(folder: Path, images: Sequence[Path], target: Path) -> None:
+    """Write a page of what a run finds on some images."""
     by = engine(engine_of(folder))
     find, classes = by.predictor(folder), by.classes_of(folder)
     drawn = []
     for path in images[: pictures.EXAMPLES]:
         pixels, size = pictures.read_cell(path)
         drawn.append((path.name, draw(pixels, find(pixels), classes, size=size)))
-    pictures.save(pictures.page(drawn), folder / PREDICTIONS)
+    pictures.save(pictures.page(drawn), target)
 
 
 def draw(
@@ -224,7 +262,7 @@ def predict(folder: Path, sources: Sequence[str], output: Path | None, min_score
 
     Raises:
         FileNotFoundError: an image is missing; nothing has been predicted then.
-        ValueError: there is no image, or two pictures would have one name.
+        ValueError: there is no image, one cannot be read, or two pictures would have one name.
     """
     if not 0 <= min_score <= 1:
         raise ValueError(f"--min-score must be in [0, 1], got {min_score}")
@@ -234,6 +272,7 @@ def predict(folder: Path, sources: Sequence[str], output: Path | None, min_score
     if any(path.resolve() in targets for path, _ in images):
         raise ValueError(f"{output} holds the images themselves: name another folder by --output")
     by = engine(engine_of(folder))
+    check_images([path for path, _ in images])
     find, names = by.predictor(folder), by.classes_of(folder)
     values = map_values(folder / "data")
     entries: list[dict[str, Any]] = []
@@ -263,8 +302,9 @@ def predict(folder: Path, sources: Sequence[str], output: Path | None, min_score
                     if i["score"] >= min_score
                 ]
             entries.append(entry)
-    finally:  # what was found before an image that cannot be read
-        write_json(output / f"{PREDICTED}.json", entries)
+    finally:  # what was found before Ctrl-C, or an image that is damaged within
+        if entries:
+            write_json(output / f"{PREDICTED}.json", entries)
     written = f"{len(entries)} pictures and {PREDICTED}.json are in {output}"
     return written if "classes_file" in entries[0] else f"{written}: {_count(scores, min_score)}"
 
@@ -315,14 +355,20 @@ def _expand(source: str) -> Iterator[tuple[Path, Path]]:
 
 
 def _sizes(data: Data) -> str:
+    splits, boxes = data.distinct.values(), []
     if data.task == "semantic":
-        return ""
-    images = [image for split in data.splits.values() for image in split.images]
-    boxes = [min(a["bbox"][2:]) for split in data.splits.values() for a in split.annotations]
-    sides = sorted((min(i["height"], i["width"]), max(i["height"], i["width"])) for i in images)
-    text = f"  images of {sides[0][0]}×{sides[0][1]} to {sides[-1][0]}×{sides[-1][1]} pixels"
+        sizes = check_images([image for split in splits for image, _ in split.pairs])
+    else:
+        sizes = [(image["height"], image["width"]) for split in splits for image in split.images]
+        boxes = sorted(min(a["bbox"][2:]) for split in splits for a in split.annotations)
+    heights, widths = map(_range, zip(*sizes, strict=True))
+    text = f"  images {heights} pixels high, {widths} wide"
     if boxes:
-        boxes.sort()
         text += f", boxes' shorter sides {boxes[0]:.0f} to {boxes[-1]:.0f}, half of them below "
         text += f"{boxes[len(boxes) // 2]:.0f}"
     return text
+
+
+def _range(numbers: Sequence[int]) -> str:
+    least, most = min(numbers), max(numbers)
+    return str(least) if least == most else f"{least} to {most}"

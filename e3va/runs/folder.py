@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,10 @@ PREDICTIONS = "predictions.png"
 PREDICTED = "predictions"
 DATA_PAGE = "data.png"
 LOG = "log.txt"
+EVALUATION = "evaluation"
 MAPS = "maps.json"
+CHECKPOINTS = ("last_checkpoint", "checkpoint.pt")
+"""Of Detectron2, which names its file there, and of torchvision."""
 
 
 def engine_of(folder: str | os.PathLike[str]) -> str:
@@ -94,41 +98,79 @@ def check_iterations(now: int, before: int, folder: Path) -> None:
 
 
 def check_same_data(data: Data, folder: Path) -> None:
-    """That a run that is resumed goes on with the data that :func:`write_data` wrote.
+    """That a run that is resumed goes on with the data that :func:`write_data` wrote, wherever
+    these lie now.
 
     Raises:
-        ValueError: it has other classes, or other numbers of images or instances.
+        ValueError: it has another task, or other classes, images or annotations.
     """
-    path = folder / (MAPS if data.task == "semantic" else "train.json")
-    if not path.is_file():
+    names = (MAPS, *map("{}.json".format, _SPLITS))
+    files = {n: path.read_text(encoding="utf-8") for n in names if (path := folder / n).is_file()}
+    if not files:
         return
-    was = json.loads(path.read_text(encoding="utf-8"))
-    then: Any
-    now: Any
-    if data.task == "semantic":
-        then = was["classes"], len(was["splits"]["train"])
-        now = data.classes, len(data.splits["train"].pairs)
-    else:
-        names = [category["name"] for category in was["categories"]]
-        then = names, len(was["images"]), len(was["annotations"])
-        train = data.splits["train"]
-        now = data.classes, len(train.images), len(train.annotations)
-    if then != now:
-        raise ValueError(
-            f"{path} tells of a run on other data: classes, images and instances were {then}, and "
-            f"are {now}"
-        )
+    then = _traits({name: json.loads(text) for name, text in files.items()})
+    now = _traits(json.loads(json.dumps(_files(data))))
+    for what, before in then.items():
+        after = now[what]
+        if before != after:
+            pairs = itertools.zip_longest(before, after, fillvalue="none")
+            one, other = next(pair for pair in pairs if pair[0] != pair[1])
+            number = f" ({len(before)} then, {len(after)} now)" * (len(before) != len(after))
+            raise ValueError(
+                f"{folder.parent} is a run on other data: {what} {one:.120}, not "
+                f"{other:.120}{number}; resume it with its own data, or start anew in another "
+                "folder"
+            )
+
+
+def _traits(files: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By what the data of such files are told apart, the plainest first, each with its name."""
+    if MAPS in files:
+        content = files[MAPS]
+        traits = {"task": ["semantic"], "classes": content["classes"]}
+        traits["values"] = [f"{value}: {index}" for value, index in content["values"].items()]
+        for split, pairs in content["splits"].items():
+            images, maps = zip(*pairs, strict=True)
+            traits |= {f"{split} image": _relative(images), f"{split} map": _relative(maps)}
+        return traits
+    every = [a for content in files.values() for a in content["annotations"]]
+    traits = {"task": ["masks" if any("segmentation" in a for a in every) else "boxes"]}
+    for file, content in files.items():
+        split, images = Path(file).stem, content["images"]
+        names = _relative([image["file_name"] for image in images])
+        by_id = {image["id"]: name for image, name in zip(images, names, strict=True)}
+        traits |= {
+            "classes": [category["name"] for category in content["categories"]],
+            f"{split} image": names,
+            f"{split} annotation": [
+                json.dumps({"image": by_id[a["image_id"]], "bbox": a["bbox"], **a})
+                for a in content["annotations"]
+            ],
+        }
+    return traits
+
+
+def _relative(names: Sequence[str]) -> list[str]:
+    """Names of files within the folder that holds them all."""
+    root = os.path.commonpath([os.path.dirname(name) for name in names])
+    return [os.path.relpath(name, root) for name in names]
 
 
 def write_data(data: Data, folder: Path) -> None:
     """Write what is trained and evaluated on into ``folder``, as both engines read it: COCO's JSON
     files ``train.json`` and ``val.json``, or ``maps.json``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in _files(data).items():
+        write_json(folder / name, content)
+
+
+def _files(data: Data) -> dict[str, Any]:
+    """The contents of these files."""
     if data.task == "semantic":
-        write_json(folder / MAPS, _index(data))
-        return
-    for name in ("train", "val"):
-        write_json(folder / f"{name}.json", _absolute(data.splits[name]).content())
+        return {MAPS: _index(data)}
+    return {f"{split}.json": _absolute(data.splits[split]).content() for split in _SPLITS}
+
+
+_SPLITS = ("train", "val")
 
 
 def validation_images(folder: Path) -> list[Path]:
@@ -163,6 +205,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def evaluation_after(entries: Sequence[Mapping[str, Any]], iteration: int) -> dict[str, Any] | None:
+    """The metrics of the evaluation after ``iteration`` iterations, if lines of ``metrics.json``
+    tell of one."""
+    for entry in entries:
+        if entry["iteration"] == iteration and "loss" not in entry:
+            return {name: value for name, value in entry.items() if name != "iteration"}
+    return None
+
+
 class History:
     """``metrics.json`` of a run that goes on: its lines up to ``start``, and those that are added.
 
@@ -188,10 +239,7 @@ class History:
 
     def evaluation(self, iteration: int) -> dict[str, float] | None:
         """The metrics of the evaluation after ``iteration`` iterations, if there has been one."""
-        for entry in self.entries:
-            if entry["iteration"] == iteration and "loss" not in entry:
-                return {name: value for name, value in entry.items() if name != "iteration"}
-        return None
+        return evaluation_after(self.entries, iteration)
 
     def best(self) -> float:
         """The highest :func:`rank` of an evaluation so far."""
@@ -210,7 +258,7 @@ def _index(data: Data) -> dict[str, Any]:
                 [str(image.absolute()), str(labels.absolute())]
                 for image, labels in data.splits[name].pairs
             ]
-            for name in ("train", "val")
+            for name in _SPLITS
         },
     }
 

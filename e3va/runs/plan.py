@@ -48,7 +48,7 @@ class Plan:
         min_size: what the shorter side of images is brought to; max_size: limit of the longer one.
         anchor_sizes: sides of the anchors on each level, one more than the trunk has stages, in
             pixels of such images; none for semantic maps.
-        eval_period: iterations between evaluations.
+        eval_period: iterations between evaluations. checkpoint_period: between checkpoints.
         flip: mirror half of the training images.
         seed: of all that is random.
     """
@@ -66,6 +66,7 @@ class Plan:
     max_size: int
     anchor_sizes: tuple[int, ...]
     eval_period: int
+    checkpoint_period: int
     flip: bool
     seed: int
 
@@ -76,7 +77,8 @@ class Plan:
     def describe(self) -> str:
         """The choices, a line each."""
         fields = {k: v for k, v in dataclasses.asdict(self).items() if v != ()}
-        return "\n".join(f"  {name:14}{_text(value)}" for name, value in fields.items())
+        width = max(map(len, fields)) + 2
+        return "\n".join(f"  {name:{width}}{_text(value)}" for name, value in fields.items())
 
 
 def make_plan(
@@ -133,6 +135,7 @@ def make_plan(
         max_size=max_size,
         anchor_sizes=_anchors(train, min_size, max_size, len(trunk_config(variant).dims) + 1),
         eval_period=max(500, math.ceil(iterations / 5)),
+        checkpoint_period=min(500, math.ceil(iterations / 10)),
         flip=not all(name.isdigit() for name in data.classes),  # a mirrored digit is none
         seed=seed,
     )

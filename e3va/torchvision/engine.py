@@ -14,7 +14,7 @@ from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
 from e3va.data.geometry import encode_mask
 from e3va.methods import HIGHWAYS
-from e3va.runs.folder import CONFIG, Found, check_iterations, check_settings, write_data
+from e3va.runs.folder import CONFIG, Found, check_iterations, check_settings
 from e3va.runs.plan import Plan
 from e3va.torchvision.config import ModelConfig, TrainConfig, fixed_settings, set_fields
 from e3va.torchvision.evaluation import evaluate as score
@@ -75,6 +75,7 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         warmup=plan.warmup,
         horizontal_flip=plan.flip,
         eval_period=plan.eval_period,
+        checkpoint_period=plan.checkpoint_period,
         seed=plan.seed,
         amp="bfloat16" if torch.cuda.is_available() else None,
         model=model,
@@ -89,6 +90,11 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         ValueError: config.yaml is damaged, or a setting is unknown or out of range.
     """
     return set_fields(Run.read(folder).config, overrides)
+
+
+def iterations_of(config: TrainConfig) -> int:
+    """How long a run is."""
+    return config.iterations
 
 
 def write_config(config: TrainConfig, data: Data, folder: Path) -> None:
@@ -148,19 +154,17 @@ def classes_of(folder: Path) -> list[str]:
     return Run.read(folder).classes
 
 
-def evaluate(folder: Path, data: Data | None) -> dict[str, float]:
-    """Score the run's model on the validation split of ``data``, or on the run's own.
+def evaluate(folder: Path, other: Path | None) -> dict[str, float]:
+    """Score the run's model on its own validation split, or on that of the data which
+    :func:`e3va.runs.folder.write_data` has written into ``other``.
 
     Raises:
         ValueError: the run has nothing to be evaluated on.
     """
     model, run = load_run(folder, _device())
-    own = run.data["val"]
-    if (folder / "data/val.json").is_file():  # wherever the folder has been moved
-        own = {"annotations": folder / "data/val.json", "images": folder / "data"}
-    if data is not None:
-        own = {"annotations": folder / "evaluation/val.json", "images": folder / "evaluation"}
-        write_data(data, folder / "evaluation")
+    own, place = run.data["val"], other or folder / "data"
+    if (place / "val.json").is_file():  # wherever the folder has been moved
+        own = {"annotations": place / "val.json", "images": place}
     if own is None:
         raise ValueError(f"{folder} was trained without validation data: name some")
     masks = bool(run.data["train"]["masks"])

@@ -132,6 +132,12 @@ def test_coco_files_that_are_not_clear(tmp_path):
         open_data(tmp_path)
 
 
+def test_a_folder_of_images_that_is_not_there(tmp_path):
+    write_coco(tmp_path, coco_of(4))
+    with pytest.raises(FileNotFoundError, match=r"there is no folder of images .*/gone$"):
+        open_data(tmp_path / "train.json", images=tmp_path / "gone")
+
+
 def test_images_of_coco_files(tmp_path):
     write_text(tmp_path / "a/train.json", json.dumps(coco_of(3)))
     for number in (1, 2, 3):

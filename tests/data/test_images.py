@@ -174,6 +174,17 @@ def test_no_image(tmp_path, content, read):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_nothing_reads_is_told_in_plain_words(tmp_path):
+    path = write_image(tmp_path / "a.tif", compression="tiff_lzw")
+    path.write_bytes(path.read_bytes()[:1000])  # what tells of its pixels comes last
+    (tmp_path / "b.tif").write_text("a letter")
+    for name in ("a.tif", "b.tif"):
+        words = rf"{name} is no image that can be read, or is cut short: export it again"
+        with pytest.raises(ValueError, match=words):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_garbage_after_a_head_is_a_value_error_with_a_name(tmp_path):
     rng = np.random.default_rng(0)
     for suffix in ("jpg", "png", "tif", "gif", "bmp", "webp", "ppm"):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,11 +19,14 @@ pytest.importorskip("pycocotools")
 
 from e3va.cli import main
 from e3va.data import coco_json
+from e3va.data.folder import open_data
+from e3va.runs import commands
 from e3va.runs.pictures import enlarged
 from tests.runs.factories import write_coco, write_maps, write_yolo
 
 WRITERS = {"masks": write_coco, "boxes": write_yolo, "semantic": write_maps}
 METRICS = {"masks": "mask_ap", "boxes": "box_ap", "semantic": "miou"}
+CHECKPOINT_FILES = {"detectron2": "last_checkpoint", "torchvision": "checkpoint.pt"}
 KINDS = [
     ("detectron2", "masks", "swin_digits"),
     ("detectron2", "boxes", "retinanet_swin_digits"),
@@ -93,10 +97,25 @@ def test_eval_of_the_run_and_of_other_data(run, tmp_path, capsys, monkeypatch):
     own = json.loads((folder / "evaluation.json").read_text())
     (trained,) = [line for line in lines(folder) if "loss" not in line]
     assert own[METRICS[task]] == pytest.approx(trained[METRICS[task]])
+    with Image.open(folder / "predictions.png") as picture:
+        picture.load()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "log.txt"}
     other = WRITERS[task](tmp_path / "other")
+    capsys.readouterr()
     assert main(["eval", str(folder), str(other)]) == 0
-    told = capsys.readouterr()
-    assert METRICS[task] in told.out and "Boundary IoU" not in told.err
+    out, err = capsys.readouterr()
+    place = folder / "evaluation/other"
+    assert METRICS[task] in out and "Boundary IoU" not in err
+    assert f"results: {place}/evaluation.json\npictures: {place}/predictions.png" in out
+    assert json.loads((place / "evaluation.json").read_text()).keys() == own.keys()
+    assert (place / "predictions.png").is_file()
+    for path, content in before.items():  # what is of the run's own data stays
+        assert path.read_bytes() == content, path
+    if task != "masks":  # there is no split, and nothing is counted twice
+        assert "5 images (val 5)" in out
+    if task == "boxes":
+        assert main(["eval", str(folder), str(other / "data.yaml")]) == 0
+        assert (folder / "evaluation/other-data/evaluation.json").is_file()
 
 
 def test_predict_takes_files_folders_globs_and_names(run, tmp_path, monkeypatch):
@@ -161,9 +180,21 @@ def test_a_refused_resume_leaves_the_run_as_it_was(engine, tmp_path, capsys):
     assert train(data, out, engine, "swin_digits") == 0
     files = (p for p in out.rglob("*") if p.is_file() and p.name != "log.txt")
     before = {path: path.read_bytes() for path in files}
-    other = write_coco(tmp_path / "other", images=5)
-    assert train(other, out, engine, "swin_digits", "--resume") == 2
-    assert "tells of a run on other data" in capsys.readouterr().err
+    other = write_coco(tmp_path / "other")
+    listed = other / "valid/_annotations.coco.json"
+    listed.write_text(listed.read_text().replace('"0.jpg"', '"new.jpg"'))
+    (other / "valid/0.jpg").rename(other / "valid/new.jpg")
+    longer = ["--resume", "--iterations", "4"]
+    for data_of, told in (
+        (other, "val image 0.jpg, not new.jpg"),
+        (write_maps(tmp_path / "maps"), "task masks, not semantic"),
+    ):
+        assert train(data_of, out, engine, "swin_digits", *longer) == 2
+        assert f"{out} is a run on other data: {told}" in capsys.readouterr().err
+    (other,) = CHECKPOINT_FILES.keys() - {engine}
+    words = ["train", str(data), "--output", str(out), "--engine", other, "--resume"]
+    assert main(words) == 2
+    assert f"is a run by {engine}: resume it by --engine {engine}" in capsys.readouterr().err
     for more in (["--method", "frozen"], ["--iterations", "1"]):
         assert train(data, out, engine, "swin_digits", "--resume", *more) == 2
     for path, content in before.items():
@@ -176,7 +207,10 @@ def test_resume_goes_on_and_nothing_is_overwritten(engine, tmp_path, capsys):
     assert train(data, tmp_path / "out", engine, "swin_digits") == 0
     assert train(data, tmp_path / "out", engine, "swin_digits") == 2
     assert "holds a run already" in capsys.readouterr().err
+    before = {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))}
     assert train(data, tmp_path / "out", engine, "swin_digits", "--resume") == 0
+    assert "has finished its 2 iterations, and is left as it is" in capsys.readouterr().out
+    assert before == {p: p.stat().st_mtime_ns for p in sorted((tmp_path / "out").rglob("*"))}
     longer = ["--resume", "--iterations", "4"]
     assert train(data, tmp_path / "out", engine, "swin_digits", *longer) == 0
     steps = [line["iteration"] for line in lines(tmp_path / "out") if "loss" in line]
@@ -190,6 +224,7 @@ def test_a_plan_is_written_edited_and_trained(engine, tmp_path, capsys):
     assert f"train by: e3va train {out}" in capsys.readouterr().out
     config = (out / "config.yaml").read_text()
     assert "red" in config and (out / "data.png").is_file()
+    assert re.search(r"\bcheckpoint_period: 1\n", config, re.IGNORECASE)  # a tenth, rounded up
     assert not list(out.glob("model*")) and not (out / "metrics.json").exists()
     assert train(data, out, engine, "swin_digits") == 2  # what has been edited is not overwritten
     assert f"go on with it by e3va train {out}, or" in capsys.readouterr().err
@@ -246,10 +281,61 @@ def test_the_pictures_of_each_data_are_called_by_its_name(tmp_path, monkeypatch)
     for data in ("a", "a/", "b.1", "b.1/data.yaml", "a/train/_annotations.coco.json"):
         assert main(["data", data]) == 0
     found = {path.name for path in (tmp_path / "output/data").iterdir()}
-    assert found == {"a.png", "b.1.png", "data.png", "_annotations.coco.png"}
+    assert found == {"a.png", "b.1.png", "b.1-data.png", "train-_annotations.coco.png"}
     assert main(["data", "a", "--output", "page"]) == 0
     with Image.open("page.png") as image:
         assert image.format == "PNG"
+
+
+def describe(path, **options):
+    return commands.describe(open_data(path, **options))
+
+
+@pytest.mark.parametrize("write", [write_yolo, write_maps])
+def test_the_report_tells_heights_and_widths(write, tmp_path):
+    data = write(tmp_path / "data")
+    assert "  images 72 pixels high, 96 wide" in describe(data)
+    for file in data.rglob("4.*"):
+        if file.suffix != ".txt":
+            with Image.open(file) as image:
+                turned = image.transpose(Image.Transpose.ROTATE_90)
+            turned.save(file, quality=95)
+    assert "  images 72 to 96 pixels high, 72 to 96 wide" in describe(data)
+
+
+def test_the_report_counts_images_without_an_instance(tmp_path):
+    data, maps = write_yolo(tmp_path / "data"), write_maps(tmp_path / "maps")
+    assert "images without" not in describe(data) + describe(maps)
+    (data / "labels/0.txt").write_text("")
+    (data / "labels/3.txt").unlink()
+    assert "  2 images without an instance\n" in describe(data)
+    assert "  2 images without an instance\n" in describe(data, hold_out=False)
+    (maps / "classes.csv").write_text("value, name\n0, wall\n1, door\n7, unlabelled\n")
+    for file in sorted((maps / "masks").iterdir()):
+        number = int(file.stem)
+        values = np.full((72, 96), 7 if number == 2 else number % 2, np.uint8)
+        Image.fromarray(values).save(file)
+    assert "  1 images without a labelled pixel\n" in describe(maps)
+
+
+def test_iterations_are_looked_at_before_the_data(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "nowhere", "--iterations", "-5"])
+    assert "--iterations: must be at least 1, got -5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_a_run_without_a_checkpoint_says_that_it_begins(engine, tmp_path, capsys, monkeypatch):
+    data, out = write_coco(tmp_path / "data"), tmp_path / "out"
+    assert train(data, out, engine, "swin_digits", "--dry-run") == 0
+    monkeypatch.setattr(f"e3va.{engine}.engine.train", lambda *_, resume: {"mask_ap": resume})
+    monkeypatch.setattr(commands, "draw_examples", lambda *_: None)
+    for name, told in ((None, True), (CHECKPOINT_FILES[engine], False)):
+        if name:
+            (out / name).touch()
+        capsys.readouterr()
+        assert main(["train", str(out), "--resume"]) == 0
+        assert (f"{out} has no checkpoint yet: from the start" in capsys.readouterr().out) == told
 
 
 def test_names_of_files_need_not_be_text(tmp_path, monkeypatch):
@@ -271,7 +357,7 @@ def test_names_of_files_need_not_be_text(tmp_path, monkeypatch):
     [
         (["train", "nowhere"], "there is no folder or file nowhere"),
         (["data", "nowhere"], "there is no folder or file nowhere"),
-        (["train", "{data}", "--model", "swin_xl"], "unknown model 'swin_xl': a trunk (swin_t,"),
+        (["train", "nowhere", "--model", "swin_xl"], "unknown model 'swin_xl': a trunk (swin_t,"),
         (["train", "{data}", "--model", "upernet_swin_t"], "'upernet_swin_t' is not for masks"),
         (["train", "{data}", "--task", "semantic"], "is for masks, it cannot be used for semantic"),
         (["train", "{data}", "--classes", "blue"], "has no class 'blue'; it has 'red', 'green'"),

@@ -14,7 +14,7 @@ pytest.importorskip("pycocotools")
 
 from e3va.backbone import Backbone
 from e3va.cli import main
-from e3va.runs.interrupt import held_back
+from e3va.runs.interrupt import held_back, interrupted_by_sigterm
 from tests.runs.factories import write_coco
 
 PERIODS = {
@@ -25,16 +25,18 @@ FINAL = {"detectron2": "model_final.pth", "torchvision": "model_final.pt"}
 
 
 @pytest.fixture(autouse=True)
-def handler():
+def handlers():
     """Python's own, which it does not set where the shell has put the tests into the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    other = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGTERM, other)
 
 
 @contextlib.contextmanager
-def ctrl_c(at, training):
-    """Ctrl-C in the forward pass number ``at``, from 1, of those in training or in evaluation."""
+def signalled(number, at, training):
+    """A signal in the forward pass number ``at``, from 1, of those in training or in evaluation."""
     count = 0
 
     def stop(module, inputs):
@@ -42,7 +44,7 @@ def ctrl_c(at, training):
         if isinstance(module, Backbone) and module.training == training:
             count += 1
             if count == at:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
 
     hook = register_module_forward_pre_hook(stop)
     try:
@@ -76,15 +78,15 @@ def test_a_run_that_is_stopped_again_and_again_repeats_the_whole_one(
     again = ["train", str(parts), "--resume"]
     first = [*new, "--output", str(parts), *PERIODS[engine]]
     moments = [
-        (first, 1, True, 1),  # the first step, which is done to its end
-        (again, 2, False, 2),  # the evaluation after the second
-        (again, 1, False, 2),  # the same, while it is made up
-        (again, 1, True, 3),
-        (again, 3, False, 4),  # the last evaluation
+        (first, signal.SIGTERM, 1, True, 1),  # the first step, which is done to its end
+        (again, signal.SIGINT, 2, False, 2),  # the evaluation after the second
+        (again, signal.SIGTERM, 1, False, 2),  # the same, while it is made up
+        (again, signal.SIGINT, 1, True, 3),
+        (again, signal.SIGINT, 3, False, 4),  # the last evaluation
     ]
-    for words, at, training, done in moments:
+    for words, number, at, training, done in moments:
         capsys.readouterr()
-        with ctrl_c(at, training):
+        with signalled(number, at, training):
             assert main(words) == 130
         error = capsys.readouterr().err.splitlines()[-1]
         assert error == f"interrupted: go on by e3va train {parts} --resume"
@@ -99,33 +101,38 @@ def test_a_run_that_is_stopped_again_and_again_repeats_the_whole_one(
     assert (parts / "metrics.json").read_bytes() == before
 
 
-def test_ctrl_c_is_held_back_to_the_end_of_the_block():
-    reached = False
-    with pytest.raises(KeyboardInterrupt), held_back():
-        signal.raise_signal(signal.SIGINT)
-        reached = True
-    assert reached and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    with pytest.raises(ValueError, match="mine"), held_back():
-        signal.raise_signal(signal.SIGINT)
-        raise ValueError("mine")
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+@pytest.fixture(params=["SIGINT", "SIGTERM"])
+def number(request):
+    """A signal."""
+    return getattr(signal, request.param)
 
 
-def test_who_ignores_ctrl_c_goes_on_ignoring_it():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        with held_back():
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+def test_signals_are_held_back_to_the_end_of_the_block(number):
+    with interrupted_by_sigterm():
+        reached = False
+        with pytest.raises(KeyboardInterrupt), held_back():
+            signal.raise_signal(number)
+            reached = True
+        assert reached and signal.getsignal(number) is signal.default_int_handler
+        with pytest.raises(ValueError, match="mine"), held_back():
+            signal.raise_signal(number)
+            raise ValueError("mine")
+        assert signal.getsignal(number) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_who_ignores_a_signal_goes_on_ignoring_it(number):
+    signal.signal(number, signal.SIG_IGN)
+    with interrupted_by_sigterm(), held_back():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) is signal.SIG_IGN
 
 
 def test_other_threads_get_no_signals():
     passed = []
 
     def work():
-        with held_back():
+        with interrupted_by_sigterm(), held_back():
             passed.append(1)
 
     thread = threading.Thread(target=work)

@@ -72,6 +72,11 @@ def test_the_schedule_grows_with_the_images(masks, images, iterations):
     assert make_plan(with_train(masks, split), iterations=7).iterations == 7
 
 
+@pytest.mark.parametrize("iterations, period", [(1, 1), (40, 4), (5000, 500), (90_000, 500)])
+def test_short_runs_are_kept_often(masks, iterations, period):
+    assert make_plan(masks, iterations=iterations).checkpoint_period == period
+
+
 def test_digits_are_not_mirrored(masks):
     assert make_plan(with_train(masks, boxes_of([20], names=("a", "b")))).flip
     assert not make_plan(with_train(masks, boxes_of([20], names=("3", "8")))).flip

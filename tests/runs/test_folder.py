@@ -1,0 +1,100 @@
+"""The folder of a run: what lies in it, and whose data these are."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("pycocotools")
+
+from e3va.data.folder import open_data
+from e3va.runs.folder import check_same_data, write_data
+from tests.runs.factories import write_coco, write_maps, write_yolo
+
+WRITERS = {"masks": write_coco, "boxes": write_yolo, "semantic": write_maps}
+
+
+@pytest.fixture(params=WRITERS)
+def run(request, tmp_path):
+    """(task, data, the folder of a run that has their record)."""
+    data = WRITERS[request.param](tmp_path / "data")
+    write_data(open_data(data), tmp_path / "run/data")
+    return request.param, data, tmp_path / "run/data"
+
+
+def refused(folder, data, message, **options):
+    with pytest.raises(ValueError, match=r"run is a run on other data: " + message):
+        check_same_data(open_data(data, **options), folder)
+
+
+def test_the_same_data_are_known_wherever_they_lie(run, tmp_path):
+    _, data, folder = run
+    check_same_data(open_data(data), folder)
+    moved = shutil.move(data, tmp_path / "elsewhere/mine")
+    check_same_data(open_data(moved), folder)
+    check_same_data(open_data(moved), tmp_path / "no run/data")  # nothing is recorded
+
+
+def test_another_task_is_named(run, tmp_path):
+    task, _, folder = run
+    for other in WRITERS.keys() - {task}:
+        data = WRITERS[other](tmp_path / other)
+        refused(folder, data, rf"task {task}, not {other}; resume it with its own data")
+
+
+def test_masks_are_no_boxes(tmp_path):
+    data = write_coco(tmp_path / "data")
+    write_data(open_data(data, task="boxes"), tmp_path / "run/data")
+    refused(tmp_path / "run/data", data, "task boxes, not masks")
+
+
+def test_another_split_or_number_is_named(run, tmp_path):
+    task, _, folder = run
+    data = WRITERS[task](tmp_path / "more", images=7)
+    refused(folder, data, r"train image .*\(4 then, \d now\)")
+    if task != "masks":  # whose split is its own
+        refused(folder, WRITERS[task](tmp_path / "again"), "(train|val) image", seed=3)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_names_of_as_many_images_are_refused(run, split, tmp_path):
+    _, data, folder = run
+    opened = open_data(data)
+    chosen = opened.splits[split]
+    if opened.task == "semantic":
+        image, labels = chosen.pairs[0]
+        chosen.pairs[0] = (image.with_name("new.jpg"), labels)
+    else:
+        name = Path(chosen.images[0]["file_name"])
+        chosen.images[0]["file_name"] = str(name.with_name("new.jpg"))
+    with pytest.raises(ValueError, match=rf"{split} image \S+, not \S*new.jpg; resume"):
+        check_same_data(opened, folder)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_other_annotations_on_the_same_images_are_refused(split, tmp_path):
+    data = write_coco(tmp_path / "data")
+    write_data(open_data(data), tmp_path / "run/data")
+    file = data / {"train": "train", "val": "valid"}[split] / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    content["annotations"][2]["segmentation"][0][0] += 1
+    file.write_text(json.dumps(content))
+    refused(tmp_path / "run/data", data, rf"{split} annotation .*1\.jpg.*, not .*1\.jpg")
+
+
+def test_other_classes_are_refused(tmp_path):
+    data = write_coco(tmp_path / "data")
+    write_data(open_data(data), tmp_path / "run/data")
+    classes = {"red": "crimson", "green": "green"}
+    refused(tmp_path / "run/data", data, "classes red, not crimson", classes=classes)
+
+
+def test_other_maps_of_the_same_images_are_refused(tmp_path):
+    data = write_maps(tmp_path / "data")
+    write_data(open_data(data), tmp_path / "run/data")
+    opened = open_data(data)
+    image, labels = opened.splits["val"].pairs[0]
+    opened.splits["val"].pairs[0] = image, labels.with_name("other.png")
+    with pytest.raises(ValueError, match=r"val map \S+, not other.png"):
+        check_same_data(opened, tmp_path / "run/data")
