@@ -16,6 +16,7 @@ CORE = {
     "figures": {"files"},
     "environment": {"ops"},
     "seeding": set(),
+    "words": set(),
     "ops": {"cache"},
     "measure": {"checkpoint", "ops"},
     "budget": {"figures", "files", "measure", "methods"},
@@ -34,7 +35,10 @@ CORE = {
     },
     "serving": {"highway", "methods", "trunks", "weights"},
 }
-RUNS = {"data": {"cache", "files"}, "runs": {"data", "figures", "files", "trunks"}}
+RUNS = {
+    "data": {"cache", "files", "words"},
+    "runs": {"data", "figures", "files", "trunks", "words"},
+}
 SHELLS = {shell: {"__version__", *CORE, *RUNS} for shell in ("detectron2", "torchvision")}
 ENTRIES = {
     "demo": {*CORE, *RUNS, *SHELLS},
