@@ -3,6 +3,8 @@
 import contextlib
 import json
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -139,3 +141,21 @@ def test_other_threads_get_no_signals():
     thread.start()
     thread.join()
     assert passed
+
+
+def test_a_process_ends_though_its_loader_lives(tmp_path):
+    """PyTorch ends the workers by SIGTERM, and waits for them."""
+    script = tmp_path / "loads.py"
+    script.write_text(
+        "import sys\n"
+        "from torch.utils.data import DataLoader\n"
+        "from e3va.runs.interrupt import held_back, ignore_interrupts, interrupted_by_sigterm\n"
+        "with interrupted_by_sigterm():\n"
+        "    with held_back():\n"
+        "        loader = DataLoader([1] * 99, num_workers=1, worker_init_fn=ignore_interrupts)\n"
+        "        sys.kept = iter(loader)\n"
+        "        next(sys.kept)\n"
+        "    sys.exit('done')\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1 and ended.stderr.endswith("done\n")
