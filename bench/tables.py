@@ -18,6 +18,7 @@ from bench.train_step import MIB, saving, savings_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+ENGINES = {"detectron2": "Detectron2", "torchvision": "torchvision"}
 
 
 def tracks() -> str:
@@ -172,9 +173,6 @@ def demo() -> str:
         f"{where['device']}; {found['seconds'] / 60:.0f} minutes in all.",
     ]
     return "\n".join(lines)
-
-
-ENGINES = {"detectron2": "Detectron2", "torchvision": "torchvision"}
 
 
 def _score(runs: list[dict[str, float]], rate: float) -> str:

@@ -207,7 +207,7 @@ def _open(options: argparse.Namespace, *, hold_out: bool = True) -> Any:
 
 def _name_of(data: str) -> str:
     """What folders of results call data: files of many are named data.yaml."""
-    path = Path(data).expanduser().resolve()
+    path = Path(os.path.abspath(Path(data).expanduser()))
     return f"{path.parent.name}-{path.stem}" if path.is_file() else path.name
 
 
@@ -320,9 +320,9 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text}")
+    return int(text)
 
 
 def _selftest(options: argparse.Namespace) -> int:

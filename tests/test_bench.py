@@ -126,6 +126,7 @@ def test_tracks(tmp_path, monkeypatch, capsys):
     for numbers in methods.values():
         scores = [r["score"] for r in numbers["runs"] if r["rate"] == numbers["rate"]]
         assert numbers["scores"] == scores and len(scores) == 2
+        assert numbers["rate"] == tracks.best_rate(numbers["runs"], [1.0, 2.0])
         assert numbers["mean"] == pytest.approx(sum(numbers["scores"]) / 2)
         for key in ("trainable_params", "saved_bytes", "peak_live_bytes", "seconds_per_iter"):
             assert numbers[key] > 0

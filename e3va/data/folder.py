@@ -255,8 +255,8 @@ def open_data(
         data.splits["val"] = other.splits.get("val", other.splits["train"])
         _use_same_classes(data, path, val)
     if classes is not None:
-        for name, split in data.splits.items():
-            data.splits[name] = _renamed(split, classes, path)
+        renamed = {id(s): _renamed(s, classes, path) for s in data.distinct.values()}
+        data.splits = {name: renamed[id(split)] for name, split in data.splits.items()}
     for name in ("train", "val"):
         if name in data.splits and not sum(data.splits[name].counts().values()):
             raise ValueError(

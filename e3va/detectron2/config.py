@@ -171,7 +171,9 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     try:
         cfg.merge_from_list(words)
     except AssertionError as error:  # yacs tells of an unknown key by it
-        key = str(error).rpartition(" ")[2]
+        _, unknown, key = str(error).partition("Non-existent key: ")
+        if not unknown:
+            raise KeyError(str(error)) from None
         raise KeyError(f"unknown key {key}{did_you_mean(key, _keys(cfg))}") from None
     return cfg
 

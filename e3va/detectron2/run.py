@@ -145,4 +145,4 @@ class _Step(HookBase):
 
     def close(self) -> None:
         self._bar.close()
-        self._stack.close()
+        self._stack.__exit__(*sys.exc_info())  # of a step that has failed no stop is made

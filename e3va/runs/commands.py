@@ -35,6 +35,7 @@ from e3va.runs.folder import (
     check_same_data,
     engine_of,
     evaluation_after,
+    is_run,
     map_values,
     read_metrics,
     validation_images,
@@ -114,7 +115,7 @@ def prepare(
     config = by.config_of(data, plan, folder, overrides)
     if resume:
         by.check_same(config, folder)
-        if _finished(folder, by.iterations_of(config)):
+        if _finished(folder, by.iterations_of(config)) is not None:
             return config
     elif (folder / CONFIG).exists():
         go_on = f"{command('train', folder)}{' --resume' * _has_begun(folder)}"
@@ -155,7 +156,7 @@ def train(folder: Path, config: Any, *, resume: bool) -> dict[str, float]:
     if resume:
         by.check_same(config, folder)
         iterations = by.iterations_of(config)
-        if done := _finished(folder, iterations):
+        if (done := _finished(folder, iterations)) is not None:
             print(f"{folder} has finished its {iterations} iterations, and is left as it is")
             return done
         if not any((folder / name).is_file() for name in CHECKPOINTS):
@@ -214,7 +215,7 @@ def evaluate(folder: Path, data: Data | None, name: str = "") -> dict[str, float
     metrics = by.evaluate(folder, None if data is None else place)
     write_json(place / "evaluation.json", metrics)
     print(f"results: {place / 'evaluation.json'}")
-    if own.is_dir():  # a run of train_net.py has none
+    if data is not None or is_run(folder):  # a run from Python has no such record
         draw_examples(folder, validation_images(own), place / PREDICTIONS)
         print(f"pictures: {place / PREDICTIONS}")
     return metrics

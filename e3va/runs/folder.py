@@ -113,14 +113,21 @@ def check_same_data(data: Data, folder: Path) -> None:
     for what, before in then.items():
         after = now[what]
         if before != after:
-            pairs = itertools.zip_longest(before, after, fillvalue="none")
-            one, other = next(pair for pair in pairs if pair[0] != pair[1])
+            pairs = itertools.zip_longest(before, after)
+            one, other = next(map(str, pair) for pair in pairs if pair[0] != pair[1])
+            letters = enumerate(itertools.zip_longest(one, other))
+            same = next((i for i, pair in letters if pair[0] != pair[1]), 0)
             number = f" ({len(before)} then, {len(after)} now)" * (len(before) != len(after))
             raise ValueError(
-                f"{folder.parent} is a run on other data: {what} {one:.120}, not "
-                f"{other:.120}{number}; resume it with its own data, or start anew in another "
-                "folder"
+                f"{folder.parent} is a run on other data: {what} {_shown(one, same)}, not "
+                f"{_shown(other, same)}{number}; `e3va train {folder.parent} --resume` goes on "
+                "with its own, or name another folder by --output"
             )
+
+
+def _shown(text: str, same: int) -> str:
+    """The beginning of a long text, and where it goes on otherwise than another."""
+    return text[:120] if same < 80 else f"{text[:50]} … {text[same - 20 : same + 50]}"
 
 
 def _traits(files: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -159,7 +166,10 @@ def _relative(names: Sequence[str]) -> list[str]:
 def write_data(data: Data, folder: Path) -> None:
     """Write what is trained and evaluated on into ``folder``, as both engines read it: COCO's JSON
     files ``train.json`` and ``val.json``, or ``maps.json``."""
-    for name, content in _files(data).items():
+    files = _files(data)
+    for name in {MAPS, *map("{}.json".format, _SPLITS)} - files.keys():  # of another task
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
         write_json(folder / name, content)
 
 

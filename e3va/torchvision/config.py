@@ -19,6 +19,7 @@ from e3va.methods import METHODS
 from e3va.precision import PRECISIONS
 from e3va.torchvision.model import ANCHOR_SIZES, DETECTORS
 from e3va.trunks import FAMILIES
+from e3va.words import did_you_mean
 
 Config = TypeVar("Config")
 
@@ -152,7 +153,8 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     for name, text in zip(overrides[::2], overrides[1::2], strict=True):
         name, dot, entry = name.partition(".")
         if name not in fields:
-            raise ValueError(f"no setting {name!r}; known: {', '.join(fields)}")
+            hint = did_you_mean(name, fields)
+            raise ValueError(f"no setting {name!r}{hint} (known: {', '.join(fields)})")
         kind, f = fields[name]
         hint = typing.get_type_hints(kind)[name]
         if not dot:

@@ -393,3 +393,12 @@ def test_maps_of_one_class_are_not_trained_on(tmp_path):
 def test_neither_a_folder_nor_a_file():
     with pytest.raises(FileNotFoundError, match="no folder or file /dev/null"):
         open_data("/dev/null")
+
+
+def test_a_split_that_serves_as_two_is_counted_once(tmp_path):
+    """Its classes may have been renamed."""
+    maps = write_maps(tmp_path, {"validation": [[0, 1], [1, 0]]}, "value, name\n0, cat\n1, dog\n")
+    for classes in (None, {"cat": "lion", "dog": "dog"}):
+        data = open_data(maps, classes=classes, hold_out=False)
+        assert data.splits["train"] is data.splits["val"]
+        assert data.report()["images"] == 2

@@ -174,13 +174,19 @@ def test_any_side(side, dtype):
     check((2, 3, 4), 2, 4, 12, dtype, side, "zero", again=0)
 
 
+@pytest.mark.parametrize("side, state", [(0, "none"), (3, "carry")])
 @pytest.mark.parametrize(
-    "dtype, side, state",
-    [(torch.float32, 0, "none"), (torch.bfloat16, 3, "carry")],
-    ids=str,
+    "K, rank, hidden, dtypes",
+    [
+        (1, 4, 24, (torch.float32, torch.bfloat16)),
+        (3, 16, 96, (torch.bfloat16, torch.float32)),
+        (2, 64, 128, (torch.float32, torch.bfloat16)),
+        (2, 16, 320, (torch.bfloat16, torch.float32)),
+    ],
 )
-@pytest.mark.parametrize("K, rank, hidden", [(1, 4, 24), (3, 16, 96), (2, 64, 128), (2, 16, 320)])
-def test_any_adapter(K, rank, hidden, side, state, dtype):
+def test_any_adapter(K, rank, hidden, side, state, dtypes):
+    """``dtypes``: without neighbours, and with them."""
+    dtype = dtypes[side > 0]
     check((2, 5, 9), K, rank, hidden, dtype, side, state, again=0)
 
 

@@ -321,7 +321,7 @@ def test_the_report_counts_images_without_an_instance(tmp_path):
 def test_iterations_are_looked_at_before_the_data(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["train", "nowhere", "--iterations", "-5"])
-    assert "--iterations: must be at least 1, got -5" in capsys.readouterr().err
+    assert "--iterations: must be a whole number from 1 on, got -5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])

@@ -40,7 +40,7 @@ def test_another_task_is_named(run, tmp_path):
     task, _, folder = run
     for other in WRITERS.keys() - {task}:
         data = WRITERS[other](tmp_path / other)
-        refused(folder, data, rf"task {task}, not {other}; resume it with its own data")
+        refused(folder, data, rf"task {task}, not {other}; `e3va train .*run --resume`")
 
 
 def test_masks_are_no_boxes(tmp_path):
@@ -68,7 +68,7 @@ def test_other_names_of_as_many_images_are_refused(run, split, tmp_path):
     else:
         name = Path(chosen.images[0]["file_name"])
         chosen.images[0]["file_name"] = str(name.with_name("new.jpg"))
-    with pytest.raises(ValueError, match=rf"{split} image \S+, not \S*new.jpg; resume"):
+    with pytest.raises(ValueError, match=rf"{split} image \S+, not \S*new.jpg; `e3va"):
         check_same_data(opened, folder)
 
 
@@ -80,7 +80,11 @@ def test_other_annotations_on_the_same_images_are_refused(split, tmp_path):
     content = json.loads(file.read_text())
     content["annotations"][2]["segmentation"][0][0] += 1
     file.write_text(json.dumps(content))
-    refused(tmp_path / "run/data", data, rf"{split} annotation .*1\.jpg.*, not .*1\.jpg")
+    refused(tmp_path / "run/data", data, rf"{split} annotation .*1\.jpg.* … .*; `e3va")
+    with pytest.raises(ValueError) as refusal:
+        check_same_data(open_data(data), tmp_path / "run/data")
+    one, other = str(refusal.value).partition("; `")[0].split(", not ")
+    assert one.rpartition("…")[2] != other.rpartition("…")[2]
 
 
 def test_other_classes_are_refused(tmp_path):
@@ -98,3 +102,18 @@ def test_other_maps_of_the_same_images_are_refused(tmp_path):
     opened.splits["val"].pairs[0] = image, labels.with_name("other.png")
     with pytest.raises(ValueError, match=r"val map \S+, not other.png"):
         check_same_data(opened, tmp_path / "run/data")
+
+
+def test_a_class_that_is_added_is_named(tmp_path):
+    data = write_coco(tmp_path / "data")
+    write_data(open_data(data, classes={"red": "red"}), tmp_path / "run/data")
+    more = {"red": "red", "green": "none"}
+    refused(tmp_path / "run/data", data, r"classes None, not none \(1 then, 2 now\)", classes=more)
+
+
+def test_the_record_of_another_task_does_not_stay(tmp_path):
+    for number, task in enumerate((*WRITERS, "masks")):
+        data = WRITERS[task](tmp_path / str(number))
+        write_data(open_data(data), tmp_path / "run")
+        names = {path.name for path in (tmp_path / "run").iterdir()}
+        assert names == ({"maps.json"} if task == "semantic" else {"train.json", "val.json"})

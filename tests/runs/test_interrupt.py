@@ -17,6 +17,7 @@ pytest.importorskip("pycocotools")
 from e3va.backbone import Backbone
 from e3va.cli import main
 from e3va.runs.interrupt import held_back, interrupted_by_sigterm
+from e3va.runs.progress import Bar
 from tests.runs.factories import write_coco
 
 PERIODS = {
@@ -159,3 +160,20 @@ def test_a_process_ends_though_its_loader_lives(tmp_path):
     )
     ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1 and ended.stderr.endswith("done\n")
+
+
+def test_no_stop_is_made_of_a_step_that_fails():
+    """Its weights are half new: they would replace a good checkpoint."""
+    pytest.importorskip("detectron2", reason="Detectron2 is not installed")
+    from e3va.detectron2.run import _Step
+
+    step = _Step()
+    step._bar = Bar(0, 1)
+    with pytest.raises(RuntimeError, match="mine"):
+        step._stack.enter_context(held_back())
+        signal.raise_signal(signal.SIGINT)
+        try:
+            raise RuntimeError("mine")
+        finally:
+            step.close()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

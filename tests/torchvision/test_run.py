@@ -195,7 +195,9 @@ def test_scores_need_data_of_the_same_classes(tmp_path, trunk, capsys):
     path.write_text(path.read_text().replace("wide", "broad"))
     assert cli.main(["eval", str(out), str(path)]) == 2
     error = capsys.readouterr().err
-    assert "have the classes tall, broad, but" in error and "has trained tall, wide" in error
+    assert (
+        "have the classes 'tall', 'broad', but" in error and "has trained 'tall', 'wide'" in error
+    )
 
 
 def test_bad_folders_are_named(tmp_path):
