@@ -32,16 +32,21 @@ WIDE = ("MODEL.FPN.OUT_CHANNELS", 128)
     [
         (MASKS, "e3va", (160, 224), 1, ()),
         (MASKS, "e3va", (97, 131), 2, FULL_TAPS),
-        (MASKS, "frozen", (160, 224), 1, ()),
         (MASKS, "full", (128, 192), 1, ()),
-        (MASKS, "bitfit", (128, 128), 1, WIDE),
         (CASCADE, "e3va", (128, 160), 1, ()),
         (CASCADE, "partial1", (128, 160), 1, ("SOLVER.OPTIMIZER", "SGD")),
         (BOXES, "mona", (160, 160), 1, ()),
-        (RETINANET, "e3va_paper", (160, 256), 1, ()),
         (RETINANET, "full", (160, 96), 2, ("SOLVER.AMP.ENABLED", False)),
         (MAPS, "e3va", (96, 96), 2, ("MODEL.SEM_SEG_HEAD.NORM", "BN")),
         (DIGITS, "adapter", (160, 160), 1, ()),
+        *(
+            pytest.param(*case, marks=pytest.mark.long)
+            for case in (
+                (MASKS, "frozen", (160, 224), 1, ()),
+                (MASKS, "bitfit", (128, 128), 1, WIDE),
+                (RETINANET, "e3va_paper", (160, 256), 1, ()),
+            )
+        ),
     ],
 )
 def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, more):

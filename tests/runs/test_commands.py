@@ -256,7 +256,9 @@ def test_overrides_reach_the_engine(tmp_path, capsys):
     config = yaml.safe_load((tmp_path / "out/config.yaml").read_text())["config"]
     assert (config["model"]["method"], config["lr"]) == ("frozen", 0.5)
     assert train(data, tmp_path / "x", "torchvision", "swin_digits", "no_such", "1") == 2
-    assert "no setting 'no_such'; known: iterations" in capsys.readouterr().err
+    assert "no setting 'no_such' (known: iterations" in capsys.readouterr().err
+    assert train(data, tmp_path / "x", "torchvision", "swin_digits", "itertions", "1") == 2
+    assert "did you mean iterations?" in capsys.readouterr().err
 
 
 def test_data_alone(tmp_path, capsys):
