@@ -69,7 +69,7 @@ class BottomUp(Backbone):
                 net.to(cfg.MODEL.DEVICE)  # which decides what fp8 can be
             quantize_trunk(net.trunk, trunk.PRECISION)
         if trunk.COMPILE:
-            # Sizes that vary take eight times as long to trace as one size by itself.
+            # Sizes that vary take many times as long to trace as one size by itself.
             net.compile(dynamic=False)
         return {"net": net}
 
