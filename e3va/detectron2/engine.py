@@ -141,6 +141,11 @@ def iterations_of(cfg: CfgNode) -> int:
     return cfg.SOLVER.MAX_ITER
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one to go on from."""
+    return (folder / _LAST).is_file()
+
+
 def write_config(cfg: CfgNode, data: Data, folder: Path) -> None:
     """Write config.yaml, with the classes of the data."""
     model = cfg.MODEL
@@ -240,10 +245,14 @@ def _has_encodings(data: Data) -> bool:
     )
 
 
+_LAST = "last_checkpoint"
+"""The file in which Detectron2 names its last checkpoint."""
+
+
 def _trained(folder: Path) -> CfgNode:
     """The run's config, naming its weights: the final ones, else the last checkpoint's."""
     weights = folder / "model_final.pth"
-    last = folder / "last_checkpoint"  # newer, where a run that was made longer has been stopped
+    last = folder / _LAST  # newer, where a run that was made longer has been stopped
     if last.is_file():
         weights = folder / last.read_text().strip()
     if not weights.is_file():

@@ -23,7 +23,6 @@ from e3va.data.instances import CLIPPED
 from e3va.files import write_json
 from e3va.runs import pictures
 from e3va.runs.folder import (
-    CHECKPOINTS,
     CONFIG,
     CURVES,
     DATA_PAGE,
@@ -159,7 +158,7 @@ def train(folder: Path, config: Any, *, resume: bool) -> dict[str, float]:
         if (done := _finished(folder, iterations)) is not None:
             print(f"{folder} has finished its {iterations} iterations, and is left as it is")
             return done
-        if not any((folder / name).is_file() for name in CHECKPOINTS):
+        if not by.has_checkpoint(folder):
             print(f"{folder} has no checkpoint yet: from the start")
     elif _has_begun(folder):
         raise ValueError(f"{folder} holds a run that has begun: go on with it by --resume")

@@ -27,8 +27,9 @@ DATA_PAGE = "data.png"
 LOG = "log.txt"
 EVALUATION = "evaluation"
 MAPS = "maps.json"
-CHECKPOINTS = ("last_checkpoint", "checkpoint.pt")
-"""Of Detectron2, which names its file there, and of torchvision."""
+_SPLITS = ("train", "val")
+_RECORD = (MAPS, *(f"{split}.json" for split in _SPLITS))
+"""Of the data, in a folder of their own."""
 
 
 def engine_of(folder: str | os.PathLike[str]) -> str:
@@ -104,11 +105,10 @@ def check_same_data(data: Data, folder: Path) -> None:
     Raises:
         ValueError: it has another task, or other classes, images or annotations.
     """
-    names = (MAPS, *map("{}.json".format, _SPLITS))
-    files = {n: path.read_text(encoding="utf-8") for n in names if (path := folder / n).is_file()}
+    files = {name: _read(folder / name) for name in _RECORD if (folder / name).is_file()}
     if not files:
         return
-    then = _traits({name: json.loads(text) for name, text in files.items()})
+    then = _traits(files)
     now = _traits(json.loads(json.dumps(_files(data))))
     for what, before in then.items():
         after = now[what]
@@ -130,7 +130,7 @@ def _shown(text: str, same: int) -> str:
     return text[:120] if same < 80 else f"{text[:50]} … {text[same - 20 : same + 50]}"
 
 
-def _traits(files: Mapping[str, Any]) -> dict[str, list[str]]:
+def _traits(files: Mapping[str, Any]) -> dict[str, list[Any]]:
     """By what the data of such files are told apart, the plainest first, each with its name."""
     if MAPS in files:
         content = files[MAPS]
@@ -150,7 +150,7 @@ def _traits(files: Mapping[str, Any]) -> dict[str, list[str]]:
             "classes": [category["name"] for category in content["categories"]],
             f"{split} image": names,
             f"{split} annotation": [
-                json.dumps({"image": by_id[a["image_id"]], "bbox": a["bbox"], **a})
+                {"image": by_id[a["image_id"]], "bbox": a["bbox"], **a}
                 for a in content["annotations"]
             ],
         }
@@ -167,7 +167,7 @@ def write_data(data: Data, folder: Path) -> None:
     """Write what is trained and evaluated on into ``folder``, as both engines read it: COCO's JSON
     files ``train.json`` and ``val.json``, or ``maps.json``."""
     files = _files(data)
-    for name in {MAPS, *map("{}.json".format, _SPLITS)} - files.keys():  # of another task
+    for name in set(_RECORD) - files.keys():  # of another task
         (folder / name).unlink(missing_ok=True)
     for name, content in files.items():
         write_json(folder / name, content)
@@ -180,27 +180,35 @@ def _files(data: Data) -> dict[str, Any]:
     return {f"{split}.json": _absolute(data.splits[split]).content() for split in _SPLITS}
 
 
-_SPLITS = ("train", "val")
+def _read(path: Path) -> Any:
+    """What :func:`write_data` wrote into a file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def validation_images(folder: Path) -> list[Path]:
     """The images to validate on of the data that :func:`write_data` wrote into ``folder``."""
     if (folder / MAPS).is_file():
-        content = json.loads((folder / MAPS).read_text(encoding="utf-8"))
-        return [Path(image) for image, _ in content["splits"]["val"]]
-    content = json.loads((folder / "val.json").read_text(encoding="utf-8"))
+        return [Path(image) for image, _ in _read(folder / MAPS)["splits"]["val"]]
+    content = _read(folder / "val.json")
     return [Path(image["file_name"]) for image in content["images"]]
 
 
 def map_values(folder: Path) -> np.ndarray | None:
     """The value that each class has in the maps that :func:`write_data` wrote of into ``folder``,
-    the least one where it has several; None where there are no maps."""
+    the least one where it has several; None where there are no maps, or one does not fit into the
+    16 bits of a PNG."""
     if not (folder / MAPS).is_file():
         return None
-    content = json.loads((folder / MAPS).read_text(encoding="utf-8"))
-    values = {index: int(value) for value, index in reversed(content["values"].items())}
+    content = _read(folder / MAPS)
+    pairs = sorted(((int(v), index) for v, index in content["values"].items()), reverse=True)
+    values = {index: value for value, index in pairs}
     found = [values[index] for index in range(len(content["classes"]))]
-    return np.array(found, np.uint8 if max(found) < 256 else np.uint16)
+    if max(found) >= 2**16:
+        return None
+    return np.array(found, np.uint8 if max(found) < 2**8 else np.uint16)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

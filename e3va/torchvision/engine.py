@@ -19,7 +19,7 @@ from e3va.runs.plan import Plan
 from e3va.torchvision.config import ModelConfig, TrainConfig, fixed_settings, set_fields
 from e3va.torchvision.evaluation import evaluate as score
 from e3va.torchvision.model import DETECTORS
-from e3va.torchvision.run import Run, build_model, load_run
+from e3va.torchvision.run import CHECKPOINT, Run, build_model, load_run
 from e3va.torchvision.train import train as train_model
 
 SMALL_HEADS = {
@@ -95,6 +95,11 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 def iterations_of(config: TrainConfig) -> int:
     """How long a run is."""
     return config.iterations
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is one to go on from."""
+    return (folder / CHECKPOINT).is_file()
 
 
 def write_config(config: TrainConfig, data: Data, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 pytest.importorskip("pycocotools")
 
 from e3va.data.folder import open_data
-from e3va.runs.folder import check_same_data, write_data
+from e3va.runs.folder import check_same_data, validation_images, write_data
 from tests.runs.factories import write_coco, write_maps, write_yolo
 
 WRITERS = {"masks": write_coco, "boxes": write_yolo, "semantic": write_maps}
@@ -117,3 +118,13 @@ def test_the_record_of_another_task_does_not_stay(tmp_path):
         write_data(open_data(data), tmp_path / "run")
         names = {path.name for path in (tmp_path / "run").iterdir()}
         assert names == ({"maps.json"} if task == "semantic" else {"train.json", "val.json"})
+
+
+@pytest.mark.parametrize("content", [b"", b"{", "{}".encode("utf-16")], ids=str)
+def test_a_damaged_record_is_named(run, content):
+    task, data, folder = run
+    name = "maps.json" if task == "semantic" else "val.json"
+    (folder / name).write_bytes(content)
+    for read in (partial(check_same_data, open_data(data)), validation_images):
+        with pytest.raises(ValueError, match=rf"{name} is damaged"):
+            read(folder)

@@ -88,6 +88,14 @@ def test_values_of_maps_that_are_merged_or_large(tmp_path):
     split.values = {300: 0, 3: 1}
     write_data(data, tmp_path)
     assert map_values(tmp_path).tolist() == [300, 3]
+    split.values = {7: 0, 300: 0, 3: 0, 9: 1}  # in no order
+    write_data(data, tmp_path)
+    assert map_values(tmp_path).tolist() == [3, 9]
+    split.values = {2**16: 0, 3: 1}
+    write_data(data, tmp_path)
+    assert map_values(tmp_path) is None
+    split.values = {300: 0, 3: 1}
+    write_data(data, tmp_path)
     Image.fromarray(map_values(tmp_path)[None]).save(tmp_path / "wide.png")
     with Image.open(tmp_path / "wide.png") as image:
         assert np.asarray(image).tolist() == [[300, 3]]
