@@ -183,9 +183,12 @@ def _files(data: Data) -> dict[str, Any]:
 def _read(path: Path) -> Any:
     """What :func:`write_data` wrote into a file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return content
 
 
 def validation_images(folder: Path) -> list[Path]:

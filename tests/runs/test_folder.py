@@ -120,7 +120,7 @@ def test_the_record_of_another_task_does_not_stay(tmp_path):
         assert names == ({"maps.json"} if task == "semantic" else {"train.json", "val.json"})
 
 
-@pytest.mark.parametrize("content", [b"", b"{", "{}".encode("utf-16")], ids=str)
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", "{}".encode("utf-16")], ids=str)
 def test_a_damaged_record_is_named(run, content):
     task, data, folder = run
     name = "maps.json" if task == "semantic" else "val.json"
