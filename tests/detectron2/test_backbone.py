@@ -148,13 +148,13 @@ def test_synchronised_norms_build(packaged):
 
 @pytest.mark.parametrize("method", ["e3va", "frozen"])
 def test_compiled_trunk(compiler, packaged, monkeypatch, method):
-    """The same features and gradients, in one graph. The graph is run as it is: to generate code
-    for it takes a minute."""
+    """The same features and gradients, in one graph, for each size by itself. The graph is run as
+    it is: to generate code for it takes a minute."""
     compile = torch.compile
     compiled = []
 
     def in_one_graph(function, **options):
-        compiled.append(function)
+        compiled.append(options)
         return compile(function, **options, fullgraph=True, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", in_one_graph)
@@ -172,7 +172,7 @@ def test_compiled_trunk(compiler, packaged, monkeypatch, method):
             sum(p.sin().mean() for p in maps.values()).backward()
         gradients = {n: p.grad for n, p in backbone.named_parameters() if p.grad is not None}
         outputs.append({n: p.detach() for n, p in maps.items()} | gradients)
-        assert len(compiled) == switch
+        assert compiled == [{"dynamic": False}] * switch
     assert outputs[0].keys() == outputs[1].keys()
     assert_close(*outputs, 1e-4)
 
