@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -367,10 +367,16 @@ def main(arguments: list[str] | None = None) -> None:
     choices = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
     parser.add_argument("--storages", **choices, help="of compressed taps (default: all)")
     parser.add_argument("--compile-only", action="store_true", help="execute nothing")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=Path, help="keep the results in this file")
     options = parser.parse_args(arguments)
     print(f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
-    results = []
+    results: list[dict[str, Any]] = []
+    costs: list[dict[str, Any]] = []
+
+    def keep() -> None:
+        if options.json:
+            write_report(options.json, compiled=worst(results), executed=costs)
+
     for architecture in options.architectures:
         for dtype in (dtype for dtype, name in TYPES.items() if name in options.dtypes):
             for shape in shapes(options.storages) if runs_on(architecture, dtype) else ():
@@ -386,17 +392,19 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{r['shared']:8}{r['occupancy']:10.0%}",
                         flush=True,
                     )
-    costs = [] if options.compile_only else print_costs(options.architectures)
-    if options.json:
-        write_report(options.json, compiled=worst(results), executed=costs)
+                keep()
+    if not options.compile_only:
+        print_costs(options.architectures, costs, keep)
     bad = [r for r in results if r["spilled"] or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")
 
 
-def print_costs(architectures: Sequence[int]) -> list[dict[str, Any]]:
+def print_costs(
+    architectures: Sequence[int], costs: list[dict[str, Any]], keep: Callable[[], None]
+) -> None:
+    """Adds every kernel's costs to ``costs``, and calls ``keep`` each time."""
     print(f"{'per token or adapter':27} sm dtype instr. tensor special sectors wavefronts  model")
-    costs = []
     with contextlib.closing(TritonCompiler()) as compiler:
         for architecture in architectures:
             for c in execute_kernels(compiler, architecture):
@@ -410,7 +418,7 @@ def print_costs(architectures: Sequence[int]) -> list[dict[str, Any]]:
                     f"{c['wavefronts']:11.1f}{model}",
                     flush=True,
                 )
-    return costs
+                keep()
 
 
 if __name__ == "__main__":
