@@ -51,13 +51,7 @@ class BottomUp(Backbone):
             )
         trunk, method = cfg.MODEL.TRUNK, cfg.MODEL.TUNING.METHOD
         options = method_options(cfg)
-        changes = {"window_size": trunk.WINDOW_SIZE} if trunk.WINDOW_SIZE else {}
-        config = trunk_config(trunk.VARIANT, **changes)
-        if trunk.FAMILY not in ("", family := family_of(config).name):
-            raise ValueError(
-                f"MODEL.TRUNK.VARIANT {trunk.VARIANT} is a {family}, but MODEL.TRUNK.FAMILY is "
-                f"{trunk.FAMILY!r}"
-            )
+        config = trunk_of(cfg)
         dtype = dtype_of("MODEL.TRUNK.DTYPE", trunk.DTYPE)
         if METHODS[method].trains_trunk and dtype != torch.float32:
             logger.warning("MODEL.TRUNK.DTYPE is of frozen weights: %s tuning has none", method)
@@ -76,6 +70,23 @@ class BottomUp(Backbone):
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         """Image [B, 3, H, W], normalised → one map per stage."""
         return self.net(image)
+
+
+def trunk_of(cfg: CfgNode) -> Any:
+    """The config of the trunk that cfg.MODEL.TRUNK describes.
+
+    Raises:
+        ValueError: there is no such variant, or it is of another family.
+    """
+    trunk = cfg.MODEL.TRUNK
+    changes = {"window_size": trunk.WINDOW_SIZE} if trunk.WINDOW_SIZE else {}
+    config = trunk_config(trunk.VARIANT, **changes)
+    if trunk.FAMILY not in ("", family := family_of(config).name):
+        raise ValueError(
+            f"MODEL.TRUNK.VARIANT {trunk.VARIANT} is a {family}, but MODEL.TRUNK.FAMILY is "
+            f"{trunk.FAMILY!r}"
+        )
+    return config
 
 
 def with_weights(net: CoreBackbone, weights: str) -> CoreBackbone:

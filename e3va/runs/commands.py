@@ -105,6 +105,7 @@ def prepare(
     Raises:
         KeyError, ValueError: the folder holds a run already, and it is not to be resumed or is
             another; or a setting is wrong.
+        FileNotFoundError, ImportError: there are no such weights.
     """
     if resume:
         check_same_data(data, folder / "data")
@@ -121,6 +122,7 @@ def prepare(
         raise ValueError(
             f"{folder} holds a run already: go on with it by {go_on}, or name another by --output"
         )
+    by.check_weights(config)
     write_data(data, folder / "data")
     if not (folder / CONFIG).exists():
         by.write_config(config, data, folder)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from e3va import weights as weight_files
 from e3va.checkpoint import check_target, write_state
 from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
@@ -21,6 +22,7 @@ from e3va.torchvision.evaluation import evaluate as score
 from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import CHECKPOINT, Run, build_model, load_run
 from e3va.torchvision.train import train as train_model
+from e3va.trunks import trunk_config
 
 SMALL_HEADS = {
     "representation_size": 256,
@@ -81,6 +83,17 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         model=model,
     )
     return set_fields(config, overrides)
+
+
+def check_weights(config: TrainConfig) -> None:
+    """That the trunk's weights, which are downloaded if need be, fit it.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: they do not, or there are none.
+    """
+    assert config.model is not None
+    trunk = trunk_config(config.model.variant, **config.model.trunk_options)
+    weight_files.check_weights(weight_files.resolve(config.model.weights), trunk)
 
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -2,6 +2,7 @@
 translated to ours by the trunk's family."""
 
 from e3va.weights.loading import (
+    check_weights,
     convert_weights,
     load_trunk,
     open_trunk,
@@ -12,6 +13,7 @@ from e3va.weights.reading import State, read_weights, resolve
 
 __all__ = [
     "State",
+    "check_weights",
     "convert_weights",
     "load_trunk",
     "open_trunk",

@@ -82,7 +82,7 @@ def load_trunk(trunk: Trunk, path: str | os.PathLike[str]) -> None:
         ValueError: the file is damaged, holds no trunk, or another one than ``trunk``; timm cannot
             bring it.
     """
-    _load(trunk, _read_trunk(path)[1], path)
+    trunk.load_state_dict(_fitting(trunk, _read_trunk(path)[1], path))
 
 
 def _read_trunk(path: str | os.PathLike[str]) -> tuple[TrunkFamily, State]:
@@ -96,7 +96,19 @@ def _read_trunk(path: str | os.PathLike[str]) -> tuple[TrunkFamily, State]:
     raise ValueError(f"{path} {problem}")
 
 
-def _load(trunk: Trunk, state: State, path: str | os.PathLike[str]) -> None:
+def check_weights(path: str | os.PathLike[str], config: Any) -> None:
+    """That :func:`load_trunk` can load the weights in ``path`` into a trunk of ``config``.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: as :func:`load_trunk` does.
+    """
+    with torch.device("meta"):
+        trunk = family_of(config).frozen(config)
+    _fitting(trunk, _read_trunk(path)[1], path)
+
+
+def _fitting(trunk: Trunk, state: State, path: str | os.PathLike[str]) -> State:
+    """The weights in ``state``, which are finite and fit ``trunk``."""
     weights = {name: value.float() for name, value in state.items() if name != WEIGHT_HASH}
     own = trunk.state_dict()
     if WEIGHT_HASH in own:
@@ -110,7 +122,7 @@ def _load(trunk: Trunk, state: State, path: str | os.PathLike[str]) -> None:
             f"{path} does not fit the trunk: it looks like {_describe(family, weights)}, the trunk "
             f"is {_describe(family, own)}. {'; '.join(problems)}"
         )
-    trunk.load_state_dict(weights)
+    return weights
 
 
 def open_trunk(path: str | os.PathLike[str]) -> Any:
@@ -130,7 +142,7 @@ def open_trunk(path: str | os.PathLike[str]) -> Any:
         trunk = family.frozen(family.config_of(state))
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
-    _load(trunk, state, path)
+    trunk.load_state_dict(_fitting(trunk, state, path))
     return trunk
 
 

@@ -377,7 +377,16 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("error: ") and message in error
-    assert not (tmp_path / "out/checkpoint.pt").exists()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
+def test_wrong_weights_leave_no_run(engine, tmp_path, capsys):
+    data, out = write_coco(tmp_path / "data"), tmp_path / "out"
+    assert train(data, out, engine, "swin_t", "--weights", "e3va://swin_digits.safetensors") == 2
+    assert "looks like swin_digits" in capsys.readouterr().err
+    assert train(data, out, engine, "swin_t", "--weights", str(data / "gone.pth")) == 2
+    assert "no weights at" in capsys.readouterr().err and not out.exists()
 
 
 def test_classes_are_chosen_merged_and_renamed(tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from e3va import E3VABackbone, load_trunk, open_trunk, save_trunk, trunk_config
 from e3va.trunks import FrozenSwin, Swin, SwinConfig
 from e3va.trunks.base import WEIGHT_HASH
-from e3va.weights import convert_weights, trunk_hash
+from e3va.weights import check_weights, convert_weights, trunk_hash
 from tests import libraries
 from tests.weights.files import CONFIG, official, prefixed
 
@@ -31,6 +31,10 @@ def test_says_which_variant_a_wrong_file_looks_like(tmp_path):
     with pytest.raises(ValueError) as error:
         load_trunk(trunk, tmp_path / "swin.safetensors")
     message = str(error.value)
+    with pytest.raises(ValueError) as early:
+        check_weights(tmp_path / "swin.safetensors", trunk.config)
+    assert str(early.value) == message
+    check_weights(tmp_path / "swin.safetensors", digits.config)
     assert "looks like swin_digits with windows of 12" in message
     assert "the trunk is swin_t with windows of 7" in message
     assert "52 missing: layers.2.blocks.2.norm1.weight, " in message
