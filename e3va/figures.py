@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,31 @@ def pyplot() -> Any:
     return matplotlib.pyplot
 
 
-def font_file() -> Path:
-    """DejaVu Sans, which matplotlib brings: Latin, Greek and Cyrillic letters.
+@functools.cache
+def font_file(letters: frozenset[str] = frozenset()) -> Path:
+    """A font that has ``letters``: DejaVu Sans, which matplotlib brings, for Latin, Greek and
+    Cyrillic, or the first of this system's; DejaVu Sans, if none has them all.
 
     Raises:
         ImportError: matplotlib is missing.
     """
-    return Path(_matplotlib().get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    own = Path(_matplotlib().get_data_path()) / "fonts/ttf/DejaVuSans.ttf"
+    wanted = {ord(letter) for letter in letters if not letter.isspace()}
+    if wanted <= _letters_of(own):
+        return own
+    from matplotlib import font_manager
+
+    system = map(Path, sorted(font_manager.findSystemFonts()))
+    return next((font for font in system if wanted <= _letters_of(font)), own)
+
+
+def _letters_of(font: Path) -> set[int]:
+    from matplotlib.ft2font import FT2Font
+
+    try:
+        return set(FT2Font(str(font)).get_charmap())
+    except (OSError, RuntimeError):  # no font, or of a kind that FreeType does not read
+        return set()
 
 
 def save(figure: Any, path: Path) -> None:

@@ -78,7 +78,7 @@ def draw_instances(
     across, down = image.width / pixels.shape[1], image.height / pixels.shape[0]
     pen = ImageDraw.Draw(image)
     width = max(1, min(image.size) // 250)
-    font = _font_for(image)
+    font = _font_for(image, classes)
     names = []
     for instance in instances:
         x, y, w, h = instance["bbox"]
@@ -145,7 +145,7 @@ def enlarged(pixels: np.ndarray) -> tuple[int, int]:
 
 def page(pictures: Sequence[tuple[str, Image.Image]], columns: int = COLUMNS) -> Image.Image:
     """Pictures of the size that :func:`read_cell` gives, in rows, each under its title."""
-    font = _font(14)
+    font = _font(14, [title for title, _ in pictures])
     rows = [pictures[i : i + columns] for i in range(0, len(pictures), columns)]
     heights = [max(image.height for _, image in row) + 24 for row in rows]
     sheet = Image.new("RGB", (columns * (CELL + 8), max(1, sum(heights))), "white")
@@ -241,18 +241,18 @@ def _resized(pixels: np.ndarray, size: tuple[int, int] | None) -> Image.Image:
     return image if size is None else image.resize(size)
 
 
-def _font(size: int) -> Any:
-    return ImageFont.truetype(font_file(), size)
+def _font(size: int, texts: Sequence[str]) -> Any:
+    return ImageFont.truetype(font_file(frozenset("".join(texts))), size)
 
 
-def _font_for(image: Image.Image) -> Any:
-    return _font(max(10, min(image.size) // 35))
+def _font_for(image: Image.Image, texts: Sequence[str]) -> Any:
+    return _font(max(10, min(image.size) // 35), texts)
 
 
 def _legend(image: Image.Image, labels: Iterable[int], classes: Sequence[str]) -> None:
     """Write the names of ``labels``, positions in ``classes``, from the upper left corner down."""
     pen = ImageDraw.Draw(image)
-    font = _font_for(image)
+    font = _font_for(image, classes)
     x, y, right = 2.0, 2.0, 0.0
     for label in sorted(labels):
         plate = _plate(pen, (x, y), classes[label], font, below=True)

@@ -5,9 +5,11 @@ import pytest
 from PIL import Image
 
 pytest.importorskip("pycocotools")
+pytest.importorskip("matplotlib")
 
 from e3va.data.folder import open_data
 from e3va.data.geometry import decode_mask, encode_mask
+from e3va.figures import font_file
 from e3va.runs import pictures
 from tests.runs.factories import encoding, polygon, write_coco
 
@@ -119,6 +121,24 @@ def test_names_lie_within_the_picture(x):
         return letters(pictures.draw_instances(SQUARE, [found], ["a", "fifteen letters"]))
 
     assert draw(x).sum() == draw(5).sum() > 0
+
+
+@pytest.fixture
+def fonts():
+    font_file.cache_clear()
+    yield
+    font_file.cache_clear()
+
+
+def test_a_font_of_the_system_has_what_ours_has_not(fonts, tmp_path, monkeypatch):
+    broken, ours = tmp_path / "broken.ttf", font_file()
+    broken.write_bytes(b"no font")
+    other = ours.with_name("STIXNonUni.ttf")  # has letters of its own from U+E000 on
+    system = [str(broken), str(other)]
+    monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: system)
+    assert font_file(frozenset("Жλ é")) == ours
+    assert font_file(frozenset("\ue000")) == other
+    assert font_file(frozenset("\ue000語")) == ours  # neither has both
 
 
 def test_letters_beyond_ascii_are_drawn():
