@@ -3,7 +3,8 @@
     python -m bench.step [--config-file YAML] [--methods stock full frozen e3va] [--json FILE]
 
 Images of noise, by default one of 800×1344, with eight polygon-mask instances each, or with a
-semantic map; random weights, bf16 autocast, on the CPU or on a GPU. The peak counts every tensor
+semantic map; random weights, bf16 autocast, on the CPU or on a GPU (``--float32``: without, for
+CPUs that have no bf16). The peak counts every tensor
 storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
 step, as from the second step on, and are not activations. ``total_bytes`` is the peak of a whole
 step as the trainer takes it, everything included: there gradients are made and freed along the
@@ -124,7 +125,11 @@ def stock_swin(ours: Any) -> Any:
 
 
 def measure(
-    model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer, stock: bool = False
+    model: Any,
+    batch: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    stock: bool = False,
+    amp: bool = True,
 ) -> dict[str, Any]:
     """Bytes: saved for backward in the backbone, the peak of live activations in a step, and that
     of a whole step, also split by what it is of, see :func:`e3va.measure.step_split`. On a GPU
@@ -139,15 +144,15 @@ def measure(
     ).tensor
 
     def run_backbone() -> object:
-        with torch.autocast(DEVICE, torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=amp):
             return backbone(images)
 
     saved = saved_bytes(model, run_backbone)
     torch.manual_seed(0)
-    activations = peak_live_bytes(model, partial(loss, model, batch, DEVICE))
+    activations = peak_live_bytes(model, partial(loss, model, batch, DEVICE, amp))
     optimizer.zero_grad()
     early = not stock
-    split = step_split(model, partial(step, model, batch, optimizer, early), optimizer)
+    split = step_split(model, partial(step, model, batch, optimizer, early, amp), optimizer)
     costs = {
         "trainable_params": trainable_parameters(model),
         "backbone_trainable_params": trainable_parameters(backbone),
@@ -159,24 +164,28 @@ def measure(
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        loss(model, batch, DEVICE).backward()
+        loss(model, batch, DEVICE, amp).backward()
         costs["allocated_bytes"] = torch.cuda.max_memory_allocated()
         costs["reserved_bytes"] = torch.cuda.max_memory_reserved()
     return costs
 
 
 def step(
-    model: Any, batch: list[dict[str, Any]], optimizer: torch.optim.Optimizer, early: bool
+    model: Any,
+    batch: list[dict[str, Any]],
+    optimizer: torch.optim.Optimizer,
+    early: bool,
+    amp: bool = True,
 ) -> None:
     """A whole step: forward, backward, and that of the optimizer, along the backward or after."""
     torch.manual_seed(0)
-    take_step(partial(loss, model, batch, DEVICE), optimizer, early)
+    take_step(partial(loss, model, batch, DEVICE, amp), optimizer, early)
 
 
-def loss(model: Any, batch: list[dict[str, object]], device: str) -> torch.Tensor:
+def loss(model: Any, batch: list[dict[str, object]], device: str, amp: bool = True) -> torch.Tensor:
     from detectron2.utils.events import EventStorage
 
-    with EventStorage(), torch.autocast(device, torch.bfloat16):
+    with EventStorage(), torch.autocast(device, torch.bfloat16, enabled=amp):
         return sum(model(batch).values())
 
 
@@ -186,6 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", default=["stock", "full", "frozen", "e3va"])
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (default 3)")
+    parser.add_argument("--float32", action="store_true", help="no autocast to bf16")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs for the config")
     options = parser.parse_args(arguments)
@@ -193,13 +203,13 @@ def main(arguments: list[str] | None = None) -> None:
     from e3va.detectron2.budget import sample_batch
     from e3va.detectron2.solver import build_optimizer
 
-    file, overrides = options.config_file, options.overrides
+    file, overrides, amp = options.config_file, options.overrides, not options.float32
     batch = sample_batch(config_of(file, options.methods[0], overrides), *options.size)
     models = {method: build(file, method, overrides) for method in options.methods}
     results: dict[str, dict[str, Any]] = {}
     for method, model in models.items():
         optimizer = build_optimizer(config_of(file, method, overrides), model)
-        results[method] = measure(model, batch, optimizer, stock=method == "stock")
+        results[method] = measure(model, batch, optimizer, method == "stock", amp)
         del optimizer
         print(
             f"{method:8} peak live {results[method]['peak_live_bytes'] / MIB:7.1f} MiB   "
@@ -207,7 +217,7 @@ def main(arguments: list[str] | None = None) -> None:
             f"saved in the backbone {results[method]['saved_bytes'] / MIB:7.1f} MiB",
             flush=True,
         )
-    losses = {method: partial(loss, model, batch, DEVICE) for method, model in models.items()}
+    losses = {method: partial(loss, model, batch, DEVICE, amp) for method, model in models.items()}
     for method, seconds in step_seconds(losses, options.repeats).items():
         results[method]["seconds_per_step"] = seconds.step
     first = options.methods[0]
@@ -218,6 +228,7 @@ def main(arguments: list[str] | None = None) -> None:
         report = {
             "environment": environment(),
             "config": options.config_file,
+            "dtype": "bfloat16" if amp else "float32",
             "overrides": options.overrides,
             "size": list(options.size),
             "methods": results,
