@@ -204,6 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
     from e3va.detectron2.solver import build_optimizer
 
     file, overrides, amp = options.config_file, options.overrides, not options.float32
+    if not amp:
+        overrides = ["MODEL.TRUNK.DTYPE", "float32", *overrides]
     batch = sample_batch(config_of(file, options.methods[0], overrides), *options.size)
     models = {method: build(file, method, overrides) for method in options.methods}
     results: dict[str, dict[str, Any]] = {}
