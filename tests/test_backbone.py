@@ -281,6 +281,16 @@ def test_empty_batch_and_strided_images(backbone):
         torch.testing.assert_close(backbone(strided)["p3"], backbone(image)["p3"])
 
 
+def test_maps_are_contiguous_where_that_is_faster(backbone):
+    image = torch.randn(2, 3, 40, 44)
+    for name, p in backbone(image).items():
+        assert p.is_contiguous(), name
+    with torch.autocast("cpu", torch.bfloat16):  # nothing is copied there
+        features = backbone(image)
+    for name, p in features.items():
+        assert p.is_contiguous(memory_format=torch.channels_last), name
+
+
 def test_frozen_weights_in_half_precision_leave_features_in_the_norms_dtype():
     trunk = FrozenSwin(TINY, torch.bfloat16)
     assert {p.dtype for p in trunk.parameters()} == {torch.bfloat16}
