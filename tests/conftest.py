@@ -15,27 +15,36 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 
-def _count_loops_of_triton() -> None:
-    """Before 3.8 its interpreter takes an array of one number for a whole number, which NumPy 2.4
-    refuses."""
+def _mend_interpreter_of_triton() -> None:
+    """Before 3.8 it takes an array of one number for a whole number, which NumPy 2.4 refuses. Since
+    3.9 it refuses masks of whole numbers, but makes one of a comparison between two scalars."""
     try:
         import triton
     except ImportError:
         return
-    if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8):
-        return
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    if version < (3, 8):
+        patch = interpreter._patch_lang_tensor
 
-    def patch_with_index(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+        def patch_with_index(tensor, scope):
+            patch(tensor, scope)
+            scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    interpreter._patch_lang_tensor = patch_with_index
+        interpreter._patch_lang_tensor = patch_with_index
+    if version >= (3, 9):
+        create = interpreter.InterpreterBuilder.create_splat
+
+        def create_splat(self, kind, value):
+            block = create(self, kind, value)
+            block.data = block.data.astype(value.data.dtype)
+            return block
+
+        interpreter.InterpreterBuilder.create_splat = create_splat
 
 
-_count_loops_of_triton()
+_mend_interpreter_of_triton()
 
 
 @pytest.fixture(autouse=True)

@@ -37,7 +37,7 @@ LARGEST_X, LARGEST_YZ = 2**31 - 1, 65535
 
 _BRANCHES = ("bra", "bra.uni")
 _RETURNS = ("ret", "exit")
-_BARRIERS = ("bar.sync", "barrier.sync.aligned")
+_BARRIERS = ("bar.sync", "barrier.sync.aligned", "barrier.sync")
 _VOTES = {"bar.red.or.pred": np.any, "bar.red.and.pred": np.all}
 _CONTROL = (*_BRANCHES, *_RETURNS, *_BARRIERS, *_VOTES)
 
