@@ -4,7 +4,8 @@
 
 Compiled ahead of time: registers, spills, shared memory and occupancy, of one streaming
 multiprocessor, from the limits in CUDA's programming guide (compute capabilities). A kernel that
-spills or does not fit ends with an error. Executed by ``tests/ptx`` in the paper's shape on stage 3
+spills more than ``--spill`` says or does not fit ends with an error (Triton 3.9 gives two kernels a
+frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the paper's shape on stage 3
 of Swin-B, per token (and adapter), where weights are folded per adapter: instructions, memory and,
 for three GPUs, the nanoseconds of a roofline model. A model is no measurement: it knows neither
 latencies nor caches.
@@ -367,7 +368,10 @@ def main(arguments: list[str] | None = None) -> None:
     choices = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
     parser.add_argument("--storages", **choices, help="of compressed taps (default: all)")
     parser.add_argument("--compile-only", action="store_true", help="execute nothing")
-    parser.add_argument("--json", type=Path, help="keep the results in this file")
+    parser.add_argument("--json", type=Path, help="write the results, as they come, to this")
+    parser.add_argument(
+        "--spill", type=int, default=0, metavar="BYTES", help="that a thread may spill (default 0)"
+    )
     options = parser.parse_args(arguments)
     print(f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
     results: list[dict[str, Any]] = []
@@ -395,7 +399,8 @@ def main(arguments: list[str] | None = None) -> None:
                 keep()
     if not options.compile_only:
         print_costs(options.architectures, costs, keep)
-    bad = [r for r in results if r["spilled"] or not r["fits"]]
+    keep()
+    bad = [r for r in results if r["spilled"] > options.spill or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")
 

@@ -1,16 +1,16 @@
 """What real training steps of a detector cost through Detectron2: live bytes, and time.
 
-    python -m bench.step [--config-file YAML] [--methods stock full frozen e3va] [--json FILE]
+    python -m bench.step [--config-file YAML] [--methods stock full frozen e3va] [--float32]
+        [--json FILE]
 
 Images of noise, by default one of 800×1344, with eight polygon-mask instances each, or with a
 semantic map; random weights, bf16 autocast, on the CPU or on a GPU (``--float32``: without, for
-CPUs that have no bf16). The peak counts every tensor
-storage made by the step and still alive (e3va.measure); gradients of parameters exist before the
-step, as from the second step on, and are not activations. ``total_bytes`` is the peak of a whole
-step as the trainer takes it, everything included: there gradients are made and freed along the
-backward (e3va.optim.stepping). ``METHOD/own`` is a method under Detectron2's own FPN and heads;
-``stock`` is Detectron2's own Swin, frozen, its weights in fp32, under those, the optimizer stepping
-after the backward.
+CPUs that have no bf16). The peak counts every tensor storage made by the step and still alive
+(e3va.measure); gradients of parameters exist before the step, as from the second step on, and are
+not activations. ``total_bytes`` is the peak of a whole step as the trainer takes it, everything
+included: there gradients are made and freed along the backward (e3va.optim.stepping).
+``METHOD/own`` is a method under Detectron2's own FPN and heads; ``stock`` is Detectron2's own Swin,
+frozen, its weights in fp32, under those, the optimizer stepping after the backward.
 Times are medians of interleaved forwards and backwards, as a ratio to the first method.
 ``python -m bench.train_step`` runs all methods on the detectors of the tracks.
 """
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     file, overrides, amp = options.config_file, options.overrides, not options.float32
     if not amp:
-        overrides = ["MODEL.TRUNK.DTYPE", "float32", *overrides]
+        overrides = [*overrides, "MODEL.TRUNK.DTYPE", "float32"]
     batch = sample_batch(config_of(file, options.methods[0], overrides), *options.size)
     models = {method: build(file, method, overrides) for method in options.methods}
     results: dict[str, dict[str, Any]] = {}
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
             "environment": environment(),
             "config": options.config_file,
             "dtype": "bfloat16" if amp else "float32",
-            "overrides": options.overrides,
+            "overrides": overrides,
             "size": list(options.size),
             "methods": results,
         }

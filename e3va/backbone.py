@@ -55,7 +55,8 @@ class Backbone(nn.Module):
                 p = p.to(norm.weight.dtype)
             p = p.permute(0, 3, 1, 2)
             if device == "cpu" and p.dtype == torch.float32:
-                # AVX2 takes up to six times as long for channels-last gradients of convolutions.
+                # With AVX2 oneDNN takes up to six times as long for the gradients of convolutions
+                # of channels-last maps; a copy costs little.
                 p = p.contiguous()
             features[f"p{s}"] = p
         return features

@@ -23,8 +23,8 @@ def pyplot() -> Any:
 
 @functools.cache
 def font_file(letters: frozenset[str] = frozenset()) -> Path:
-    """A font that has ``letters``: DejaVu Sans, which matplotlib brings, for Latin, Greek and
-    Cyrillic, or the first of this system's; DejaVu Sans, if none has them all.
+    """The font that lacks the fewest of ``letters``: DejaVu Sans, which matplotlib brings, has all
+    of Latin, Greek and Cyrillic; where it has not, the fonts of this system are looked through.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -35,17 +35,19 @@ def font_file(letters: frozenset[str] = frozenset()) -> Path:
         return own
     from matplotlib import font_manager
 
-    system = map(Path, sorted(font_manager.findSystemFonts()))
-    return next((font for font in system if wanted <= _letters_of(font)), own)
+    fonts = [own, *map(Path, sorted(font_manager.findSystemFonts()))]
+    return min(fonts, key=lambda font: len(wanted - _letters_of(font)))
 
 
-def _letters_of(font: Path) -> set[int]:
+@functools.cache
+def _letters_of(font: Path) -> frozenset[int]:
     from matplotlib.ft2font import FT2Font
 
     try:
-        return set(FT2Font(str(font)).get_charmap())
+        face = FT2Font(str(font))
     except (OSError, RuntimeError):  # no font, or of a kind that FreeType does not read
-        return set()
+        return frozenset()
+    return frozenset(face.get_charmap()) if face.scalable else frozenset()
 
 
 def save(figure: Any, path: Path) -> None:

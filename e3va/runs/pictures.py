@@ -242,7 +242,7 @@ def _resized(pixels: np.ndarray, size: tuple[int, int] | None) -> Image.Image:
 
 
 def _font(size: int, texts: Sequence[str]) -> Any:
-    return ImageFont.truetype(font_file(frozenset("".join(texts))), size)
+    return ImageFont.truetype(font_file(frozenset("".join(texts) + "0123456789.…")), size)
 
 
 def _font_for(image: Image.Image, texts: Sequence[str]) -> Any:

@@ -1,6 +1,5 @@
 """Every kernel compiles for every architecture without a GPU, and nothing spills."""
 
-import json
 import os
 import re
 import subprocess
@@ -45,10 +44,10 @@ STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 
         pytest.param("90", "fp16", marks=pytest.mark.long),
     ],
 )
-def test_compiles_ahead_of_time_without_spills(architecture, half, tmp_path):
+def test_compiles_ahead_of_time_without_spills(architecture, half):
     """In a process of its own: the interpreter's kernels cannot be compiled."""
     command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
-    command += ["--dtypes", "fp32", half, "--json", str(tmp_path / "registers.json")]
+    command += ["--dtypes", "fp32", half, "--spill", str(STACK)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [*command, "--channels", "1536", "--ranks", "16", "--storages", "int4", "--compile-only"],
@@ -58,8 +57,6 @@ def test_compiles_ahead_of_time_without_spills(architecture, half, tmp_path):
         text=True,
         check=False,
     )
-    assert done.returncode == 0 or STACK, done.stderr
-    rows = json.loads((tmp_path / "registers.json").read_text())["compiled"]
-    assert max(row["spilled"] for row in rows) <= STACK
+    assert done.returncode == 0, done.stderr
     for kernel in KERNELS:
         assert re.search(rf"^{kernel} +{architecture} +{half} +1536 +16 +768 ", done.stdout, re.M)
