@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,10 +90,18 @@ def trunk_of(cfg: CfgNode) -> Any:
     return config
 
 
+def local_weights(weights: str) -> Path | str:
+    """The file that cfg.MODEL.TRUNK.WEIGHTS names, downloaded if need be: as
+    :func:`e3va.weights.resolve`, or by a prefix that Detectron2 knows; timm:NAME stays as it is."""
+    if weights.startswith(("http://", "https://")):
+        return resolve(weights)
+    return PathManager.get_local_path(weights)
+
+
 def with_weights(net: CoreBackbone, weights: str) -> CoreBackbone:
     """``net``, its trunk's weights loaded from a path, URL or timm:NAME; empty: left alone."""
     if weights:
-        load_trunk(net.trunk, PathManager.get_local_path(weights))
+        load_trunk(net.trunk, local_weights(weights))
         logger.info("Loaded the trunk's weights from %s", weights)
     else:
         logger.warning(

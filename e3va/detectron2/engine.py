@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.utils.env import seed_all_rng
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import setup_logger
 
 from e3va import weights as weight_files
 from e3va.data.folder import Data
 from e3va.detectron2 import budget
-from e3va.detectron2.backbone import trunk_of
+from e3va.detectron2.backbone import local_weights, trunk_of
 from e3va.detectron2.config import CONFIGS, load_config
 from e3va.detectron2.data import FORMATS, register_datasets
 from e3va.detectron2.data.catalog import set_classes
@@ -126,7 +125,7 @@ def check_weights(cfg: CfgNode) -> None:
         FileNotFoundError, ImportError, ValueError: they do not, or there are none.
     """
     if weights := cfg.MODEL.TRUNK.WEIGHTS:
-        weight_files.check_weights(PathManager.get_local_path(weights), trunk_of(cfg))
+        weight_files.check_weights(local_weights(weights), trunk_of(cfg))
 
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> CfgNode:

@@ -381,8 +381,11 @@ def test_mistakes_end_in_one_line(arguments, message, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("engine", ["detectron2", "torchvision"])
-def test_wrong_weights_leave_no_run(engine, tmp_path, capsys):
+def test_wrong_weights_leave_no_run(engine, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     data, out = write_coco(tmp_path / "data"), tmp_path / "out"
+    assert train(data, out, engine, "swin_t", "--weights", "http://127.0.0.1:9/swin.pth") == 2
+    assert "error: cannot download http://127.0.0.1:9/swin.pth; the pa" in capsys.readouterr().err
     assert train(data, out, engine, "swin_t", "--weights", "e3va://swin_digits.safetensors") == 2
     assert "looks like swin_digits" in capsys.readouterr().err
     assert train(data, out, engine, "swin_t", "--weights", str(data / "gone.pth")) == 2
