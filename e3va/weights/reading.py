@@ -108,6 +108,8 @@ def read_candidates(path: str | os.PathLike[str]) -> dict[str, State]:
             f"{path} is damaged, or holds objects other than weights, which are not loaded because "
             f"they could run code. If you trust it, save its tensors again, alone: {error}"
         ) from error
+    except MemoryError as error:
+        raise ValueError(f"{path} does not fit into the memory: {error}") from error
     except _DAMAGED as error:
         why = str(error) or "it ends too early"
         raise ValueError(f"{path} is damaged or no {path.suffix} file: {why}") from error
@@ -167,7 +169,9 @@ def _read_timm(source: str) -> State:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "weights_only" not in str(error):
+            raise
         # Not PyTorch's whole message, which recommends to load the file unsafely.
         refused = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"refused the global {refused[1]}" if refused else "no plain PyTorch checkpoint"

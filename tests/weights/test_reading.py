@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from e3va import load_trunk, open_trunk, save_trunk, trunk_config
 from e3va.trunks import FrozenSwin
-from e3va.weights import convert_weights, read_weights, resolve, trunk_hash
+from e3va.weights import convert_weights, read_weights, reading, resolve, trunk_hash
 from tests import libraries
 from tests.weights.files import CONFIG, SIZE, WRITERS, assert_loads, official, prefixed
 
@@ -192,6 +192,24 @@ def test_a_dictionary_without_end_ends(tmp_path):
     torch.save(content, tmp_path / "swin.pth")
     with pytest.raises(ValueError, match="holds no dictionary of weights"):
         read_weights(tmp_path / "swin.pth")
+
+
+def test_never_recommends_to_load_unsafely(tmp_path):
+    path = tmp_path / "swin.pth"
+    path.write_bytes(bytes(2**20))  # what PyTorch takes for one of its oldest files
+    with pytest.raises(ValueError, match="no plain PyTorch checkpoint") as error:
+        read_weights(path)
+    assert "weights_only" not in str(error.value)
+
+
+def test_names_a_file_that_does_not_fit_into_the_memory(source, tmp_path, monkeypatch):
+    def read(path):
+        raise MemoryError("Cannot allocate")
+
+    save_trunk(source, tmp_path / "swin.safetensors")
+    monkeypatch.setitem(reading._READERS, ".safetensors", read)
+    with pytest.raises(ValueError, match=r"swin\.safetensors does not fit into the memory: Cannot"):
+        read_weights(tmp_path / "swin.safetensors")
 
 
 @pytest.mark.parametrize(
