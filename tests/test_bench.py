@@ -188,6 +188,28 @@ def test_storage(tmp_path, monkeypatch, capsys):
     assert "mask AP" in capsys.readouterr().out
 
 
+def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
+    registers = pytest.importorskip("bench.registers", reason="triton is not installed")
+    row = {"kernel": "a", "architecture": 80, "dtype": "fp16", "channels": 96, "rank": 16}
+    row |= {"hidden": 48, "registers": 40, "spilled": 8, "shared": 0, "occupancy": 0.5}
+
+    def compile_kernels(architecture, dtype, channels, *shape):
+        if channels == 128:
+            raise KeyboardInterrupt
+        yield row | {"fits": True}
+
+    monkeypatch.setattr(registers, "compile_kernels", compile_kernels)
+    words = ["--architectures", "80", "--dtypes", "fp16", "--compile-only"]
+    with pytest.raises(KeyboardInterrupt):
+        registers.main([*words, "--json", str(tmp_path / "r.json")])
+    kept = json.loads((tmp_path / "r.json").read_text())["compiled"]
+    assert [(r["kernel"], r["registers"]) for r in kept] == [("a", 40)]
+    words += ["--channels", "96"]
+    registers.main([*words, "--spill", "8"])
+    with pytest.raises(SystemExit, match="1 of 1 spill or do not fit"):
+        registers.main([*words, "--spill", "7"])
+
+
 def test_costs_of_kernels(tmp_path):
     registers = pytest.importorskip("bench.registers", reason="triton is not installed")
     from tests.ptx.counters import Access, Counts

@@ -167,6 +167,33 @@ def test_step_alone(tmp_path):
     assert report["methods"]["stock"]["saved_bytes"] == 0
 
 
+def test_a_step_in_float32(monkeypatch):
+    """Neither autocast nor a trunk stored in another dtype, whatever the config says."""
+    config = str(train_step.CONFIGS / "coco/mask_rcnn_e3va_swin_t_1x.yaml")
+    built, computed = [], set()
+
+    def model(batch):
+        computed.add(torch.is_autocast_enabled(step.DEVICE))
+        return {"loss": torch.zeros((), requires_grad=True)}
+
+    def build(file, method, overrides):
+        built.append(step.config_of(file, method, overrides).MODEL.TRUNK.DTYPE)
+        return model
+
+    def measure(model, batch, optimizer, stock, amp):
+        step.loss(model, batch, step.DEVICE, amp)
+        return dict.fromkeys(("peak_live_bytes", "total_bytes", "saved_bytes"), 0)
+
+    monkeypatch.setattr(step, "build", build)
+    monkeypatch.setattr(step, "measure", measure)
+    monkeypatch.setattr("e3va.detectron2.solver.build_optimizer", lambda cfg, model: None)
+    options = ["--config-file", config, "--methods", "e3va", "--size", "32", "32"]
+    for more, dtype, amp in ((["--float32"], "float32", False), ([], "bfloat16", True)):
+        built.clear(), computed.clear()
+        step.main([*options, "--repeats", "1", *more])
+        assert (built, computed) == ([dtype], {amp})
+
+
 @pytest.mark.parametrize("method", ["stock", "e3va/own", "e3va"])
 def test_own_heads_are_detectron2s(method):
     """And FPN, of which nothing of ours is left."""
