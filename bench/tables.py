@@ -12,12 +12,16 @@ import re
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from bench.environment import RESULTS
-from bench.train_step import MIB, saving, savings_table
+from bench.train_step import MIB, average, saving
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+Step = dict[str, Any]
+"""What bench.train_step tells of the steps of a method."""
+
 ENGINES = {"detectron2": "Detectron2", "torchvision": "torchvision"}
 
 
@@ -46,18 +50,28 @@ def tracks() -> str:
 
 def costs() -> str:
     """Bytes of a whole step of every setup at their peak, by method, and E³VA's saving."""
-    setups = json.loads((RESULTS / "train_step.json").read_text())["setups"]
+    key = "total_bytes"
+    return _steps("train_step.json", key, lambda method, _: f"{method[key] / MIB:.0f}", "MiB")
+
+
+def times() -> str:
+    """Seconds of a real step by method, over those of stock, and E³VA's saving."""
+    file, key = "train_step_cpu.json", "seconds_per_step"
+    return _steps(file, key, lambda method, stock: f"{method[key] / stock[key]:.2f}", "× `stock`")
+
+
+def _steps(file: str, key: str, cell: Callable[[Step, Step], str], unit: str) -> str:
+    setups = json.loads((RESULTS / file).read_text())["setups"]
     names = {method: None for methods in setups.values() for method in methods}
     titles = [f"`{method}`" for method in names]
-    lines = [_row("MiB", *titles, "saved"), "|---" * (2 + len(titles)) + "|"]
+    lines = [_row(unit, *titles, "saved"), "|---" * (2 + len(titles)) + "|"]
     for setup, methods in setups.items():
         found = (methods.get(method) for method in names)
-        totals = [f"{result['total_bytes'] / MIB:.0f}" if result else "–" for result in found]
-        percent = saving(methods, "total_bytes")
+        cells = [cell(result, methods["stock"]) if result else "–" for result in found]
+        percent = saving(methods, key)
         saved = "–" if percent is None else f"{percent:.1f} %"
-        lines.append(_row(f"`{setup}`", *totals, saved))
-    memory, _ = savings_table(setups).splitlines()
-    return "\n".join([*lines, "", f"{memory}."])
+        lines.append(_row(f"`{setup}`", *cells, saved))
+    return "\n".join([*lines, "", f"{average(setups, key)}."])
 
 
 def cards() -> str:
@@ -102,7 +116,9 @@ def kernels() -> str:
         ),
         "… through torch.compile": ("highway", "compile"),
         "`sublayer_epilogue` alone, against eager": ("sublayer_epilogue", "eager"),
-        "`highway_backward` alone, against eager": ("highway_backward", "eager"),
+        "`adapters` alone, against eager": ("adapters", "eager"),
+        "`adapters_backward` alone, against eager": ("adapters_backward", "eager"),
+        "`tap_gradient` alone, against eager": ("tap_gradient", "eager"),
     }
     dtypes = ("fp32", "bf16")
     ratios = _ratios("kernels_cpu.json", "dtype")
@@ -192,6 +208,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cards": cards,
     "plans": plans,
     "costs": costs,
+    "times": times,
     "demo": demo,
     "kernels": kernels,
     "h100": h100,
