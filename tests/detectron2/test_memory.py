@@ -355,7 +355,7 @@ CAPS = [
 @pytest.mark.parametrize(("name", "size", "images", "mib"), CAPS)
 @pytest.mark.parametrize("traced", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_step_fits(name, size, images, mib, traced):
-    """Traced on shapes, and for real: two minutes in all on a CPU that has bf16, hours on others."""
+    """Traced on shapes, and for real: minutes on a CPU that has bf16, hours on others."""
     if why := native.why_not(torch.device("cpu"), torch.bfloat16):
         pytest.skip(f"attention takes more without its kernel: {why}")
     shapes = ShapesOnly() if traced else None
