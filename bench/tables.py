@@ -51,13 +51,13 @@ def tracks() -> str:
 def costs() -> str:
     """Bytes of a whole step of every setup at their peak, by method, and E³VA's saving."""
     key = "total_bytes"
-    return _steps("train_step.json", key, lambda method, _: f"{method[key] / MIB:.0f}", "MiB")
+    return _steps("train_step.json", key, lambda step, _: f"{step[key] / MIB:.0f}", "MiB")
 
 
 def times() -> str:
     """Seconds of a real step by method, over those of stock, and E³VA's saving."""
     file, key = "train_step_cpu.json", "seconds_per_step"
-    return _steps(file, key, lambda method, stock: f"{method[key] / stock[key]:.2f}", "× `stock`")
+    return _steps(file, key, lambda step, stock: f"{step[key] / stock[key]:.2f}", "× `stock`")
 
 
 def _steps(file: str, key: str, cell: Callable[[Step, Step], str], unit: str) -> str:
