@@ -188,6 +188,27 @@ def test_storage(tmp_path, monkeypatch, capsys):
     assert "mask AP" in capsys.readouterr().out
 
 
+def test_tables_of_steps(tmp_path, monkeypatch):
+    """Bytes in MiB, seconds over those of stock, what is saved of full's; and methods not run."""
+    from bench import tables
+
+    def steps(**values):
+        return {m: {"total_bytes": v * 2**20, "seconds_per_step": v} for m, v in values.items()}
+
+    setups = {"a": steps(stock=4, full=8, e3va=3), "b": steps(stock=2, full=5)}
+    for name in ("train_step.json", "train_step_cpu.json"):
+        (tmp_path / name).write_text(json.dumps({"setups": setups}))
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    head, _, *rows, _, last = tables.costs().splitlines()
+    assert head == "| MiB | `stock` | `full` | `e3va` | saved |"
+    assert rows == ["| `a` | 4 | 8 | 3 | 62.5 % |", "| `b` | 2 | 5 | – | – |"]
+    assert last.startswith("Memory") and "not measured" in last
+    head, _, *rows, _, last = tables.times().splitlines()
+    assert head == "| × `stock` | `stock` | `full` | `e3va` | saved |"
+    assert rows == ["| `a` | 1.00 | 2.00 | 0.75 | 62.5 % |", "| `b` | 1.00 | 2.50 | – | – |"]
+    assert last.startswith("Time") and last.endswith("the paper says 26.2 %.")
+
+
 def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     registers = pytest.importorskip("bench.registers", reason="triton is not installed")
     row = {"kernel": "a", "architecture": 80, "dtype": "fp16", "channels": 96, "rank": 16}
