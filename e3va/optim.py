@@ -1,4 +1,4 @@
-"""What the optimizer is given: which parameters decay, and which learn faster."""
+"""The optimizer: which parameters decay, which learn faster, and what its state takes."""
 
 from __future__ import annotations
 
@@ -21,6 +21,9 @@ NORMS = (
 
 READY = 2**22
 """Bytes of gradients with which :func:`stepping` steps: few steps, and yet a bound."""
+
+IN_EIGHT_BITS = 4096
+"""Values from which on a parameter has its moments in eight bits, see :func:`adamw8bit`."""
 
 
 class Rates(NamedTuple):
@@ -68,6 +71,32 @@ def parameter_groups(model: nn.Module, rates: Rates) -> list[dict[str, Any]]:
         {"params": parameters, "lr": lr, "weight_decay": decay}
         for (lr, decay), parameters in groups.items()
     ]
+
+
+def adamw8bit() -> type[torch.optim.Optimizer]:
+    """AdamW whose two moments take a byte each and a scale for 256 values, through bitsandbytes
+    (T. Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861). Parameters
+    of fewer than :data:`IN_EIGHT_BITS` values keep theirs in float32.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ImportError(
+            "an optimizer in eight bits needs bitsandbytes: pip install bitsandbytes"
+        ) from error
+    return AdamW8bit
+
+
+def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
+    """What ``optimizer`` keeps for ``parameter`` from its first step on, scales left out."""
+    if isinstance(optimizer, torch.optim.SGD):
+        return parameter.nbytes
+    if isinstance(optimizer, torch.optim.AdamW) or parameter.numel() < IN_EIGHT_BITS:
+        return 2 * parameter.nbytes
+    return 2 * parameter.numel()
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

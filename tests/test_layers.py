@@ -19,7 +19,7 @@ CORE = {
     "words": set(),
     "ops": {"cache"},
     "measure": {"checkpoint", "ops"},
-    "budget": {"figures", "files", "measure", "methods"},
+    "budget": {"figures", "files", "measure", "methods", "optim"},
     "config": {"ops"},
     "trunks": {"config", "ops"},
     "weights": {"files", "trunks"},

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from e3va.optim import state_bytes
+
 _NORMALIZER = "loss_normalizer"
 """RetinaNet's running mean, which is no buffer."""
 
@@ -22,10 +24,13 @@ def probe(model: nn.Module, loss: Callable[[], Tensor], optimizer: torch.optim.O
         torch.OutOfMemoryError: it does not fit.
     """
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    to_come = 2 if isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) else 1
+    sizes = [0 if optimizer.state else state_bytes(optimizer, p) for p in trained]
     try:
         with _untouched(model):
-            held = [] if optimizer.state else [torch.empty_like(p) for p in trained * to_come]
+            held = [
+                torch.empty(size, dtype=torch.uint8, device=p.device)
+                for p, size in zip(trained, sizes, strict=True)
+            ]
             loss().backward()
             del held
     finally:

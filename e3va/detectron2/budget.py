@@ -79,6 +79,8 @@ class Setup:
             changes["MODEL.TRUNK.DTYPE"] = "bfloat16"
         if self.method in HIGHWAYS and cfg.MODEL.HIGHWAY.STORAGE != "int4":
             changes["MODEL.HIGHWAY.STORAGE"] = "int4"
+        if cfg.SOLVER.OPTIMIZER == "ADAMW":
+            changes["SOLVER.OPTIMIZER"] = "ADAMW8BIT"
         if self.method not in ("e3va", "frozen"):
             changes["MODEL.TUNING.METHOD"] = "e3va"
         for key, value in changes.items():

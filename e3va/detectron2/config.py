@@ -121,8 +121,9 @@ def add_e3va_config(cfg: CfgNode) -> None:
     # LR_SCHEDULER_NAME may also be "WarmupPolyLR": (1 - progress) ** POLY_LR_POWER.
     cfg.SOLVER.POLY_LR_POWER = 1.0
 
-    # "ADAMW", or "SGD" with Detectron2's own MOMENTUM and NESTEROV. Norms follow
-    # WEIGHT_DECAY_NORM, biases WEIGHT_DECAY_BIAS; relative-position tables are never decayed.
+    # "ADAMW"; "ADAMW8BIT", the same with its state in eight bits, through bitsandbytes; or "SGD"
+    # with Detectron2's own MOMENTUM and NESTEROV. Norms follow WEIGHT_DECAY_NORM, biases
+    # WEIGHT_DECAY_BIAS; relative-position tables are never decayed.
     cfg.SOLVER.OPTIMIZER = "ADAMW"
     cfg.SOLVER.BETAS = (0.9, 0.999)
     # The highway's learning rate as a multiple of BASE_LR, and that of its V and c, which begin at

@@ -13,7 +13,7 @@ from detectron2.utils import comm
 from fvcore.common.param_scheduler import PolynomialDecayParamScheduler
 from torch import nn
 
-from e3va.optim import Rates, parameter_groups
+from e3va.optim import Rates, adamw8bit, parameter_groups
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -21,6 +21,7 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
     Raises:
         ValueError: SOLVER.OPTIMIZER is unknown.
+        ImportError: it needs a package that is missing.
     """
     solver = cfg.SOLVER
     bias_decay = solver.WEIGHT_DECAY_BIAS
@@ -40,11 +41,16 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         # Fused it makes nothing of a weight's size; but it would clip before it unscales.
         options = {"betas": tuple(solver.BETAS), "fused": not _is_scaled(cfg)}
         kind = torch.optim.AdamW
+    elif solver.OPTIMIZER == "ADAMW8BIT":
+        options = {"betas": tuple(solver.BETAS)}
+        kind = adamw8bit()
     elif solver.OPTIMIZER == "SGD":
         kind = torch.optim.SGD
         options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV}
     else:
-        raise ValueError(f"SOLVER.OPTIMIZER must be ADAMW or SGD, got {solver.OPTIMIZER!r}")
+        raise ValueError(
+            f"SOLVER.OPTIMIZER must be ADAMW, ADAMW8BIT or SGD, got {solver.OPTIMIZER!r}"
+        )
     clip = solver.CLIP_GRADIENTS
     if not clip.ENABLED or clip.CLIP_TYPE != "full_model":
         return maybe_add_gradient_clipping(cfg, kind)(groups, **options)

@@ -23,6 +23,7 @@ from e3va.words import did_you_mean
 
 Config = TypeVar("Config")
 
+OPTIMIZERS = ("adamw", "adamw8bit")
 VARIANTS = tuple(variant for family in FAMILIES.values() for variant in family.variants)
 
 
@@ -76,6 +77,9 @@ class TrainConfig:
     highway_lr_factor: float = _setting("the highway's learning rate over lr", 1.0)
     highway_lr_ratio: float = _setting("that of its V and c over the highway's", 1.0)
     weight_decay: float = _setting("AdamW's, for weights alone", 0.05)
+    optimizer: str = _setting(
+        "adamw, or with its state in eight bits, through bitsandbytes", "adamw", OPTIMIZERS
+    )
     warmup: int = _setting("iterations of linear warm-up", 0)
     clip_norm: float = _setting("the most that the norm of all gradients may be", 1.0)
     horizontal_flip: bool = _setting("mirror half of the training images", True)
@@ -99,6 +103,10 @@ class TrainConfig:
         if not 0 <= self.warmup < self.iterations:
             raise ValueError(
                 f"warmup must be in [0, iterations = {self.iterations}), got {self.warmup}"
+            )
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}"
             )
         if self.amp not in (None, "bfloat16", "float16"):
             raise ValueError(f"amp must be bfloat16, float16 or None, got {self.amp!r}")

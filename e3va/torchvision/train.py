@@ -22,7 +22,7 @@ from e3va.backbone import Backbone
 from e3va.budget.probe import probe
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.measure import trainable_parameters
-from e3va.optim import Rates, parameter_groups
+from e3va.optim import Rates, adamw8bit, parameter_groups
 from e3va.runs.folder import CONFIG, METRICS, History, check_settings, rank
 from e3va.runs.interrupt import held_back, ignore_interrupts
 from e3va.runs.progress import Bar, peak_bytes, reset_peak_bytes
@@ -50,7 +50,7 @@ def train(
     *,
     resume: bool = False,
 ) -> dict[str, float]:
-    """Train with AdamW: linear warm-up, cosine decay to zero, clipped gradients.
+    """Train by the config's optimizer: linear warm-up, cosine decay to zero, clipped gradients.
 
     ``config.yaml`` is written to ``output_dir`` at first: the settings, the classes' names and
     where the data are. Every ``checkpoint_period`` iterations, before and after each evaluation,
@@ -83,6 +83,7 @@ def train(
         ValueError: the data sets differ in their classes, lack masks, or are empty (that to
             evaluate on: without an instance to find), or the checkpoint is of another run.
         FloatingPointError: the loss is no longer finite.
+        ImportError: the optimizer needs a package that is missing.
     """
     _check_data(model, train_data, val_data)
     device, output = config.resolved_device(), Path(output_dir)
@@ -97,13 +98,16 @@ def train(
         highway_lr_ratio=config.highway_lr_ratio,
     )
     groups = parameter_groups(model, rates)
-    optimizer = torch.optim.AdamW(groups, lr=config.lr)
+    kind: Any = adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
+    optimizer = kind(groups, lr=config.lr)
     highest = [group["lr"] for group in groups]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp_dtype == torch.float16)
     start, metrics, evaluated = 0, {}, 0
     if resume and (output / CHECKPOINT).is_file():
         state = load_checkpoint(output / CHECKPOINT, model)
-        check_settings(settings, state["settings"], output / CHECKPOINT)
+        # A setting that a checkpoint does not know yet was as it is by default.
+        before = fixed_settings(TrainConfig(iterations=1)) | state["settings"]
+        check_settings(settings, before, output / CHECKPOINT)
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, metrics, evaluated = state["iteration"], state["metrics"], state["evaluated"]

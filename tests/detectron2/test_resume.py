@@ -36,10 +36,13 @@ from tests.detectron2.factories import (
         # All of Mask R-CNN takes half a minute in float16 on a CPU.
         ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float16", *AVERAGEABLE, *TWO),
         ("MODEL.TUNING.METHOD", "full", "MODEL.TUNING.FULL.DROP_PATH", 0.5),
+        ("SOLVER.OPTIMIZER", "ADAMW8BIT"),
     ],
-    ids=["e3va", "unseeded", "float16", "full"],
+    ids=["e3va", "unseeded", "float16", "full", "eight bits"],
 )
 def test_resuming_repeats_the_uninterrupted_run(tmp_path, packaged, more):
+    if "ADAMW8BIT" in more:
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing")
     random = ["INPUT.RANDOM_FLIP", "horizontal", "INPUT.MIN_SIZE_TRAIN", (40, 48, 64)]
     cfg = packaged("SOLVER.MAX_ITER", 6, "SOLVER.CHECKPOINT_PERIOD", 3, *random, *more)
     assert_resumes(cfg, tmp_path / "out")

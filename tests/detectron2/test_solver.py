@@ -18,7 +18,7 @@ from e3va.methods import METHODS
 
 def test_bad_solver_values(tiny):
     model = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="ADAMW or SGD, got 'LION'"):
+    with pytest.raises(ValueError, match="ADAMW, ADAMW8BIT or SGD, got 'LION'"):
         build_optimizer(tiny("SOLVER.OPTIMIZER", "LION"), model)
     cfg = tiny("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.DTYPE", "float64")
     with pytest.raises(ValueError, match=r"SOLVER.AMP.DTYPE must be one of bfloat16, float16"):
@@ -26,8 +26,10 @@ def test_bad_solver_values(tiny):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("kind", ["ADAMW", "SGD"])
+@pytest.mark.parametrize("kind", ["ADAMW", "ADAMW8BIT", "SGD"])
 def test_optimizer_groups(tiny, method, kind):
+    if kind == "ADAMW8BIT":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing")
     options = ["SOLVER.OPTIMIZER", kind, "SOLVER.HIGHWAY_LR_FACTOR", 1.0]
     options += ["SOLVER.HIGHWAY_LR_RATIO", 1.0]
     cfg = tiny("MODEL.TUNING.METHOD", method, *options)

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -118,6 +119,27 @@ def test_a_resumed_run_may_become_longer(tmp_path, caplog):
     assert Run.read(tmp_path / "out").config.iterations == 8
     with pytest.raises(ValueError, match="8 iterations long, not 5: it can become longer"):
         train(detector(), data, None, tmp_path / "out", short, resume=True)
+
+
+def test_a_run_with_an_optimizer_in_eight_bits_resumes(tmp_path):
+    """To the same weights; and is not the same run as one in 32 bits, nor as one of before there
+    was a choice."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is missing: left untested")
+    data, out = coco(tmp_path / "data"), tmp_path / "out"
+    eight = settings(optimizer="adamw8bit")
+    train(whole := detector(), data, None, tmp_path / "whole", eight)
+    with pytest.raises(Killed):
+        train(detector(), interrupted(data, 7), None, out, replace(eight, checkpoint_period=3))
+    train(parts := detector(seed=1), data, None, out, eight, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    with pytest.raises(ValueError, match="with optimizer adamw8bit, not adamw"):
+        train(detector(), data, None, out, settings(), resume=True)
+    del state["settings"]["optimizer"]
+    torch.save(state, out / "checkpoint.pt")
+    with pytest.raises(ValueError, match="with optimizer adamw, not adamw8bit"):
+        train(detector(), data, None, out, eight, resume=True)
 
 
 def test_settings_that_show_in_no_weight_are_compared(tmp_path):
