@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not sys.warnoptions:  # libraries warn those who write programs
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("default", module=r"e3va\b")
-            logging.getLogger("torch.fx").setLevel(logging.ERROR)
+            for library in ("torch.fx", "torch.utils", "bitsandbytes"):
+                logging.getLogger(library).setLevel(logging.ERROR)
             with interrupted_by_sigterm():
                 return options.run(options) or 0
     except KeyboardInterrupt as stop:
@@ -160,8 +161,11 @@ def _add_runs(commands: Any) -> None:
         epilog="KEY VALUE pairs at the end override the config's settings.",
     )
     what = plan.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="YAML", help="a config of Detectron2")
+    what.add_argument("--config", metavar="YAML", help="of Detectron2, or a run's config.yaml")
     what.add_argument("--model", help="a trunk, or a detector and a trunk: retinanet_swin_b")
+    plan.add_argument(
+        "--engine", choices=ENGINES, help="of --model (default detectron2, where it is)"
+    )
     plan.add_argument("--method", choices=METHODS, help="(default: the config's)")
     plan.add_argument(
         "--size",
@@ -307,7 +311,10 @@ def _plan(options: argparse.Namespace) -> None:
 
     own = card(options.card) if options.card else own_card()
     given = options.config, options.model, options.method, options.overrides
-    setup = commands.engine("detectron2").open_setup(*given, options.instances)
+    name = options.engine or commands.default_engine()
+    if options.config:
+        name = commands.engine_of_config(Path(options.config), options.engine)
+    setup = commands.engine(name).open_setup(*given, options.instances)
     size = tuple(options.size or setup.training_size())
     found = budget(setup, options.batch, size, own)
     print(found.describe())

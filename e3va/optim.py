@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -88,6 +89,11 @@ def adamw8bit() -> type[torch.optim.Optimizer]:
             "an optimizer in eight bits needs bitsandbytes: pip install bitsandbytes"
         ) from error
     return AdamW8bit
+
+
+def has_adamw8bit() -> bool:
+    """Whether there is one."""
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""The frozen trunk's linear layers in eight bits, through torchao."""
+"""What the frozen trunk's weights are stored in: its linear layers also in eight bits, through
+torchao."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from e3va.trunks import Trunk, family_of
 from e3va.trunks.base import Frozen
 from e3va.weights import trunk_hash
 
+DTYPES = ("float32", "bfloat16", "float16")
 PRECISIONS = ("int8", "fp8")
 """``int8``: weights by output channel, activations by token as they come, int8 GEMMs. ``fp8``
 (e4m3): the same on GPUs from sm_89 on; elsewhere weights alone, with GEMMs in the trunk's dtype."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from e3va.budget.cards import Card
+from e3va.budget.cards import Card, own_card, own_memory
 from e3va.figures import pyplot, save
 from e3va.methods import METHODS
 
@@ -21,7 +22,11 @@ TRIES = 4
 STEP = 32
 """Pixels that sizes are multiples of, as the coarsest map wants them."""
 
+THIS_MACHINE = "this machine"
+
 Size = tuple[int, int]
+
+logger = logging.getLogger(__name__)
 
 
 class Setup(Protocol):
@@ -29,11 +34,12 @@ class Setup(Protocol):
 
     Attributes:
         method: how the backbone is tuned.
-        batch: images of an optimizer step, as it is configured.
+        batch: images of an optimizer step, as it is configured, that may be computed in parts;
+            None: all images are computed at once.
     """
 
     method: str
-    batch: int
+    batch: int | None
 
     def split(self, images: int, size: Size) -> dict[str, int]:
         """The bytes of a step of as many images of that size at once, see
@@ -45,6 +51,10 @@ class Setup(Protocol):
 
     def savings(self) -> Iterator[tuple[str, Setup]]:
         """What makes a step smaller, each in words and as it would be."""
+
+    def fewer(self, images: int, most: int) -> tuple[str, int]:
+        """How instead of ``images`` at the most ``most`` are computed at once: in words, and how
+        many then are."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,8 @@ class Budget:
             taken to grow so: the first step has its peak where larger ones may not have theirs.
         largest_size: height and width of the same shape that fit, traced; at most :data:`WIDEST`
             times ``size``; None: nothing that was tried fits.
-        accumulate: the least SOLVER.ACCUMULATE by which the configured batch fits; None: no one.
+        accumulate: the least SOLVER.ACCUMULATE by which the configured batch fits; None: no one,
+            or there is no such setting.
         advice: what makes it smaller, where it does not fit: words, and the bytes then.
     """
 
@@ -124,9 +135,8 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
         advice = [(words, sum(s.split(images, size).values())) for words, s in setup.savings()]
         advice = [(words, saved) for words, saved in advice if saved < total]
         if images > 1 and most:
-            parts = next(n for n in range(2, images + 1) if -(-images // n) <= most)
-            part = sum(setup.split(-(-images // parts), size).values())
-            advice.append((f"in {parts} parts (SOLVER.ACCUMULATE)", part))
+            words, number = setup.fewer(images, most)
+            advice.append((words, sum(setup.split(number, size).values())))
         if largest:
             words = f"images of {largest[0]}×{largest[1]}"
             advice.append((words, sum(setup.split(images, largest).values())))
@@ -138,9 +148,43 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
         fits=fits,
         largest_batch=most,
         largest_size=largest,
-        accumulate=_accumulate(setup.batch, most),
+        accumulate=_accumulate(setup.batch, most) if setup.batch else None,
         advice=tuple(advice),
     )
+
+
+def warn(told: Callable[[], tuple[Setup, int, Size]]) -> None:
+    """Say before a training that its largest step is not going to fit, and what to do.
+
+    Args:
+        told: gives the setup, how many images are computed at once, and their size. Where it fails,
+            or the step cannot be traced, training goes on: a plan is not to be in the way.
+    """
+    try:
+        setup, images, size = told()
+        card = own_card()
+        there = card.usable if card else own_memory()
+        needed = sum(setup.split(images, size).values())
+        if needed > there:
+            logger.warning(
+                "a step of %d images of %d×%d takes about %s, and %s has %s for it: %s",
+                *(images, *size, _mib(needed), card.name if card else THIS_MACHINE, _mib(there)),
+                advice(setup, images, size),
+            )
+    except Exception as error:
+        logger.info("The memory of a step is not known: %r", error)
+
+
+def advice(setup: Setup, images: int, size: Size) -> str:
+    """What to do on this machine where a step does not fit, in a line."""
+    card = own_card() or Card(THIS_MACHINE, own_memory())
+    try:
+        found = budget(setup, images, size, card)
+        changes = [f"{words} ({_mib(total)})" for words, total in found.advice]
+    except (RuntimeError, ValueError, ImportError) as error:  # it is an error's message anyway
+        logger.debug("nothing is advised: %s", error)
+        changes = []
+    return "try " + ", or ".join(changes or ["fewer images at once", "smaller images"])
 
 
 def _largest_batch(setup: Setup, images: int, size: Size, usable: int, total: int) -> int:

@@ -103,14 +103,16 @@ class CocoInstances:
         instances."""
 
         def pixels(index: int) -> float:
-            sides = self._images[index]["height"], self._images[index]["width"]
-            return sides[0] * sides[1] * min(shorter / min(sides), longer / max(sides)) ** 2
-
-        def instances(index: int) -> int:
-            return len(self._instances[self._images[index]["id"]])
+            height, width, _ = self.shape(index)
+            return height * width * scale_to((height, width), shorter, longer) ** 2
 
         every = range(len(self))
-        return max(every, key=pixels), max(every, key=instances)
+        return max(every, key=pixels), max(every, key=lambda index: self.shape(index)[2])
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """Height and width of image ``index``, and how many instances it has, crowds included."""
+        record = self._images[index]
+        return record["height"], record["width"], len(self._instances[record["id"]])
 
     def image(self, index: int) -> Tensor:
         """The image alone: [3, H, W] float32 in [0, 1]; see :func:`e3va.data.images.read_image`."""
@@ -204,6 +206,12 @@ def average_precision(data: CocoInstances, results: Sequence[dict[str, Any]]) ->
             metrics[f"{name}_ap"] = 100 * float(scores[0])
             metrics[f"{name}_ap50"] = 100 * float(scores[1])
     return metrics
+
+
+def scale_to(size: tuple[int, int], shorter: int, longer: int) -> float:
+    """What brings the shorter side of ``size`` to ``shorter``, and the longer one to ``longer`` at
+    the most."""
+    return min(shorter / min(size), longer / max(size))
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -15,22 +14,15 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from e3va.budget import Card, ShapesOnly, budget
-from e3va.budget.cards import own_card, own_memory
+from e3va.budget.sample import INSTANCES, sample_circles, sample_image
+from e3va.budget.tracer import Tracer
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.solver import build_optimizer, steps_early
-from e3va.measure import bottom_up, make_gradients, make_state, step_split
 from e3va.methods import HIGHWAYS, METHODS
-from e3va.optim import take_step
-
-INSTANCES = 8
-"""Of an image, where nobody says."""
-
+from e3va.optim import has_adamw8bit, take_step
 
 Record = tuple[int | None, int | None, int]
 """Height, width and number of instances of an image of the data; None: not known."""
-
-logger = logging.getLogger(__name__)
 
 
 class Setup:
@@ -47,7 +39,7 @@ class Setup:
         self._cfg.MODEL.WEIGHTS = self._cfg.MODEL.TRUNK.WEIGHTS = ""
         self._cfg.MODEL.TRUNK.COMPILE = False
         self._instances = instances
-        self._built: tuple[ShapesOnly, nn.Module, torch.optim.Optimizer] | None = None
+        self._tracer: Tracer | None = None
         self.method = cfg.MODEL.TUNING.METHOD
         self.batch = cfg.SOLVER.IMS_PER_BATCH
 
@@ -79,7 +71,7 @@ class Setup:
             changes["MODEL.TRUNK.DTYPE"] = "bfloat16"
         if self.method in HIGHWAYS and cfg.MODEL.HIGHWAY.STORAGE != "int4":
             changes["MODEL.HIGHWAY.STORAGE"] = "int4"
-        if cfg.SOLVER.OPTIMIZER == "ADAMW":
+        if cfg.SOLVER.OPTIMIZER == "ADAMW" and has_adamw8bit():
             changes["SOLVER.OPTIMIZER"] = "ADAMW8BIT"
         if self.method not in ("e3va", "frozen"):
             changes["MODEL.TUNING.METHOD"] = "e3va"
@@ -88,35 +80,19 @@ class Setup:
         if len(changes) > 1:
             yield "all of these", self._with(changes)
 
-    def split(self, images: int, size: tuple[int, int]) -> dict[str, int]:
-        batch = sample_batch(self._cfg, *size, self._instances) * images
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            shapes, model, optimizer = self._built = self._built or self._build()
-            with shapes:
-                optimizer.zero_grad()
-                if images < self.batch:  # a part, which finds the gradients of those before it
-                    make_gradients(model)
-                run = partial(loss, model, batch, self._cfg)
-                early = steps_early(self._cfg)
-                return step_split(model, partial(take_step, run, optimizer, early), optimizer)
+    def fewer(self, images: int, most: int) -> tuple[str, int]:
+        parts = next(n for n in range(2, images + 1) if -(-images // n) <= most)
+        return f"in {parts} parts (SOLVER.ACCUMULATE)", -(-images // parts)
 
-    def _build(self) -> tuple[ShapesOnly, nn.Module, torch.optim.Optimizer]:
-        shapes = ShapesOnly()
-        package = logging.getLogger("e3va")
-        level = package.level
-        package.setLevel(logging.ERROR)  # random weights are meant
-        try:
-            with shapes, shapes.unseen():
-                model = build_model(self._cfg).train()
-                shapes.forget(*model.parameters())
-                optimizer = build_optimizer(self._cfg, model)
-                make_state(model, optimizer)
-        finally:
-            package.setLevel(level)
-        for owner in (bottom_up(model), optimizer):
-            shapes.never_look_in(owner)
-        return shapes, model, optimizer
+    def split(self, images: int, size: tuple[int, int]) -> dict[str, int]:
+        cfg = self._cfg
+        self._tracer = tracer = self._tracer or Tracer(
+            partial(build_model, cfg), partial(build_optimizer, cfg)
+        )
+        batch = sample_batch(cfg, *size, self._instances) * images
+        run = partial(loss, tracer.model, batch, cfg)
+        step = partial(take_step, run, tracer.optimizer, steps_early(cfg))
+        return tracer.split(step, part=images < self.batch)
 
     def _with(self, changes: dict[str, Any]) -> Setup:
         cfg = self._cfg.clone()
@@ -147,37 +123,6 @@ def largest(cfg: CfgNode, records: Iterable[Record]) -> tuple[tuple[int, int], i
     return max(found.values(), key=lambda size: size[0] * size[1]), max(1, instances)
 
 
-def warning(cfg: CfgNode, images: int, records: Iterable[Record]) -> str | None:
-    """What to say before a training whose largest step is not going to fit; None: nothing.
-
-    Args:
-        images: computed at once.
-    """
-    size, instances = largest(cfg, records)
-    card = own_card() or Card("this machine", own_memory())
-    total = sum(Setup(cfg, instances).split(images, size).values())
-    usable = card.usable if torch.cuda.is_available() else card.memory
-    if total <= usable:
-        return None
-    needed, there = total / 2**20, usable / 2**20
-    return (
-        f"a step of {images} images of {size[0]}×{size[1]} takes about {needed:.0f} MiB, and "
-        f"{card.name} has {there:.0f} MiB for it: {advice(cfg, images, size, instances)}"
-    )
-
-
-def advice(cfg: CfgNode, images: int, size: tuple[int, int], instances: int) -> str:
-    """What to do where a step does not fit, in a line."""
-    card = own_card() or Card("this machine", own_memory())
-    try:
-        found = budget(Setup(cfg, instances), images, size, card)
-        changes = [f"{words} ({total / 2**20:.0f} MiB)" for words, total in found.advice]
-    except (RuntimeError, ValueError, ImportError) as error:  # it is an error's message anyway
-        logger.debug("nothing is advised: %s", error)
-        changes = []
-    return "try " + ", or ".join(changes or ["SOLVER.ACCUMULATE auto", "smaller images"])
-
-
 def loss(model: nn.Module, batch: list[dict[str, Any]], cfg: CfgNode) -> Tensor:
     """The loss of a step, in the precision that is configured."""
     device, amp = next(model.parameters()).device.type, cfg.SOLVER.AMP
@@ -191,21 +136,16 @@ def sample_batch(
 ) -> list[dict[str, Any]]:
     """One image of noise with regular 16-gons of different sizes, seeded, as the mapper of ``cfg``
     would give it; of semantic segmentation, with a map of one class."""
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+    image = sample_image(height, width)
     sample: dict[str, Any] = {"image": image, "height": height, "width": width}
     if cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor":
         return [{**sample, "sem_seg": torch.zeros(height, width, dtype=torch.int64)}]
-    generator.manual_seed(0)
     polygons, boxes = [], []
-    for i in range(instances):
-        radius = min(height, width) * (0.05 + 0.04 * (i % 8)) / 2
-        cx = radius + (width - 2 * radius) * torch.rand((), generator=generator).item()
-        cy = radius + (height - 2 * radius) * torch.rand((), generator=generator).item()
-        angles = [2 * math.pi * k / 16 for k in range(16)]
-        points = [(cx + radius * math.cos(a), cy + radius * math.sin(a)) for a in angles]
+    angles = [2 * math.pi * k / 16 for k in range(16)]
+    for x, y, radius in sample_circles(height, width, instances):
+        points = [(x + radius * math.cos(a), y + radius * math.sin(a)) for a in angles]
         polygons.append([[value for point in points for value in point]])
-        boxes.append([cx - radius, cy - radius, cx + radius, cy + radius])
+        boxes.append([x - radius, y - radius, x + radius, y + radius])
     retinanet = cfg.MODEL.META_ARCHITECTURE in ("LeanRetinaNet", "RetinaNet")
     classes = cfg.MODEL.RETINANET.NUM_CLASSES if retinanet else cfg.MODEL.ROI_HEADS.NUM_CLASSES
     target = Instances((height, width))

@@ -15,6 +15,7 @@ import e3va
 from e3va.detectron2.data import FORMATS
 from e3va.detectron2.data.loader import AUTO
 from e3va.methods import HIGHWAYS, METHODS, options_of
+from e3va.precision import DTYPES
 from e3va.words import did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ CONFIGS = (
 )
 """The folder of the configs that ship with the package; in a checkout: of the checkout's."""
 
-DTYPES = ("float32", "bfloat16", "float16")
 
 _FORMER = {
     "VARIANT": "MODEL.TRUNK.VARIANT",

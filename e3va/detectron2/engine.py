@@ -17,9 +17,10 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.logger import setup_logger
 
 from e3va import weights as weight_files
+from e3va.budget import warn
 from e3va.data.folder import Data
-from e3va.detectron2 import budget
 from e3va.detectron2.backbone import local_weights, trunk_of
+from e3va.detectron2.budget import Setup, largest
 from e3va.detectron2.config import CONFIGS, load_config
 from e3va.detectron2.data import FORMATS, register_datasets
 from e3va.detectron2.data.catalog import set_classes
@@ -53,7 +54,7 @@ def open_setup(
     method: str | None,
     overrides: Sequence[str],
     instances: int,
-) -> budget.Setup:
+) -> Setup:
     """What ``e3va plan`` is asked about.
 
     Args:
@@ -73,7 +74,7 @@ def open_setup(
         config = str(CONFIGS / f"Base-{bases[detector]}.yaml")
         words += ["MODEL.TRUNK.VARIANT", variant, "SOLVER.AMP.ENABLED", True]
         words += ["MODEL.MASK_ON", detector == "mask_rcnn"]
-    return budget.Setup(load_config(config, [*words, *overrides]), instances)
+    return Setup(load_config(config, [*words, *overrides]), instances)
 
 
 def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) -> CfgNode:
@@ -187,7 +188,7 @@ def train(cfg: CfgNode, folder: Path, *, resume: bool) -> dict[str, float]:
         trainer.resume_or_load(resume=resume)
         _write(cfg, folder)
         cfg.freeze()
-        _warn_of_memory(trainer)
+        warn(functools.partial(_largest_step, trainer))
         trainer.train()
     return trainer.metrics
 
@@ -229,13 +230,9 @@ def export(folder: Path, target: Path) -> None:
         export_model(_trained(folder), target)
 
 
-def _warn_of_memory(trainer: Trainer) -> None:
-    try:
-        loader = trainer.data_loader
-        if words := budget.warning(trainer.cfg, trainer.images_at_once, loader.records):
-            logging.getLogger(__name__).warning(words)
-    except Exception as error:  # a plan must never be in the way of what is planned
-        logging.getLogger(__name__).info("The memory of a step is not known: %r", error)
+def _largest_step(trainer: Trainer) -> tuple[Setup, int, tuple[int, int]]:
+    size, instances = largest(trainer.cfg, trainer.data_loader.records)
+    return Setup(trainer.cfg, instances), trainer.images_at_once, size
 
 
 def _data_keys(task: str, folder: Path) -> dict[str, str]:

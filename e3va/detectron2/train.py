@@ -24,9 +24,10 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
+from e3va.budget import advice
 from e3va.checkpoint import find_trunk
 from e3va.detectron2.average import WeightAverage
-from e3va.detectron2.budget import advice, largest, sample_batch
+from e3va.detectron2.budget import Setup, largest, sample_batch
 from e3va.detectron2.checkpoint import CompleteCheckpointer, SafeCheckpointer
 from e3va.detectron2.config import dtype_of, load_config
 from e3va.detectron2.data import build_evaluator, register_datasets
@@ -196,7 +197,7 @@ class Trainer(DefaultTrainer):
         reason = "on another process" if error is None else " ".join(str(error).split())
         raise torch.OutOfMemoryError(
             f"{what} does not fit in the memory ({reason}): "
-            f"{advice(self.cfg, images, size, instances)}"
+            f"{advice(Setup(self.cfg, instances), images, size)}"
         )
 
     def run_step(self) -> None:

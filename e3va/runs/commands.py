@@ -49,6 +49,18 @@ def default_engine() -> str:
     return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
 
 
+def engine_of_config(path: Path, wanted: str | None = None) -> str:
+    """The engine that a config is of: of a run's config.yaml the run's, of others "detectron2".
+
+    Raises:
+        ValueError: it is another than the one that is ``wanted`` (default: any).
+    """
+    found = engine_of(path.parent) if path.name == CONFIG and path.is_file() else "detectron2"
+    if wanted and wanted != found:
+        raise ValueError(f"{path} is a config of {found}, not of {wanted}")
+    return found
+
+
 def engine(name: str) -> Any:
     """The module that trains, evaluates, predicts and exports by ``name``."""
     return importlib.import_module(f"e3va.{name}.engine")

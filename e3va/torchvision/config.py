@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 from e3va.methods import METHODS
-from e3va.precision import PRECISIONS
+from e3va.precision import DTYPES, PRECISIONS
 from e3va.torchvision.model import ANCHOR_SIZES, DETECTORS
 from e3va.trunks import FAMILIES
 from e3va.words import did_you_mean
@@ -50,6 +50,7 @@ class ModelConfig:
     trunk_options: Mapping[str, Any] = _setting(
         "of it, set otherwise: trunk_options.window_size 12", {}
     )
+    trunk_dtype: str = _setting("what frozen weights are stored in", "float32", DTYPES)
     trunk_precision: str | None = _setting("quantise the frozen trunk", None, PRECISIONS)
     out_channels: int = _setting("channels of the FPN", 256)
     anchor_sizes: tuple[int, ...] = _setting("of the smallest anchors on each level", ANCHOR_SIZES)

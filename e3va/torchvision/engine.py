@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import torch
 
 from e3va import weights as weight_files
+from e3va.budget import warn
 from e3va.checkpoint import check_target, write_state
-from e3va.data.coco import CocoInstances
+from e3va.data.coco import CocoInstances, scale_to
 from e3va.data.folder import Data
 from e3va.data.geometry import encode_mask
-from e3va.methods import HIGHWAYS
+from e3va.methods import HIGHWAYS, METHODS
 from e3va.runs.folder import CONFIG, Found, check_iterations, check_settings
-from e3va.runs.plan import Plan
+from e3va.runs.plan import SMALL_TRUNKS, Plan, model_of
+from e3va.torchvision.budget import CLASSES, Setup
 from e3va.torchvision.config import ModelConfig, TrainConfig, fixed_settings, set_fields
 from e3va.torchvision.evaluation import evaluate as score
 from e3va.torchvision.model import DETECTORS
@@ -36,6 +39,67 @@ SMALL_HEADS = {
 """Of two-stage detectors over a trunk so small that wider ones would outweigh it."""
 
 
+def open_setup(
+    config: str | None,
+    model: str | None,
+    method: str | None,
+    overrides: Sequence[str],
+    instances: int,
+) -> Setup:
+    """What ``e3va plan`` is asked about.
+
+    Args:
+        config: the config.yaml of a run; or model: a trunk, or a detector and a trunk, as
+            ``e3va train`` makes it on a GPU, for :data:`CLASSES` classes.
+        method: how the backbone is tuned (default: the config's).
+        overrides: as :func:`config_of`. instances: of an image.
+
+    Raises:
+        FileNotFoundError, ValueError: no such config, model or setting.
+    """
+    if config is None:
+        assert model is not None
+        detector, variant = model_of(model)
+        settings = _model_config(detector, variant, method or "e3va", amp=True, weights="")
+        own = TrainConfig(iterations=1, amp="bfloat16", model=settings)
+        return Setup(set_fields(own, overrides), CLASSES, instances)
+    run = Run.read(Path(config).parent)
+    words = ["method", method] if method else []
+    return Setup(set_fields(run.config, [*words, *overrides]), len(run.classes), instances)
+
+
+def _model_config(
+    detector: str, variant: str, method: str, *, amp: bool, **more: Any
+) -> ModelConfig:
+    """A detector over a trunk as ``e3va train`` makes it; ``more``: further settings.
+
+    Raises:
+        ValueError: the detector is of semantic segmentation.
+    """
+    if detector not in DETECTORS:
+        raise ValueError(
+            "semantic segmentation is trained by Detectron2 alone: install it, and give "
+            "--engine detectron2"
+        )
+    small = variant in SMALL_TRUNKS
+    heads: dict[str, Any] = {}
+    if small and detector != "retinanet":
+        heads = dict(SMALL_HEADS)
+        if detector == "mask_rcnn":
+            heads["mask_channels"] = (64, 64)
+    return ModelConfig(
+        detector=detector,
+        method=method,
+        # A trunk this narrow needs relatively wider adapters than the paper's.
+        options={"kernel_dim": 16, "hidden_ratio": 1.0} if small and method in HIGHWAYS else {},
+        variant=variant,
+        trunk_dtype="bfloat16" if amp and not METHODS[method].trains_trunk else "float32",
+        out_channels=64 if small else 256,
+        detector_options=heads,
+        **more,
+    )
+
+
 def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) -> TrainConfig:
     """The settings of a plan on data that lie in ``folder``.
 
@@ -45,30 +109,14 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     Raises:
         ValueError: the task is semantic segmentation, or a setting is unknown or out of range.
     """
-    if plan.task == "semantic":
-        raise ValueError(
-            "semantic segmentation is trained by Detectron2 alone: install it, and give "
-            "--engine detectron2"
-        )
-    small = plan.is_small
-    options: dict[str, Any] = {}
-    if small and plan.detector != "retinanet":
-        options = dict(SMALL_HEADS)
-        if plan.detector == "mask_rcnn":
-            options["mask_channels"] = (64, 64)
-    highway = small and plan.method in HIGHWAYS
-    model = ModelConfig(
+    amp = torch.cuda.is_available()
+    model = _model_config(
+        *(plan.detector, plan.variant, plan.method),
+        amp=amp,
         weights=plan.weights,
-        detector=plan.detector,
-        method=plan.method,
-        # A trunk this narrow needs relatively wider adapters than the paper's.
-        options={"kernel_dim": 16, "hidden_ratio": 1.0} if highway else {},
-        variant=plan.variant,
-        out_channels=64 if small else 256,
         anchor_sizes=plan.anchor_sizes,
         min_size=(plan.min_size,),
         max_size=plan.max_size,
-        detector_options=options,
     )
     config = TrainConfig(
         iterations=plan.iterations,
@@ -79,7 +127,7 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         eval_period=plan.eval_period,
         checkpoint_period=plan.checkpoint_period,
         seed=plan.seed,
-        amp="bfloat16" if torch.cuda.is_available() else None,
+        amp="bfloat16" if amp else None,
         model=model,
     )
     return set_fields(config, overrides)
@@ -146,8 +194,19 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     torch.manual_seed(config.seed)
     assert config.model is not None
     model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
+    warn(partial(_largest_step, train_data, config))
     result = train_model(model, train_data, val_data, folder, config, resume=resume)
     return {name: value for name, value in result.items() if "_ap" in name}
+
+
+def _largest_step(data: CocoInstances, config: TrainConfig) -> tuple[Setup, int, tuple[int, int]]:
+    assert config.model is not None
+    sides = max(config.model.min_size), config.model.max_size
+    largest, fullest = data.largest(*sides)
+    height, width, _ = data.shape(largest)
+    scale = scale_to((height, width), *sides)
+    setup = Setup(config, len(data.classes), data.shape(fullest)[2])
+    return setup, config.batch_size, (round(scale * height), round(scale * width))
 
 
 def _data(config: TrainConfig, folder: Path) -> tuple[CocoInstances, CocoInstances]:

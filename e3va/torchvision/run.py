@@ -74,7 +74,10 @@ class Run:
 
 
 def build_model(
-    config: ModelConfig, num_classes: int, device: torch.device | str = "cpu"
+    config: ModelConfig,
+    num_classes: int,
+    device: torch.device | str = "cpu",
+    pretrained: bool = True,
 ) -> nn.Module:
     """The detector that ``config`` describes, its trunk pretrained and the rest random.
 
@@ -82,6 +85,7 @@ def build_model(
         config: the settings.
         num_classes: number of classes, including the background.
         device: where it is put.
+        pretrained: False: the trunk is random, too, for who wants to know its shapes alone.
 
     Raises:
         FileNotFoundError: there are no such weights.
@@ -89,8 +93,10 @@ def build_model(
         TypeError, ValueError: a setting is unknown or out of range, or the weights do not fit.
     """
     trunk = trunk_config(config.variant, **config.trunk_options)
-    backbone = build_backbone(config.method, trunk, **config.options)
-    load_trunk(backbone.trunk, resolve(config.weights))
+    dtype = getattr(torch, config.trunk_dtype)
+    backbone = build_backbone(config.method, trunk, dtype=dtype, **config.options)
+    if pretrained:
+        load_trunk(backbone.trunk, resolve(config.weights))
     if config.trunk_precision:
         quantize_trunk(backbone.to(device).trunk, config.trunk_precision)
     return build_detector(

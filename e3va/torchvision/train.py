@@ -90,17 +90,8 @@ def train(
     settings = _settings(config, model, train_data)
 
     model.to(device).train()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    rates = Rates(
-        config.lr,
-        config.weight_decay,
-        highway_lr_factor=config.highway_lr_factor,
-        highway_lr_ratio=config.highway_lr_ratio,
-    )
-    groups = parameter_groups(model, rates)
-    kind: Any = adamw8bit() if config.optimizer == "adamw8bit" else torch.optim.AdamW
-    optimizer = kind(groups, lr=config.lr)
-    highest = [group["lr"] for group in groups]
+    optimizer = build_optimizer(config, model)
+    highest = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp_dtype == torch.float16)
     start, metrics, evaluated = 0, {}, 0
     if resume and (output / CHECKPOINT).is_file():
@@ -179,12 +170,7 @@ def train(
                 f"the loss is {loss} at iteration {iteration + 1}: lower lr ({config.lr}), "
                 f"lengthen warmup ({config.warmup}), or do without float16"
             )
-        optimizer.zero_grad()
-        scaler.scale(total).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
+        take_step(total, optimizer, scaler, config.clip_norm)
         peak, lr = max(peak, peak_bytes(device)), config.lr * factor
         seconds = time.perf_counter() - began
         history.add(iteration=iteration + 1, loss=loss, lr=lr, seconds=seconds)
@@ -241,10 +227,44 @@ def try_largest(
         raise torch.OutOfMemoryError(
             f"a step of {config.batch_size} of the largest images does not fit in the memory "
             f"({reason}): lower batch_size ({config.batch_size}) or min_size ({side}), train "
-            "by the method e3va, or in amp"
+            "by the method e3va, or in amp; e3va plan tells what each brings"
         ) from None
     finally:
         transform.min_size = sizes
+
+
+def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer that ``config`` describes, over the parameters that require a gradient.
+
+    Raises:
+        ImportError: it needs a package that is missing.
+    """
+    rates = Rates(
+        config.lr,
+        config.weight_decay,
+        highway_lr_factor=config.highway_lr_factor,
+        highway_lr_ratio=config.highway_lr_ratio,
+    )
+    groups = parameter_groups(model, rates)
+    if config.optimizer == "adamw8bit":
+        kind: Any = adamw8bit()
+        return kind(groups, lr=config.lr)
+    # Fused it makes nothing of a weight's size.
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def take_step(
+    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float
+) -> None:
+    """The backward of ``loss`` and the optimizer's step, by gradients whose norm is ``clip_norm``
+    at the most. Leaves none."""
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(trained, clip_norm)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
 
 
 def on_device(

@@ -13,6 +13,7 @@ from e3va.cli import main
 from e3va.detectron2 import load_config
 from e3va.detectron2.budget import Setup
 from e3va.measure import SPLIT
+from e3va.optim import has_adamw8bit
 from tests.detectron2.factories import DIGITS, FOLDER, SMALL, flat
 
 MIB = 2**20
@@ -100,17 +101,20 @@ def test_big_steps_are_what_was_measured(config, method, size, measured):
 
 def test_a_trace_finds_the_same_after_others():
     """Memory that others have left is dirty, and each trace ends with the optimizer's step, by the
-    fused AdamW, one that has to see all gradients first, or SGD."""
+    fused AdamW, one that has to see all gradients first, one in eight bits, or SGD."""
     clip = "SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"
     float16 = "SOLVER.AMP.DTYPE", "float16"
-    for more in ((), clip, float16, ("SOLVER.OPTIMIZER", "SGD")):
+    kinds = [("SOLVER.OPTIMIZER", "SGD")]
+    kinds += [("SOLVER.OPTIMIZER", "ADAMW8BIT")] if has_adamw8bit() else []
+    for more in ((), clip, float16, *kinds):
         setup = Setup(load_config(str(MASKS), [*flat(SMALL), *more]))
         first = setup.split(2, (96, 128))
         torch.full((2**26,), float("nan"))  # dirties what is given out next
         setup.split(1, (64, 96))
         assert setup.split(2, (96, 128)) == first
-        weights = [p for p in setup._built[1].parameters() if p.requires_grad]
-        assert all(setup._built[0]._is_unknown(p) for p in weights if p.numel() >= 2**16)
+        tracer = setup._tracer
+        weights = [p for p in tracer.model.parameters() if p.requires_grad]
+        assert all(tracer._shapes._is_unknown(p) for p in weights if p.numel() >= 2**16)
 
 
 def test_a_trace_leaves_the_random_numbers_and_the_memory_alone():
@@ -182,5 +186,5 @@ def test_without_detectron2_a_line_says_so(monkeypatch, capsys):
     for name in [n for n in sys.modules if n.startswith("e3va.detectron2")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "detectron2", None)
-    assert plan("--model", "swin_b") == 2
+    assert plan("--config", MASKS) == 2
     assert "needs Detectron2" in capsys.readouterr().err

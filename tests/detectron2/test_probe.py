@@ -1,15 +1,19 @@
 """What does not fit is known before the first step, which is none the wiser."""
 
+import logging
 import random
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from e3va.budget import report, warn
 from e3va.cli import main
 from e3va.detectron2 import Trainer, load_config
-from e3va.detectron2.budget import largest, loss, sample_batch, warning
+from e3va.detectron2.budget import Setup, largest, loss, sample_batch
 from e3va.measure import CappedBytes, LiveBytes
+from e3va.optim import has_adamw8bit
 from tests.detectron2.factories import DIGITS, assert_same, packaged, state, write_coco
 
 AUTO = ("SOLVER.ACCUMULATE", "auto", "SOLVER.IMS_PER_BATCH", 4)
@@ -115,19 +119,22 @@ def test_the_largest_step_of_some_data():
     assert largest(cfg, records) == ((300, 150), 7)
 
 
-def test_a_warning_before_training(tmp_path, monkeypatch, capsys):
-    from e3va.detectron2 import budget
-
-    cfg = packaged(tmp_path)
-    records = [(64, 96, 3)]
-    assert warning(cfg, 1, records) is None
-    monkeypatch.setattr(budget, "own_memory", lambda: 2**20)
-    assert "and this machine has 1 MiB for it: try " in warning(cfg, 2, records)
+def test_a_warning_before_training(tmp_path, monkeypatch, capsys, caplog):
+    setup = Setup(packaged(tmp_path), 3)
+    with caplog.at_level(logging.WARNING):
+        warn(lambda: (setup, 1, (64, 96)))
+        assert not caplog.messages
+        monkeypatch.setattr(report, "own_memory", lambda: 2**20)
+        warn(lambda: (setup, 2, (64, 96)))
+    (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("e3va"))
+    assert re.match(r"a step of 2 images of 64×96 takes about \d+ MiB, and this mach", message)
+    assert re.search(r"has 1 MiB for it: try .*MODEL.TRUNK.DTYPE bfloat16 \(\d+ MiB\)", message)
+    assert ("SOLVER.OPTIMIZER ADAMW8BIT" in message) == has_adamw8bit()
 
     def broken(*_):
         raise RuntimeError("no plan")
 
-    monkeypatch.setattr(budget, "warning", broken)
+    monkeypatch.setattr(Setup, "split", broken)
     folder = write_coco(tmp_path / "more").parent
     words = "--output", str(tmp_path / "run"), "--model", "swin_digits", "--iterations", "1"
     assert main(["train", str(folder), "--val", str(folder), *words]) == 0
