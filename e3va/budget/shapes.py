@@ -27,6 +27,9 @@ PERIOD = 65521
 _LOOKS = {"_local_scalar_dense", "masked_select", "nms", "nonzero"}
 """Operations whose result's shape, or what Python does next, depends on values."""
 
+_UNSAFE_VIEW = torch.ops.aten._unsafe_view.default
+"""Shares its storage as a view does, and is not called one."""
+
 _HEAVY = ("attention", "conv", "mm", "norm", "pool", "roi_align", "upsample")
 """Parts of the names of operations that nobody chooses anything by."""
 
@@ -98,7 +101,7 @@ class ShapesOnly(TorchDispatchMode):
                 self.forget(*(out,) if out.numel() >= LARGE else ())
             return out
         heavy = _is_heavy(func) and any(tensor.numel() >= LARGE for tensor in tensors)
-        if func.is_view or not (unknown or heavy):
+        if func.is_view or func is _UNSAFE_VIEW or not (unknown or heavy):
             return func(*args, **kwargs)
         if self._looks(func, tensors):
             for tensor in unknown:
