@@ -17,7 +17,6 @@ seconds per iteration are medians of interleaved steps.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -27,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.environment import environment
+from bench.environment import environment, kept
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import coco_overrides, detectron2_loss
 from e3va.files import write_json
@@ -243,13 +242,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     options = parser.parse_args(arguments)
     options.seeds = list(dict.fromkeys(options.seeds))
-    report: dict[str, Any] = {"tracks": {}}
-    if options.json and options.json.exists():
-        try:
-            report = json.loads(options.json.read_text())
-            report["tracks"].items()
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            sys.exit(f"{options.json} holds no results to go on from: {error!r}")
+    report = kept(options.json, "tracks") or {"tracks": {}}
 
     def keep() -> None:
         if options.json:

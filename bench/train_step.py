@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -30,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.environment import environment
+from bench.environment import environment, kept
 from bench.step import DEVICE, MIB, build, config_of, loss, measure
 from e3va.budget import ShapesOnly
 from e3va.figures import pyplot, save
@@ -198,8 +197,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     size = list(options.size) if options.size else None
     settings = {"batch": options.batch, "size": size, "shapes_only": options.shapes}
-    report = _kept(options.json, settings) or {**settings, "setups": {}}
-    report = {"environment": environment(), **report}
+    report = _going_on(options.json, settings)
 
     def keep() -> None:
         if options.json:
@@ -240,19 +238,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     return report
 
 
-def _kept(file: Path | None, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The results that ``file`` holds; None: there is none."""
-    if file is None or not file.exists():
-        return None
-    try:
-        report = json.loads(file.read_text())
-        report["setups"].items()
-        kept = {key: report[key] for key in settings}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        sys.exit(f"{file} holds no results to go on from: {error!r}")
-    if kept != settings:
-        sys.exit(f"{file} holds results of {kept}, not {settings}: name another file with --json")
-    return {**settings, "setups": report["setups"]}
+def _going_on(file: Path | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The report that ``file`` holds, or a new one, of steps with these ``settings``."""
+    report = kept(file, "setups") or {**settings, "setups": {}}
+    found = {key: report.get(key) for key in settings}
+    if found != settings:
+        sys.exit(f"{file} holds results of {found}, not {settings}: name another file with --json")
+    return {"environment": environment(), **settings, "setups": report["setups"]}
 
 
 if __name__ == "__main__":

@@ -22,9 +22,9 @@ def test_a_forward_on_shapes_takes_what_a_real_one_does(method, size):
         if shapes:
             shapes.forget(*backbone.parameters())
             shapes.never_look_in(backbone)
-        with shapes or contextlib.nullcontext(), LiveBytes() as memory:
-            with torch.autocast("cpu", torch.bfloat16):
-                maps = backbone(image)
+        autocast = torch.autocast("cpu", torch.bfloat16)
+        with shapes or contextlib.nullcontext(), LiveBytes() as memory, autocast:
+            maps = backbone(image)
         found.append((memory.peak, memory.live, {name: p.shape for name, p in maps.items()}))
     (real_peak, real_live, real_maps), (peak, live, maps) = found
     assert maps == real_maps
