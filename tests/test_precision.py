@@ -2,11 +2,14 @@ import sys
 
 import pytest
 import torch
+from torch import nn
 
 from bench import precision as bench
 from e3va import build_backbone, load_adapter, quantize_trunk, save_adapter, trunk_config
+from e3va.measure import LiveBytes
+from e3va.measure.live import bytes_of
 from e3va.precision import PRECISIONS
-from e3va.trunks import FrozenSwin, Swin
+from e3va.trunks import FrozenSwin, Swin, base
 from tests.oracles import relative_error
 
 pytest.importorskip("torchao", reason="torchao is missing: quantised trunks are left untested")
@@ -40,6 +43,39 @@ def test_trains_beside_it_and_keeps_its_name(precision, tmp_path):
     # An adapter goes between the two: they are of the same weights.
     save_adapter(backbone, tmp_path)
     load_adapter(plain, tmp_path)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_large_maps_are_computed_in_parts(precision, monkeypatch):
+    """To the last bit what they are at once, and in less memory where torchao's copies are in 32
+    bits."""
+    trunk, image = FrozenSwin(CONFIG, torch.bfloat16), torch.randn(2, 3, 131, 203)
+    quantize_trunk(trunk, precision)
+    found = []
+    for values in (2**40, 1000, 1):
+        monkeypatch.setattr(base, "QUANTISED_VALUES", values)
+        with LiveBytes() as memory:
+            maps = trunk(image) if values > 1 else trunk(image[..., :9, :9])
+        found.append((maps, memory.peak))
+    (whole, peak), (parts, less), (one_by_one, _) = found
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert less < (0.6 if precision == "int8" else 1.1) * peak
+    monkeypatch.setattr(base, "QUANTISED_VALUES", 2**40)
+    few = trunk(image[..., :9, :9])
+    assert all(torch.equal(a, b) for a, b in zip(few, one_by_one, strict=True))
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bytes_of_quantised_weights(precision):
+    """A byte for a value, and a scale of 32 bits for an output; int8 has a little beside them."""
+    trunk = FrozenSwin(CONFIG)
+    before = bytes_of(trunk.parameters())
+    layers = [m for n, m in trunk.named_modules() if "blocks" in n and isinstance(m, nn.Linear)]
+    values, outputs = sum(m.weight.numel() for m in layers), sum(m.out_features for m in layers)
+    quantize_trunk(trunk, precision)
+    assert bytes_of(trunk.parameters()) == pytest.approx(
+        before - 3 * values + 4 * outputs, rel=5e-3
+    )
 
 
 def test_weights_come_before(tmp_path):

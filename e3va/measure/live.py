@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 
 from e3va.ops.library import FUNCTIONS
 
@@ -137,8 +137,18 @@ def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Of their storages, each counted once."""
-    return sum({storage_key(t): t.untyped_storage().nbytes() for t in tensors}.values())
+    """Of their storages, each counted once; those of quantised weights are of what they are made
+    of."""
+    plain = (t for tensor in tensors for t in _plain(tensor))
+    return sum({storage_key(t): t.untyped_storage().nbytes() for t in plain}.values())
+
+
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from _plain(getattr(tensor, name))
 
 
 def is_real(tensor: Tensor) -> bool:

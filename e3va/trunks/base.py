@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from e3va import ops
 
@@ -280,9 +281,25 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], norm.weight.to(x), norm.bias.to(x), norm.eps)
 
 
+QUANTISED_VALUES = 2**22
+"""Of its result that a quantised layer computes at once: torchao's has several copies of them, in
+32 bits."""
+
+
 class Linear(nn.Linear):
     """A linear layer with bias that computes in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.bias is not None
-        return F.linear(x, self.weight.to(x), self.bias.to(x))
+        weight, bias = self.weight.to(x), self.bias.to(x)
+        if not is_traceable_wrapper_subclass(weight):
+            return F.linear(x, weight, bias)
+        rows = max(1, QUANTISED_VALUES // self.out_features)
+        if x.shape[:-1].numel() <= rows:
+            return F.linear(x, weight, bias)
+        out = x.new_empty(*x.shape[:-1], self.out_features)
+        for part, of in zip(
+            x.flatten(0, -2).split(rows), out.flatten(0, -2).split(rows), strict=True
+        ):
+            of.copy_(F.linear(part, weight, bias))
+        return out
