@@ -12,6 +12,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from e3va.files import atomic_path
 from e3va.trunks import Trunk
@@ -71,8 +72,14 @@ def check_target(target: Path) -> None:
 
 def write_state(state: Mapping[str, Tensor], target: Path) -> None:
     """Write a model's whole state as one .safetensors or .pth file; replaced as a whole or not at
-    all."""
+    all.
+
+    Raises:
+        ValueError: as :func:`check_target`, or a quantised trunk is to be written as .safetensors.
+    """
     check_target(target)
+    if target.suffix != ".pth" and any(map(is_traceable_wrapper_subclass, state.values())):
+        raise ValueError(f"a trunk in eight bits is exported as .pth, not as {target}")
     tensors = {name: value.cpu().contiguous() for name, value in state.items()}
     with atomic_path(target) as temporary:
         if target.suffix == ".pth":

@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if not sys.warnoptions:  # libraries warn those who write programs
                 warnings.simplefilter("ignore")
                 warnings.filterwarnings("default", module=r"e3va\b")
-            for library in ("torch.fx", "torch.utils", "bitsandbytes"):
+            for library in ("torch.fx", "torch.utils._pytree", "bitsandbytes"):
                 logging.getLogger(library).setLevel(logging.ERROR)
             with interrupted_by_sigterm():
                 return options.run(options) or 0
@@ -161,7 +161,7 @@ def _add_runs(commands: Any) -> None:
         epilog="KEY VALUE pairs at the end override the config's settings.",
     )
     what = plan.add_mutually_exclusive_group(required=True)
-    what.add_argument("--config", metavar="YAML", help="of Detectron2, or a run's config.yaml")
+    what.add_argument("--config", metavar="YAML", help="of Detectron2, or a run")
     what.add_argument("--model", help="a trunk, or a detector and a trunk: retinanet_swin_b")
     plan.add_argument(
         "--engine", choices=ENGINES, help="of --model (default detectron2, where it is)"
@@ -174,7 +174,12 @@ def _add_runs(commands: Any) -> None:
         metavar=("H", "W"),
         help="(default: the config's largest)",
     )
-    plan.add_argument("--batch", type=_positive, default=1, metavar="N", help="images (default 1)")
+    plan.add_argument(
+        "--batch",
+        type=_positive,
+        metavar="N",
+        help="images at once (default 1; of torchvision's runs: their batch_size)",
+    )
     plan.add_argument("--instances", type=_positive, default=8, help="of an image (default 8)")
     plan.add_argument("--card", help='"RTX 3060", or its memory: 8GB (default: that found here)')
     plan.add_argument("--compare", type=Path, metavar="PNG", help="draw all methods as bars")
@@ -309,19 +314,26 @@ def _plan(options: argparse.Namespace) -> None:
     from e3va.budget.report import compare
     from e3va.runs import commands
 
+    for path in (options.json, options.compare):
+        if path and path.is_dir():
+            raise ValueError(f"{path} is a folder: name a file")
     own = card(options.card) if options.card else own_card()
-    given = options.config, options.model, options.method, options.overrides
     name = options.engine or commands.default_engine()
     if options.config:
-        name = commands.engine_of_config(Path(options.config), options.engine)
+        options.config, name = commands.config_of_plan(Path(options.config), options.engine)
+    given = options.config, options.model, options.method, options.overrides
     setup = commands.engine(name).open_setup(*given, options.instances)
+    images = options.batch or setup.images
     size = tuple(options.size or setup.training_size())
-    found = budget(setup, options.batch, size, own)
+    try:
+        found = budget(setup, images, size, own)
+    except RuntimeError as error:
+        raise ValueError(f"such a step cannot be taken, or not traced here: {error}") from error
     print(found.describe())
     if options.json:
         write_json(options.json, found.content())
     if options.compare:
-        for missing in compare(setup, options.batch, size, own, options.compare):
+        for missing in compare(setup, images, size, own, options.compare):
             print(f"left out: {missing}")
         print(f"all methods: {options.compare}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -80,29 +80,35 @@ def adamw8bit() -> type[torch.optim.Optimizer]:
     of fewer than :data:`IN_EIGHT_BITS` values keep theirs in float32.
 
     Raises:
-        ImportError: bitsandbytes is missing.
+        ImportError: bitsandbytes is missing, or cannot be loaded.
     """
     try:
         from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
             "an optimizer in eight bits needs bitsandbytes: pip install bitsandbytes"
         ) from error
+    except Exception as error:  # it looks for its own libraries, and those for a GPU's
+        raise ImportError(f"bitsandbytes cannot be loaded: {error}") from error
     return AdamW8bit
 
 
 def has_adamw8bit() -> bool:
     """Whether there is one."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+    try:
+        adamw8bit()
+    except ImportError:
+        return False
+    return True
 
 
 def state_bytes(optimizer: torch.optim.Optimizer, parameter: Tensor) -> int:
     """What ``optimizer`` keeps for ``parameter`` from its first step on, scales left out."""
     if isinstance(optimizer, torch.optim.SGD):
         return parameter.nbytes
-    if isinstance(optimizer, torch.optim.AdamW) or parameter.numel() < IN_EIGHT_BITS:
-        return 2 * parameter.nbytes
-    return 2 * parameter.numel()
+    if "bitsandbytes" in sys.modules and isinstance(optimizer, adamw8bit()):
+        return 2 * (parameter.numel() if parameter.numel() >= IN_EIGHT_BITS else parameter.nbytes)
+    return 2 * parameter.nbytes
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:

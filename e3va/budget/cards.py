@@ -61,14 +61,18 @@ class Card:
 
     Attributes:
         name: what it is called. memory: bytes that it has.
+        whole: whether tensors may fill all of it, as of a CPU's (default: they may not).
     """
 
     name: str
     memory: int
+    whole: bool = False
 
     @property
     def usable(self) -> int:
         """Bytes that tensors may fill."""
+        if self.whole:
+            return self.memory
         return max(0, int(self.memory * (1 - FRAGMENTS)) - CONTEXT)
 
 
@@ -78,7 +82,7 @@ def card(name: str) -> Card:
     Raises:
         ValueError: it is neither; the message lists the names.
     """
-    if memory := re.fullmatch(r"(\d+(?:\.\d+)?)\s*Gi?B?", name.strip(), re.IGNORECASE):
+    if memory := re.fullmatch(r"(\d{1,6}(?:\.\d+)?)\s*Gi?B?", name.strip(), re.IGNORECASE):
         return Card(name.strip(), int(float(memory[1]) * GIB))
     known = {_plain(own): own for own in CARDS}
     if own := known.get(_plain(name)):
@@ -88,12 +92,17 @@ def card(name: str) -> Card:
     )
 
 
-def own_card() -> Card | None:
-    """The first GPU of this machine, if it has one."""
-    if not torch.cuda.is_available():
+def own_card(device: torch.device | None = None) -> Card | None:
+    """The GPU that ``device`` is (default: the first of this machine); None: it is none."""
+    if not torch.cuda.is_available() or (device is not None and device.type != "cuda"):
         return None
-    properties = torch.cuda.get_device_properties(0)
+    properties = torch.cuda.get_device_properties(device.index or 0 if device else 0)
     return Card(properties.name, properties.total_memory)
+
+
+def memory_of(device: torch.device) -> Card:
+    """The GPU that ``device`` is, or this machine's own memory."""
+    return own_card(device) or Card("this machine", own_memory(), whole=True)
 
 
 def own_memory() -> int:

@@ -6,9 +6,11 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from e3va.budget.cards import Card, own_card, own_memory
+import torch
+
+from e3va.budget.cards import Card, memory_of
 from e3va.figures import pyplot, save
 from e3va.methods import METHODS
 
@@ -16,13 +18,14 @@ MIB = 2**20
 MOST, WIDEST = 256, 2
 """Images of a step, and times the size asked for, beyond which nobody looks."""
 
+LONGEST = 2**14
+"""Pixels of a side of an image that is traced, at the most."""
+
 TRIES = 4
 """Sizes that are traced to find the largest."""
 
 STEP = 32
 """Pixels that sizes are multiples of, as the coarsest map wants them."""
-
-THIS_MACHINE = "this machine"
 
 Size = tuple[int, int]
 
@@ -34,11 +37,13 @@ class Setup(Protocol):
 
     Attributes:
         method: how the backbone is tuned.
+        images: how many are computed at once where nobody says.
         batch: images of an optimizer step, as it is configured, that may be computed in parts;
             None: all images are computed at once.
     """
 
     method: str
+    images: int
     batch: int | None
 
     def split(self, images: int, size: Size) -> dict[str, int]:
@@ -55,6 +60,9 @@ class Setup(Protocol):
     def fewer(self, images: int, most: int) -> tuple[str, int]:
         """How instead of ``images`` at the most ``most`` are computed at once: in words, and how
         many then are."""
+
+
+S = TypeVar("S", bound=Setup)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,15 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
 
     Args:
         images: computed at once. size: height and width of each, padded as in training.
+
+    Raises:
+        ValueError: these are more, or larger, than anybody asks for.
     """
+    if images > MOST or max(size) > LONGEST:
+        raise ValueError(
+            f"at most {MOST} images of {LONGEST} pixels a side are planned, got {images} of "
+            f"{size[0]}×{size[1]}"
+        )
     split = setup.split(images, size)
     total = sum(split.values())
     needed = Budget(method=setup.method, images=images, size=size, total_bytes=total, split=split)
@@ -130,16 +146,16 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
     most = _largest_batch(setup, images, size, usable, total)
     fits = total <= usable
     largest = _largest_size(setup, images, size, usable, total)
-    advice: list[tuple[str, int]] = []
+    changes: list[tuple[str, int]] = []
     if not fits:
-        advice = [(words, sum(s.split(images, size).values())) for words, s in setup.savings()]
-        advice = [(words, saved) for words, saved in advice if saved < total]
+        changes = [(words, sum(s.split(images, size).values())) for words, s in setup.savings()]
+        changes = [(words, saved) for words, saved in changes if saved < total]
         if images > 1 and most:
             words, number = setup.fewer(images, most)
-            advice.append((words, sum(setup.split(number, size).values())))
+            changes.append((words, sum(setup.split(number, size).values())))
         if largest:
             words = f"images of {largest[0]}×{largest[1]}"
-            advice.append((words, sum(setup.split(images, largest).values())))
+            changes.append((words, sum(setup.split(images, largest).values())))
     return replace(
         needed,
         card=card.name,
@@ -149,12 +165,13 @@ def budget(setup: Setup, images: int, size: Size, card: Card | None = None) -> B
         largest_batch=most,
         largest_size=largest,
         accumulate=_accumulate(setup.batch, most) if setup.batch else None,
-        advice=tuple(advice),
+        advice=tuple(changes),
     )
 
 
-def warn(told: Callable[[], tuple[Setup, int, Size]]) -> None:
-    """Say before a training that its largest step is not going to fit, and what to do.
+def warn(told: Callable[[], tuple[Setup, int, Size]], device: torch.device) -> None:
+    """Say before a training on ``device`` that its largest step is not going to fit, and what to
+    do.
 
     Args:
         told: gives the setup, how many images are computed at once, and their size. Where it fails,
@@ -162,29 +179,41 @@ def warn(told: Callable[[], tuple[Setup, int, Size]]) -> None:
     """
     try:
         setup, images, size = told()
-        card = own_card()
-        there = card.usable if card else own_memory()
+        card = memory_of(device)
         needed = sum(setup.split(images, size).values())
-        if needed > there:
+        if needed > card.usable:
             logger.warning(
                 "a step of %d images of %d×%d takes about %s, and %s has %s for it: %s",
-                *(images, *size, _mib(needed), card.name if card else THIS_MACHINE, _mib(there)),
-                advice(setup, images, size),
+                *(images, *size, _mib(needed), card.name, _mib(card.usable)),
+                advice(setup, images, size, device),
             )
     except Exception as error:
         logger.info("The memory of a step is not known: %r", error)
 
 
-def advice(setup: Setup, images: int, size: Size) -> str:
-    """What to do on this machine where a step does not fit, in a line."""
-    card = own_card() or Card(THIS_MACHINE, own_memory())
+def advice(setup: Setup, images: int, size: Size, device: torch.device) -> str:
+    """What to do on ``device`` where a step does not fit, in a line."""
     try:
-        found = budget(setup, images, size, card)
+        found = budget(setup, images, size, memory_of(device))
         changes = [f"{words} ({_mib(total)})" for words, total in found.advice]
     except (RuntimeError, ValueError, ImportError) as error:  # it is an error's message anyway
         logger.debug("nothing is advised: %s", error)
         changes = []
-    return "try " + ", or ".join(changes or ["fewer images at once", "smaller images"])
+    if not changes:
+        fewer = [setup.fewer(images, images // 2)[0]] if images > 1 else []
+        changes = [*fewer, "smaller images"]
+    return "try " + ", or ".join(changes)
+
+
+def savings_by(
+    changes: Mapping[str, str], changed: Callable[[Mapping[str, str]], S]
+) -> Iterator[tuple[str, S]]:
+    """A setup by each of ``changes`` of its settings, and by all of them, for
+    :meth:`Setup.savings`."""
+    for name, value in changes.items():
+        yield f"{name} {value}", changed({name: value})
+    if len(changes) > 1:
+        yield "all of these", changed(changes)
 
 
 def _largest_batch(setup: Setup, images: int, size: Size, usable: int, total: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from e3va.data.coco_json import read_json
-from e3va.data.geometry import decode_mask, encode_mask
+from e3va.data.geometry import decode_mask, encode_mask, scale_to
 from e3va.data.images import read_image
 
 logger = logging.getLogger(__name__)
@@ -206,12 +206,6 @@ def average_precision(data: CocoInstances, results: Sequence[dict[str, Any]]) ->
             metrics[f"{name}_ap"] = 100 * float(scores[0])
             metrics[f"{name}_ap50"] = 100 * float(scores[1])
     return metrics
-
-
-def scale_to(size: tuple[int, int], shorter: int, longer: int) -> float:
-    """What brings the shorter side of ``size`` to ``shorter``, and the longer one to ``longer`` at
-    the most."""
-    return min(shorter / min(size), longer / max(size))
 
 
 def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:

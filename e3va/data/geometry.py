@@ -6,7 +6,7 @@ ValueError where the file cannot mean what it says.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -323,3 +323,20 @@ def _pycocotools() -> Any:
     except ImportError as error:
         raise ImportError("masks need pycocotools: pip install 'e3va[train]'") from error
     return mask
+
+
+def scale_to(size: tuple[int, int], shorter: int, longer: int) -> float:
+    """What brings the shorter side of ``size`` to ``shorter``, and the longer one to ``longer`` at
+    the most."""
+    return min(shorter / min(size), longer / max(size))
+
+
+def padded(sizes: Iterable[tuple[int, int]], grouped: bool = False) -> tuple[int, int]:
+    """Height and width that a batch of images of these sizes may be padded to; of wide ones and
+    others by themselves, if ``grouped`` (default: any come together), what has the most pixels."""
+    found: dict[bool, tuple[int, int]] = {}
+    for height, width in sizes:
+        wide = grouped and width > height
+        before = found.get(wide, (0, 0))
+        found[wide] = max(before[0], height), max(before[1], width)
+    return max(found.values(), key=lambda size: size[0] * size[1])

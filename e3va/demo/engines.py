@@ -139,7 +139,8 @@ def train_torchvision(method: str, coco: Path, output: Path, iterations: int, se
     from e3va.data.coco import CocoInstances
     from e3va.torchvision import ModelConfig, TrainConfig, build_model, detect
     from e3va.torchvision.engine import SMALL_HEADS
-    from e3va.torchvision.train import batch_loss, on_device, train
+    from e3va.torchvision.step import batch_loss, on_device
+    from e3va.torchvision.train import train
 
     train_data, val_data = (
         CocoInstances(coco / f"annotations/instances_{split}.json", coco / f"images/{split}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,8 +14,10 @@ from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
+from e3va.budget.report import savings_by
 from e3va.budget.sample import INSTANCES, sample_circles, sample_image
 from e3va.budget.tracer import Tracer
+from e3va.data.geometry import padded, scale_to
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.solver import build_optimizer, steps_early
 from e3va.methods import HIGHWAYS, METHODS
@@ -41,6 +43,7 @@ class Setup:
         self._instances = instances
         self._tracer: Tracer | None = None
         self.method = cfg.MODEL.TUNING.METHOD
+        self.images = 1
         self.batch = cfg.SOLVER.IMS_PER_BATCH
 
     def training_size(self) -> tuple[int, int]:
@@ -75,26 +78,32 @@ class Setup:
             changes["SOLVER.OPTIMIZER"] = "ADAMW8BIT"
         if self.method not in ("e3va", "frozen"):
             changes["MODEL.TUNING.METHOD"] = "e3va"
-        for key, value in changes.items():
-            yield f"{key} {value}", self._with({key: value})
-        if len(changes) > 1:
-            yield "all of these", self._with(changes)
+        return savings_by(changes, self._with)
 
     def fewer(self, images: int, most: int) -> tuple[str, int]:
         parts = next(n for n in range(2, images + 1) if -(-images // n) <= most)
         return f"in {parts} parts (SOLVER.ACCUMULATE)", -(-images // parts)
 
-    def split(self, images: int, size: tuple[int, int]) -> dict[str, int]:
+    def build(self) -> Tracer:
+        """The model and its optimizer, on shapes alone; always the same.
+
+        Raises:
+            ImportError, KeyError, TypeError, ValueError: a setting does not fit.
+        """
         cfg = self._cfg
-        self._tracer = tracer = self._tracer or Tracer(
+        self._tracer = self._tracer or Tracer(
             partial(build_model, cfg), partial(build_optimizer, cfg)
         )
+        return self._tracer
+
+    def split(self, images: int, size: tuple[int, int]) -> dict[str, int]:
+        cfg, tracer = self._cfg, self.build()
         batch = sample_batch(cfg, *size, self._instances) * images
         run = partial(loss, tracer.model, batch, cfg)
         step = partial(take_step, run, tracer.optimizer, steps_early(cfg))
         return tracer.split(step, part=images < self.batch)
 
-    def _with(self, changes: dict[str, Any]) -> Setup:
+    def _with(self, changes: Mapping[str, Any]) -> Setup:
         cfg = self._cfg.clone()
         cfg.merge_from_list([word for pair in changes.items() for word in pair])
         return Setup(cfg, self._instances)
@@ -110,17 +119,10 @@ def largest(cfg: CfgNode, records: Iterable[Record]) -> tuple[tuple[int, int], i
     cropped = crop.ENABLED and crop.TYPE == "absolute" and not crop.RESIZE
     if cropped or len(sizes) < len(records):
         return Setup(cfg).training_size(), instances
-    found: dict[bool, tuple[int, int]] = {}
-    for height, width in sizes:
-        scale = 1.0
-        if shorter := max(cfg.INPUT.MIN_SIZE_TRAIN):
-            longest = cfg.INPUT.MAX_SIZE_TRAIN / max(height, width)
-            scale = min(shorter / min(height, width), longest)
-        wide = cfg.DATALOADER.ASPECT_RATIO_GROUPING and width > height
-        size = round(height * scale), round(width * scale)
-        before = found.get(wide, (0, 0))
-        found[wide] = max(before[0], size[0]), max(before[1], size[1])
-    return max(found.values(), key=lambda size: size[0] * size[1]), max(1, instances)
+    shorter, longer = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
+    scales = [scale_to(size, shorter, longer) if shorter else 1.0 for size in sizes]
+    resized = ((round(h * s), round(w * s)) for (h, w), s in zip(sizes, scales, strict=True))
+    return padded(resized, cfg.DATALOADER.ASPECT_RATIO_GROUPING), max(1, instances)
 
 
 def loss(model: nn.Module, batch: list[dict[str, Any]], cfg: CfgNode) -> Tensor:

@@ -119,12 +119,14 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     return load_config(str(base), [*pairs, *overrides])
 
 
-def check_weights(cfg: CfgNode) -> None:
-    """That the trunk's weights, which are downloaded if need be, fit it.
+def check(cfg: CfgNode) -> None:
+    """That model and optimizer can be made, and that the trunk's weights, which are downloaded if
+    need be, fit it.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: they do not, or there are none.
+        FileNotFoundError, ImportError, TypeError, ValueError: they do not, or cannot.
     """
+    Setup(cfg).build()
     if weights := cfg.MODEL.TRUNK.WEIGHTS:
         weight_files.check_weights(local_weights(weights), trunk_of(cfg))
 
@@ -188,7 +190,7 @@ def train(cfg: CfgNode, folder: Path, *, resume: bool) -> dict[str, float]:
         trainer.resume_or_load(resume=resume)
         _write(cfg, folder)
         cfg.freeze()
-        warn(functools.partial(_largest_step, trainer))
+        warn(functools.partial(_largest_step, trainer), torch.device(cfg.MODEL.DEVICE))
         trainer.train()
     return trainer.metrics
 

@@ -178,7 +178,8 @@ class Trainer(DefaultTrainer):
             torch.OutOfMemoryError: it does not fit; says what would.
         """
         fixed = self._trainer.accumulate
-        if fixed and not next(self.model.parameters()).is_cuda:
+        device = next(self.model.parameters()).device
+        if fixed and device.type != "cuda":
             return
         size, instances = largest(self.cfg, self.data_loader.records)
         share = batch_share(self.cfg)
@@ -197,7 +198,7 @@ class Trainer(DefaultTrainer):
         reason = "on another process" if error is None else " ".join(str(error).split())
         raise torch.OutOfMemoryError(
             f"{what} does not fit in the memory ({reason}): "
-            f"{advice(Setup(self.cfg, instances), images, size)}"
+            f"{advice(Setup(self.cfg, instances), images, size, device)}"
         )
 
     def run_step(self) -> None:

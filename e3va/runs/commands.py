@@ -49,16 +49,20 @@ def default_engine() -> str:
     return "detectron2" if importlib.util.find_spec("detectron2") else "torchvision"
 
 
-def engine_of_config(path: Path, wanted: str | None = None) -> str:
-    """The engine that a config is of: of a run's config.yaml the run's, of others "detectron2".
+def config_of_plan(path: Path, wanted: str | None = None) -> tuple[str, str]:
+    """The config file that is ``path``, or in that folder of a run, and the engine that it is of.
 
     Raises:
-        ValueError: it is another than the one that is ``wanted`` (default: any).
+        FileNotFoundError: there is none.
+        ValueError: it is another engine's than ``wanted`` (default: any), or damaged.
     """
-    found = engine_of(path.parent) if path.name == CONFIG and path.is_file() else "detectron2"
+    path = path / CONFIG if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no config file {str(path)!r}: give one with --config")
+    found = engine_of(path)
     if wanted and wanted != found:
         raise ValueError(f"{path} is a config of {found}, not of {wanted}")
-    return found
+    return str(path), found
 
 
 def engine(name: str) -> Any:
@@ -134,7 +138,7 @@ def prepare(
         raise ValueError(
             f"{folder} holds a run already: go on with it by {go_on}, or name another by --output"
         )
-    by.check_weights(config)
+    by.check(config)
     write_data(data, folder / "data")
     if not (folder / CONFIG).exists():
         by.write_config(config, data, folder)

@@ -33,13 +33,15 @@ _RECORD = (MAPS, *(f"{split}.json" for split in _SPLITS))
 
 
 def engine_of(folder: str | os.PathLike[str]) -> str:
-    """The engine, "detectron2" or "torchvision", that has trained into ``folder``.
+    """The engine, "detectron2" or "torchvision", that has trained into ``folder``, or that a config
+    file is of.
 
     Raises:
-        FileNotFoundError: it is no folder of a run.
+        FileNotFoundError: it is no folder of a run, and no file.
         ValueError: its config is damaged.
     """
-    path = Path(folder) / CONFIG
+    path = Path(folder)
+    path = path if path.is_file() else path / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} is no folder of a run: there is no {path}")
     try:
@@ -52,7 +54,7 @@ def engine_of(folder: str | os.PathLike[str]) -> str:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is no config of a run")
-    return "detectron2" if "MODEL" in content else "torchvision"
+    return "torchvision" if content.keys() >= {"config", "classes"} else "detectron2"
 
 
 def is_run(path: str | os.PathLike[str]) -> bool:

@@ -39,7 +39,11 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What :func:`e3va.torchvision.build_model` builds; the fields' ``help`` says what each is."""
+    """What :func:`e3va.torchvision.build_model` builds; the fields' ``help`` says what each is.
+
+    Raises:
+        ValueError: a setting is out of range.
+    """
 
     # Their hash tells whether they are the same, wherever they lie.
     weights: str = _setting("the trunk's: a file or timm:NAME", fixed=False)
@@ -59,6 +63,17 @@ class ModelConfig:
     detector_options: Mapping[str, Any] = _setting(
         "of torchvision's: detector_options.box_score_thresh 0.2", {}
     )
+
+    def __post_init__(self) -> None:
+        if self.trunk_dtype not in DTYPES:
+            raise ValueError(
+                f"trunk_dtype must be one of {', '.join(DTYPES)}, got {self.trunk_dtype!r}"
+            )
+        for name in ("out_channels", "anchor_sizes", "min_size", "max_size"):
+            value = getattr(self, name)
+            sizes = value if isinstance(value, tuple) else (value,)
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,8 +153,15 @@ def from_json(kind: type[Config], content: Mapping[str, Any]) -> Config:
 
     Raises:
         TypeError: a setting is missing or unknown.
+        ValueError: one is of another type, or out of range.
     """
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
+    if not isinstance(content, Mapping):
+        raise ValueError(f"settings are pairs of names and values, not {content!r}")
+    values: dict[str, Any] = dict(content)
+    hints = typing.get_type_hints(kind)
+    for f in _described(kind):
+        if f.name in values:
+            values[f.name] = _typed(f, hints[f.name], values[f.name])
     if values.get("model") is not None:
         values["model"] = from_json(ModelConfig, values["model"])
     return kind(**values)
@@ -167,7 +189,7 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
         kind, f = fields[name]
         hint = typing.get_type_hints(kind)[name]
         if not dot:
-            changes[kind][name] = _value(f, hint, text)
+            changes[kind][name] = _typed(f, hint, _literal(text), text)
         elif typing.get_origin(hint) is Mapping:
             before = changes[kind].get(name, getattr(config.model, name))
             changes[kind][name] = {**before, entry: _literal(text)}
@@ -178,9 +200,9 @@ def set_fields(config: TrainConfig, overrides: Sequence[str]) -> TrainConfig:
     return dataclasses.replace(own, model=model)
 
 
-def _value(f: dataclasses.Field[Any], hint: Any, text: str) -> Any:
-    """What ``text`` means for a field of type ``hint``."""
-    value = _literal(text)
+def _typed(f: dataclasses.Field[Any], hint: Any, value: Any, text: Any = None) -> Any:
+    """``value``, or ``text`` that it was read from, as a field of type ``hint`` has it."""
+    text = value if text is None else text
     kinds = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
     for kind in kinds:
         origin = typing.get_origin(kind) or kind
@@ -193,12 +215,12 @@ def _value(f: dataclasses.Field[Any], hint: Any, text: str) -> Any:
             if isinstance(value, dict):
                 return value
         elif kind is str:
-            if f.metadata["choices"] is None or text in f.metadata["choices"]:
+            if isinstance(text, str) and text in (f.metadata["choices"] or [text]):
                 return text
         elif type(value) is kind or (kind is float and type(value) is int):
             return kind(value) if kind is float else value
-    wanted = f.metadata["choices"] or ", ".join(getattr(k, "__name__", str(k)) for k in kinds)
-    raise ValueError(f"{f.name} must be of {wanted}, got {text!r}")
+    wanted = f.metadata["choices"] or [getattr(k, "__name__", str(k)) for k in kinds]
+    raise ValueError(f"{f.name} must be of {', '.join(wanted)}, got {text!r}")
 
 
 def _literal(text: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from e3va import weights as weight_files
 from e3va.budget import warn
 from e3va.checkpoint import check_target, write_state
-from e3va.data.coco import CocoInstances, scale_to
+from e3va.data.coco import CocoInstances
 from e3va.data.folder import Data
 from e3va.data.geometry import encode_mask
 from e3va.methods import HIGHWAYS, METHODS
@@ -59,18 +59,30 @@ def open_setup(
     """
     if config is None:
         assert model is not None
-        detector, variant = model_of(model)
-        settings = _model_config(detector, variant, method or "e3va", amp=True, weights="")
-        own = TrainConfig(iterations=1, amp="bfloat16", model=settings)
-        return Setup(set_fields(own, overrides), CLASSES, instances)
-    run = Run.read(Path(config).parent)
+        settings = _model_config(*model_of(model), method or "e3va", weights="")
+        own = TrainConfig(iterations=1, batch_size=1, amp="bfloat16", model=settings)
+        return Setup(_overridden(own, overrides, new=True), CLASSES, instances)
+    run = Run.read(config)
+    if run.config.model is None:
+        raise ValueError(f"{config} does not tell what the model was built from")
     words = ["method", method] if method else []
-    return Setup(set_fields(run.config, [*words, *overrides]), len(run.classes), instances)
+    return Setup(_overridden(run.config, [*words, *overrides]), len(run.classes), instances)
 
 
-def _model_config(
-    detector: str, variant: str, method: str, *, amp: bool, **more: Any
-) -> ModelConfig:
+def _overridden(config: TrainConfig, overrides: Sequence[str], new: bool = False) -> TrainConfig:
+    """``config`` with some settings set otherwise; of a ``new`` one, and where these change it, the
+    frozen weights are stored in what autocast computes in, unless they say otherwise."""
+    config = set_fields(config, overrides)
+    assert config.model is not None
+    names = set(overrides[::2])
+    if "trunk_dtype" in names or not (new or names & {"amp", "method"}):
+        return config
+    trains_trunk = METHODS[config.model.method].trains_trunk
+    stored = "float32" if trains_trunk or not config.amp else config.amp
+    return set_fields(config, ["trunk_dtype", stored])
+
+
+def _model_config(detector: str, variant: str, method: str, **more: Any) -> ModelConfig:
     """A detector over a trunk as ``e3va train`` makes it; ``more``: further settings.
 
     Raises:
@@ -93,7 +105,6 @@ def _model_config(
         # A trunk this narrow needs relatively wider adapters than the paper's.
         options={"kernel_dim": 16, "hidden_ratio": 1.0} if small and method in HIGHWAYS else {},
         variant=variant,
-        trunk_dtype="bfloat16" if amp and not METHODS[method].trains_trunk else "float32",
         out_channels=64 if small else 256,
         detector_options=heads,
         **more,
@@ -109,10 +120,8 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     Raises:
         ValueError: the task is semantic segmentation, or a setting is unknown or out of range.
     """
-    amp = torch.cuda.is_available()
     model = _model_config(
         *(plan.detector, plan.variant, plan.method),
-        amp=amp,
         weights=plan.weights,
         anchor_sizes=plan.anchor_sizes,
         min_size=(plan.min_size,),
@@ -127,19 +136,25 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
         eval_period=plan.eval_period,
         checkpoint_period=plan.checkpoint_period,
         seed=plan.seed,
-        amp="bfloat16" if amp else None,
+        amp="bfloat16" if torch.cuda.is_available() else None,
         model=model,
     )
-    return set_fields(config, overrides)
+    config = _overridden(config, overrides, new=True)
+    if (folder / CONFIG).is_file() and "trunk_dtype" not in overrides[::2]:  # to be resumed
+        begun = Run.read(folder).config.model
+        config = set_fields(config, ["trunk_dtype", begun.trunk_dtype]) if begun else config
+    return config
 
 
-def check_weights(config: TrainConfig) -> None:
-    """That the trunk's weights, which are downloaded if need be, fit it.
+def check(config: TrainConfig) -> None:
+    """That model and optimizer can be made, and that the trunk's weights, which are downloaded if
+    need be, fit it.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: they do not, or there are none.
+        FileNotFoundError, ImportError, TypeError, ValueError: they do not, or cannot.
     """
     assert config.model is not None
+    Setup(config).build()
     trunk = trunk_config(config.model.variant, **config.model.trunk_options)
     weight_files.check_weights(weight_files.resolve(config.model.weights), trunk)
 
@@ -150,7 +165,7 @@ def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     Raises:
         ValueError: config.yaml is damaged, or a setting is unknown or out of range.
     """
-    return set_fields(Run.read(folder).config, overrides)
+    return _overridden(Run.read(folder).config, overrides)
 
 
 def iterations_of(config: TrainConfig) -> int:
@@ -194,19 +209,9 @@ def train(config: TrainConfig, folder: Path, *, resume: bool) -> dict[str, float
     torch.manual_seed(config.seed)
     assert config.model is not None
     model = build_model(config.model, len(train_data.classes) + 1, config.resolved_device())
-    warn(partial(_largest_step, train_data, config))
+    warn(partial(Setup.of_data, config, train_data), config.resolved_device())
     result = train_model(model, train_data, val_data, folder, config, resume=resume)
     return {name: value for name, value in result.items() if "_ap" in name}
-
-
-def _largest_step(data: CocoInstances, config: TrainConfig) -> tuple[Setup, int, tuple[int, int]]:
-    assert config.model is not None
-    sides = max(config.model.min_size), config.model.max_size
-    largest, fullest = data.largest(*sides)
-    height, width, _ = data.shape(largest)
-    scale = scale_to((height, width), *sides)
-    setup = Setup(config, len(data.classes), data.shape(fullest)[2])
-    return setup, config.batch_size, (round(scale * height), round(scale * width))
 
 
 def _data(config: TrainConfig, folder: Path) -> tuple[CocoInstances, CocoInstances]:

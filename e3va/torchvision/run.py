@@ -59,16 +59,20 @@ class Run:
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read it from there.
+        """Read it from there, or from such a file itself.
 
         Raises:
             FileNotFoundError: ``folder`` has no ``config.yaml``.
             ValueError: it is not what :meth:`write` writes.
         """
-        path = Path(folder) / CONFIG
+        path = Path(folder)
+        path = path if path.is_file() else path / CONFIG
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            return cls(**{**content, "config": from_json(TrainConfig, content["config"])})
+            run = cls(**{**content, "config": from_json(TrainConfig, content["config"])})
+            if not isinstance(run.classes, list) or not isinstance(run.data, dict):
+                raise ValueError("classes are a list, and data a dictionary")
+            return run
         except (ValueError, TypeError, LookupError, yaml.YAMLError) as error:
             raise ValueError(f"{path} is damaged, or of another version: {error}") from error
 

@@ -9,7 +9,6 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +18,26 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import MaskRCNN
 
 from e3va.backbone import Backbone
+from e3va.budget import advice
 from e3va.budget.probe import probe
 from e3va.data.coco import CocoInstances, Target, flip
 from e3va.measure import trainable_parameters
-from e3va.optim import Rates, adamw8bit, parameter_groups
 from e3va.runs.folder import CONFIG, METRICS, History, check_settings, rank
 from e3va.runs.interrupt import held_back, ignore_interrupts
 from e3va.runs.progress import Bar, peak_bytes, reset_peak_bytes
 from e3va.seeding import reseed, seed_of
+from e3va.torchvision.budget import Setup
 from e3va.torchvision.checkpoint import load_checkpoint, save_checkpoint
-from e3va.torchvision.config import TrainConfig, fixed_settings
+from e3va.torchvision.config import ModelConfig, TrainConfig, fixed_settings
 from e3va.torchvision.evaluation import evaluate
 from e3va.torchvision.run import CHECKPOINT, Run
+from e3va.torchvision.step import (
+    batch_loss,
+    build_optimizer,
+    clipped_step,
+    load_optimizer,
+    on_device,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +104,11 @@ def train(
     if resume and (output / CHECKPOINT).is_file():
         state = load_checkpoint(output / CHECKPOINT, model)
         # A setting that a checkpoint does not know yet was as it is by default.
-        before = fixed_settings(TrainConfig(iterations=1)) | state["settings"]
+        model_defaults = ModelConfig(weights="") if config.model else None
+        defaults = TrainConfig(iterations=1, model=model_defaults)
+        before = fixed_settings(defaults) | state["settings"]
         check_settings(settings, before, output / CHECKPOINT)
-        optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(optimizer, state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         start, metrics, evaluated = state["iteration"], state["metrics"], state["evaluated"]
         logger.info("resuming from iteration %d of %s", start, output / CHECKPOINT)
@@ -170,12 +179,13 @@ def train(
                 f"the loss is {loss} at iteration {iteration + 1}: lower lr ({config.lr}), "
                 f"lengthen warmup ({config.warmup}), or do without float16"
             )
-        take_step(total, optimizer, scaler, config.clip_norm)
+        clipped_step(total, optimizer, scaler, config.clip_norm)
         peak, lr = max(peak, peak_bytes(device)), config.lr * factor
         seconds = time.perf_counter() - began
         history.add(iteration=iteration + 1, loss=loss, lr=lr, seconds=seconds)
         bar.step(loss, lr, metrics, peak)
 
+    optimizer.zero_grad()  # a model may come with gradients
     bar = Bar(start, config.iterations)
     try:
         for iteration, batch in enumerate(batches, start=start):
@@ -224,63 +234,15 @@ def try_largest(
         probe(model, lambda: batch_loss(model, images, targets, config.amp_dtype), optimizer)
     except torch.OutOfMemoryError as error:
         reason = " ".join(str(error).split())
+        what = "lower batch_size or min_size, train by the method e3va, or in amp"
+        if config.model:
+            what = advice(*Setup.of_data(config, data), device)
         raise torch.OutOfMemoryError(
             f"a step of {config.batch_size} of the largest images does not fit in the memory "
-            f"({reason}): lower batch_size ({config.batch_size}) or min_size ({side}), train "
-            "by the method e3va, or in amp; e3va plan tells what each brings"
+            f"({reason}): {what}"
         ) from None
     finally:
         transform.min_size = sizes
-
-
-def build_optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that ``config`` describes, over the parameters that require a gradient.
-
-    Raises:
-        ImportError: it needs a package that is missing.
-    """
-    rates = Rates(
-        config.lr,
-        config.weight_decay,
-        highway_lr_factor=config.highway_lr_factor,
-        highway_lr_ratio=config.highway_lr_ratio,
-    )
-    groups = parameter_groups(model, rates)
-    if config.optimizer == "adamw8bit":
-        kind: Any = adamw8bit()
-        return kind(groups, lr=config.lr)
-    # Fused it makes nothing of a weight's size.
-    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
-
-
-def take_step(
-    loss: Tensor, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, clip_norm: float
-) -> None:
-    """The backward of ``loss`` and the optimizer's step, by gradients whose norm is ``clip_norm``
-    at the most. Leaves none."""
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    nn.utils.clip_grad_norm_(trained, clip_norm)
-    scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad()
-
-
-def on_device(
-    batch: Sequence[tuple[Tensor, Target]], device: torch.device
-) -> tuple[list[Tensor], list[Target]]:
-    """The images and the targets of a batch."""
-    images = [image.to(device) for image, _ in batch]
-    return images, [{k: v.to(device) for k, v in target.items()} for _, target in batch]
-
-
-def batch_loss(
-    model: Any, images: list[Tensor], targets: list[Target], amp_dtype: torch.dtype | None
-) -> Tensor:
-    """The sum of the losses of a model in training, in autocast to a dtype if there is one."""
-    with torch.autocast(images[0].device.type, amp_dtype, enabled=amp_dtype is not None):
-        return sum(model(images, targets).values())
 
 
 def schedule(iteration: int, iterations: int, warmup: int) -> float:

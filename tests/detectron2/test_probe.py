@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from e3va.budget import report, warn
+from e3va.budget import cards, warn
 from e3va.cli import main
 from e3va.detectron2 import Trainer, load_config
 from e3va.detectron2.budget import Setup, largest, loss, sample_batch
@@ -122,10 +122,10 @@ def test_the_largest_step_of_some_data():
 def test_a_warning_before_training(tmp_path, monkeypatch, capsys, caplog):
     setup = Setup(packaged(tmp_path), 3)
     with caplog.at_level(logging.WARNING):
-        warn(lambda: (setup, 1, (64, 96)))
+        warn(lambda: (setup, 1, (64, 96)), torch.device("cpu"))
         assert not caplog.messages
-        monkeypatch.setattr(report, "own_memory", lambda: 2**20)
-        warn(lambda: (setup, 2, (64, 96)))
+        monkeypatch.setattr(cards, "own_memory", lambda: 2**20)
+        warn(lambda: (setup, 2, (64, 96)), torch.device("cpu"))
     (message,) = (r.getMessage() for r in caplog.records if r.name.startswith("e3va"))
     assert re.match(r"a step of 2 images of 64×96 takes about \d+ MiB, and this mach", message)
     assert re.search(r"has 1 MiB for it: try .*MODEL.TRUNK.DTYPE bfloat16 \(\d+ MiB\)", message)

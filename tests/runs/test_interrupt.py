@@ -72,7 +72,7 @@ def test_a_run_that_is_stopped_again_and_again_repeats_the_whole_one(
     if engine == "detectron2":
         pytest.importorskip("detectron2", reason="Detectron2 is not installed")
     # Its forward pass, which is on shapes alone, is none of those that are counted.
-    monkeypatch.setattr(f"e3va.{engine}.engine.warn", lambda told: None)
+    monkeypatch.setattr(f"e3va.{engine}.engine.warn", lambda told, device: None)
     data = str(write_coco(tmp_path / "data"))
     new = ["train", data, "--engine", engine, "--model", "swin_digits", "--iterations", "4"]
     assert main([*new, "--output", str(tmp_path / "whole"), *PERIODS[engine]]) == 0

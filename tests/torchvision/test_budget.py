@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,14 +10,14 @@ import torch
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from e3va.budget import report
+from e3va.budget import cards, report
 from e3va.cli import main
 from e3va.measure import SPLIT, step_split
 from e3va.optim import has_adamw8bit
 from e3va.torchvision import ModelConfig, TrainConfig
 from e3va.torchvision.budget import Setup, sample, step
 from e3va.torchvision.run import build_model
-from e3va.torchvision.train import build_optimizer
+from e3va.torchvision.step import build_optimizer
 from tests.data.conftest import coco_tree
 
 EIGHT = {"optimizer": "adamw8bit"}
@@ -32,14 +31,14 @@ def settings(detector, method, **more):
     return TrainConfig(iterations=1, model=ModelConfig(**model), **more)
 
 
-def real_split(config, size, images):
+def real_split(config, size, images, of=None):
     """The bytes of a real step, of which few regions are positive, as in a trace."""
     torch.manual_seed(1)
     model = build_model(config.model, 81, pretrained=False).train()
     model.transform.min_size, model.transform.max_size = (min(size),), max(size)
-    made = SimpleNamespace(model=model, optimizer=build_optimizer(config, model))
-    batch = [sample(config.model.detector, *size, 8, 80)] * images
-    return step_split(model, lambda: step(made, batch, config), made.optimizer)
+    optimizer = build_optimizer(config, model)
+    batch = [sample(config.model.detector, *(of or size), 8, 80)] * images
+    return step_split(model, lambda: step(model, optimizer, batch, config), optimizer)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_plans_without_detectron2(tmp_path, monkeypatch, capsys):
     assert changes["options.storage int4"] < content["total_bytes"]
     assert "does not fit" in capsys.readouterr().out
     assert plan("--config", tmp_path / "no.yaml") == 2
-    assert "needs Detectron2" in capsys.readouterr().err
+    assert "no config file" in capsys.readouterr().err
 
 
 def test_plans_of_runs_and_a_warning_before_training(tmp_path, monkeypatch, capsys, caplog):
@@ -115,7 +114,7 @@ def test_plans_of_runs_and_a_warning_before_training(tmp_path, monkeypatch, caps
     words = "--val", str(tmp_path / "data"), "--output", str(run), "--model", "swin_digits"
     words += "--engine", "torchvision", "--iterations", "1"
     with monkeypatch.context() as small, caplog.at_level(logging.WARNING):
-        small.setattr(report, "own_memory", lambda: 2**20)
+        small.setattr(cards, "own_memory", lambda: 2**20)
         assert main(["train", str(tmp_path / "data"), *words]) == 0
     (message,) = (r.getMessage() for r in caplog.records if r.name == report.__name__)
     assert "and this machine has 1 MiB for it: try " in message
