@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,10 @@ def tracks() -> str:
     return "\n".join(lines)
 
 
-def costs() -> str:
+def costs(file: str = "train_step.json") -> str:
     """Bytes of a whole step of every setup at their peak, by method, and E³VA's saving."""
     key = "total_bytes"
-    return _steps("train_step.json", key, lambda step, _: f"{step[key] / MIB:.0f}", "MiB")
+    return _steps(file, key, lambda step, _: f"{step[key] / MIB:.0f}", "MiB")
 
 
 def times() -> str:
@@ -208,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "cards": cards,
     "plans": plans,
     "costs": costs,
+    "costs_of_two": partial(costs, "train_step_batch2.json"),
     "times": times,
     "demo": demo,
     "kernels": kernels,
