@@ -114,7 +114,7 @@ def test_adamw_in_eight_bits_moves_as_adamw(shape):
     assert kept == (2 if coded else 8) * start.numel()
 
 
-@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
 def test_bytes_of_the_state(kind):
     parameter = torch.nn.Parameter(torch.zeros(100, 50))
     optimizer = kind([parameter], lr=0.1, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
@@ -124,11 +124,20 @@ def test_bytes_of_the_state(kind):
     assert optim.state_bytes(optimizer, parameter) == sum(v.nbytes for v in state)
 
 
-def test_without_bitsandbytes_a_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+def test_without_bitsandbytes_a_line_says_so(monkeypatch, tmp_path):
+    for name in [n for n in sys.modules if n.split(".")[0] == "bitsandbytes"]:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as missing:
+        missing.setitem(sys.modules, "bitsandbytes", None)
+        with pytest.raises(ImportError, match="pip install bitsandbytes"):
+            optim.adamw8bit()
+        assert not optim.has_adamw8bit()
+    (tmp_path / "bitsandbytes").mkdir()
+    (tmp_path / "bitsandbytes/__init__.py").write_text("raise RuntimeError('no CUDA of theirs')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ImportError, match="cannot be loaded: no CUDA of theirs"):
         optim.adamw8bit()
+    assert not optim.has_adamw8bit()
 
 
 def test_stepping_ends_with_a_backward_that_fails():

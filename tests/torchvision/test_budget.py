@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from e3va.torchvision import ModelConfig, TrainConfig
 from e3va.torchvision.budget import Setup, sample, step
 from e3va.torchvision.run import build_model
 from e3va.torchvision.step import build_optimizer
-from tests.data.conftest import coco_tree
+from tests.data.conftest import coco, coco_tree
 
 EIGHT = {"optimizer": "adamw8bit"}
 HALF = {"amp": "bfloat16", "trunk_dtype": "bfloat16"}
@@ -27,7 +28,7 @@ HALF = {"amp": "bfloat16", "trunk_dtype": "bfloat16"}
 def settings(detector, method, **more):
     """Of a training of a detector over Swin-T."""
     model = {"detector": detector, "method": method, "variant": "swin_t", "weights": ""}
-    model |= {name: more.pop(name) for name in ("trunk_dtype", "options") if name in more}
+    model |= {name: more.pop(name) for name in ModelConfig.__annotations__ if name in more}
     return TrainConfig(iterations=1, model=ModelConfig(**model), **more)
 
 
@@ -68,6 +69,28 @@ def test_a_traced_step_takes_what_a_real_one_does(detector, method, size, images
     assert traced["backbone_saved"] == pytest.approx(real["backbone_saved"], rel=0.05, abs=2**16)
 
 
+def test_images_and_masks_are_counted_as_they_come():
+    """They are on the device before the detector resizes them: three numbers in float32 for a pixel
+    of an image, and a byte of each of its eight masks."""
+    config, size, of = settings("mask_rcnn", "frozen"), (96, 128), (960, 1280)
+    real = real_split(config, size, 2, of)
+    traced = Setup(config, pixels=of[0] * of[1]).split(2, size)
+    assert {**traced, "heads": 0} == {**real, "heads": 0}
+    few, pixels = Setup(config).split(2, size), 2 * (of[0] * of[1] - size[0] * size[1])
+    assert traced["loss_and_data"] - few["loss_and_data"] == pixels * (3 * 4 + 8)
+
+
+def test_the_largest_step_of_some_data(tmp_path):
+    """Of images that are padded to each other's sides, unless each is alone."""
+    data = coco(tmp_path)
+    data._images[0] |= {"height": 120, "width": 60}
+    config = settings("mask_rcnn", "e3va", min_size=(96,), max_size=144, batch_size=2)
+    setup, images, size = Setup.of_data(config, data)
+    assert (images, size) == (2, (144, 128))  # 60×80 becomes 96×128, 120×60 144×72
+    assert setup._pixels == 120 * 60 and setup._instances == 3
+    assert Setup.of_data(replace(config, batch_size=1), data)[2] == (96, 128)
+
+
 def test_what_makes_a_step_smaller():
     setup = Setup(settings("retinanet", "e3va", options={"storage": "full"}))
     savings = dict(setup.savings())
@@ -79,7 +102,8 @@ def test_what_makes_a_step_smaller():
     before = sum(setup.split(1, (128, 128)).values())
     assert all(bytes_[words] < before for words in wanted[1:])
     half = Setup(settings("retinanet", "lora", **HALF))
-    assert list(dict(half.savings()))[-2:] == ["method e3va", "all of these"] or not has_adamw8bit()
+    eight = ["optimizer adamw8bit"] if has_adamw8bit() else []
+    assert list(dict(half.savings())) == [*eight, "method e3va", *["all of these"] * len(eight)]
     full = half.changed("full")
     assert full.method == "full" and full._config.model.trunk_dtype == "float32"
     assert half.fewer(4, 3) == ("batch_size 3", 3)
@@ -126,7 +150,27 @@ def test_plans_of_runs_and_a_warning_before_training(tmp_path, monkeypatch, caps
     capsys.readouterr()
     assert plan(*config, "--engine", "detectron2") == 2
     assert "is a config of torchvision, not of detectron2" in capsys.readouterr().err
+    # What is computed at once is the run's batch where nobody says; a run's folder is its config.
+    assert plan("--config", run, "--method", "full", "--json", file) == 0
+    assert json.loads(file.read_text())["images"] == images
+    assert plan("--config", run, "trunk_dtype", "bfloat16", "method", "full") == 2
+    assert "which is stored in float32" in capsys.readouterr().err
+    text = (run / "config.yaml").read_text()
+    for old, new, message in (
+        ("trunk_dtype: float32", "trunk_dtype: foo", "trunk_dtype must be of float32, bfloat16"),
+        ("max_size: 214", "max_size: 0", "max_size must be at least 1, got 0"),
+        ("anchor_sizes:", "anchor_sizes: 3\n    x:", "damaged"),
+        ("optimizer: adamw", "optimizer: 3", "optimizer must be of adamw, adamw8bit, got 3"),
+    ):
+        assert text.count(old) == 1
+        (run / "config.yaml").write_text(text.replace(old, new))
+        assert plan(*config) == 2
+        assert message in capsys.readouterr().err
     for wrong, message in (
+        (("--model", "swin_t", "--size", 10**6, 64), "of 16384 pixels a side"),
+        (("--model", "swin_t", "--batch", 1000, "--size", 64, 64), "at most 256 images"),
+        (("--model", "swin_t", "--json", tmp_path), "is a folder"),
+        (("--model", "swin_t", "--card", "1" * 400 + "GB"), "unknown card"),
         (("--model", "upernet_swin_t"), "by Detectron2 alone"),
         (("--model", "swin_t", "lr", "-1"), "lr must be positive"),
         (("--model", "swin_t", "optimiser", "adamw"), "did you mean optimizer"),

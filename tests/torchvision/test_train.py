@@ -17,7 +17,7 @@ from tests.torchvision.conftest import SMALL, SMALL_HEADS, backbone, detector
 pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 
-from e3va.torchvision import TrainConfig, mask_rcnn
+from e3va.torchvision import ModelConfig, TrainConfig, mask_rcnn
 from e3va.torchvision.checkpoint import load_checkpoint
 from e3va.torchvision.model import DETECTORS
 from e3va.torchvision.run import Run
@@ -140,6 +140,34 @@ def test_a_run_with_an_optimizer_in_eight_bits_resumes(tmp_path):
     torch.save(state, out / "checkpoint.pt")
     with pytest.raises(ValueError, match="with optimizer adamw, not adamw8bit"):
         train(detector(), data, None, out, eight, resume=True)
+
+
+@pytest.mark.parametrize("amp", [None, "bfloat16", "float16"])
+def test_runs_of_before_resume(tmp_path, amp):
+    """A checkpoint that knows neither optimizer nor trunk_dtype, of an AdamW that was not fused."""
+    data, out = coco(tmp_path / "data"), tmp_path / "out"
+    config = settings(amp=amp, model=ModelConfig(weights="none.pth"))
+    train(whole := detector(), data, None, tmp_path / "whole", config)
+    with pytest.raises(Killed):
+        train(detector(), interrupted(data, 7), None, out, replace(config, checkpoint_period=3))
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    for setting in ("optimizer", "trunk_dtype"):
+        del state["settings"][setting]
+    for group in state["optimizer"]["param_groups"]:
+        group["fused"] = None
+    torch.save(state, out / "checkpoint.pt")
+    train(parts := detector(seed=1), data, None, out, config, resume=True)
+    for (name, a), b in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_model_that_comes_with_gradients_trains_as_one_without(tmp_path):
+    data, models = coco(tmp_path / "data"), [detector(), detector()]
+    for parameter in models[1].parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    for index, model in enumerate(models):
+        train(model, data, None, tmp_path / str(index), settings(iterations=3))
+    assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
 
 
 def test_settings_that_show_in_no_weight_are_compared(tmp_path):
