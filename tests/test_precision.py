@@ -47,8 +47,8 @@ def test_trains_beside_it_and_keeps_its_name(precision, tmp_path):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_large_maps_are_computed_in_parts(precision, monkeypatch):
-    """To the last bit what they are at once, and in less memory where torchao's copies are in 32
-    bits."""
+    """What they are at once, to the last bit where the products are of whole numbers, and in less
+    memory where torchao's copies are in 32 bits."""
     trunk, image = FrozenSwin(CONFIG, torch.bfloat16), torch.randn(2, 3, 131, 203)
     quantize_trunk(trunk, precision)
     found = []
@@ -58,11 +58,12 @@ def test_large_maps_are_computed_in_parts(precision, monkeypatch):
             maps = trunk(image) if values > 1 else trunk(image[..., :9, :9])
         found.append((maps, memory.peak))
     (whole, peak), (parts, less), (one_by_one, _) = found
-    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    slack = 0.0 if precision == "int8" else 1e-2
+    assert all(relative_error(a, b) <= slack for a, b in zip(parts, whole, strict=True))
     assert less < (0.6 if precision == "int8" else 1.1) * peak
     monkeypatch.setattr(base, "QUANTISED_VALUES", 2**40)
     few = trunk(image[..., :9, :9])
-    assert all(torch.equal(a, b) for a, b in zip(few, one_by_one, strict=True))
+    assert all(relative_error(a, b) <= slack for a, b in zip(one_by_one, few, strict=True))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
