@@ -49,6 +49,19 @@ def tracks() -> str:
     return "\n".join(lines)
 
 
+def real() -> str:
+    """The methods on real images, one seed each."""
+    found = json.loads((RESULTS / "tracks_real.json").read_text())["tracks"]
+    lines = [_row("", "", "score", "trained", "saved"), "|---" * 5 + "|"]
+    for name, track in found.items():
+        for method, result in track["methods"].items():
+            trained = f"{result['trainable_params'] / 1e6:.3f} M"
+            saved = f"{result['saved_bytes'] / MIB:.1f} MiB"
+            score = f"{track['metric']} {result['mean']:.1f}"
+            lines.append(_row(f"`{name}`", f"`{method}`", score, trained, saved))
+    return "\n".join(lines)
+
+
 def costs(file: str = "train_step.json") -> str:
     """Bytes of a whole step of every setup at their peak, by method, and E³VA's saving."""
     key = "total_bytes"
@@ -216,6 +229,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "h100": h100,
     "precision": precision,
     "tracks": tracks,
+    "real": real,
 }
 
 
