@@ -392,6 +392,41 @@ def test_wrong_weights_leave_no_run(engine, tmp_path, capsys, monkeypatch):
     assert "no weights at" in capsys.readouterr().err and not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("engine", "settings", "message"),
+    [
+        ("torchvision", ("detector_options.foo", "1"), "takes no option foo"),
+        ("torchvision", ("options.kernel_dim", "0"), "kernel_dim"),
+        ("torchvision", ("trunk_dtype", "bfloat16", "method", "full"), "stored in float32"),
+        ("torchvision", ("optimizer", "adamw8bit"), "pip install bitsandbytes"),
+        ("detectron2", ("MODEL.HIGHWAY.KERNEL_DIM", "0"), "kernel_dim"),
+        ("detectron2", ("SOLVER.OPTIMIZER", "LION"), "must be ADAMW, ADAMW8BIT or SGD"),
+        ("detectron2", ("SOLVER.OPTIMIZER", "ADAMW8BIT"), "pip install bitsandbytes"),
+    ],
+)
+def test_settings_that_do_not_fit_leave_no_run(
+    engine, settings, message, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    data, out = write_coco(tmp_path / "data"), tmp_path / "out"
+    assert train(data, out, engine, "swin_digits", *settings) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+    assert not out.exists()
+
+
+def test_a_trunk_in_eight_bits_is_exported_as_it_can_be(tmp_path, capsys):
+    pytest.importorskip("torchao", reason="torchao is missing")
+    data, out = write_coco(tmp_path / "data"), tmp_path / "out"
+    assert train(data, out, "torchvision", "swin_digits", "trunk_precision", "int8") == 0
+    target = tmp_path / "new/whole.safetensors"
+    assert main(["export", str(out), str(target)]) == 2
+    assert "a trunk in eight bits is exported as .pth" in capsys.readouterr().err
+    assert not target.parent.exists()
+    assert main(["export", str(out), str(target.with_suffix(".pth"))]) == 0
+
+
 def test_classes_are_chosen_merged_and_renamed(tmp_path):
     data = write_coco(tmp_path / "data")
     mapping = tmp_path / "classes.yaml"
