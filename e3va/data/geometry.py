@@ -331,6 +331,12 @@ def scale_to(size: tuple[int, int], shorter: int, longer: int) -> float:
     return min(shorter / min(size), longer / max(size))
 
 
+def resized(size: tuple[int, int], shorter: int, longer: int) -> tuple[int, int]:
+    """``size`` times :func:`scale_to`, in whole pixels."""
+    scale = scale_to(size, shorter, longer)
+    return round(scale * size[0]), round(scale * size[1])
+
+
 def padded(sizes: Iterable[tuple[int, int]], grouped: bool = False) -> tuple[int, int]:
     """Height and width that a batch of images of these sizes may be padded to; of wide ones and
     others by themselves, if ``grouped`` (default: any come together), what has the most pixels."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from e3va.budget.report import savings_by
 from e3va.budget.sample import INSTANCES, sample_circles, sample_image
 from e3va.budget.tracer import Tracer
-from e3va.data.geometry import padded, scale_to
+from e3va.data.geometry import padded, resized
 from e3va.detectron2.config import dtype_of
 from e3va.detectron2.solver import build_optimizer, steps_early
 from e3va.methods import HIGHWAYS, METHODS
@@ -120,9 +120,9 @@ def largest(cfg: CfgNode, records: Iterable[Record]) -> tuple[tuple[int, int], i
     if cropped or len(sizes) < len(records):
         return Setup(cfg).training_size(), instances
     shorter, longer = max(cfg.INPUT.MIN_SIZE_TRAIN), cfg.INPUT.MAX_SIZE_TRAIN
-    scales = [scale_to(size, shorter, longer) if shorter else 1.0 for size in sizes]
-    resized = ((round(h * s), round(w * s)) for (h, w), s in zip(sizes, scales, strict=True))
-    return padded(resized, cfg.DATALOADER.ASPECT_RATIO_GROUPING), max(1, instances)
+    if shorter:  # else images stay as they are
+        sizes = [resized(size, shorter, longer) for size in sizes]
+    return padded(sizes, cfg.DATALOADER.ASPECT_RATIO_GROUPING), max(1, instances)
 
 
 def loss(model: nn.Module, batch: list[dict[str, Any]], cfg: CfgNode) -> Tensor:

@@ -14,7 +14,7 @@ from e3va.budget.report import savings_by
 from e3va.budget.sample import INSTANCES, sample_circles, sample_image
 from e3va.budget.tracer import Tracer
 from e3va.data.coco import CocoInstances, Target
-from e3va.data.geometry import padded, scale_to
+from e3va.data.geometry import padded, resized
 from e3va.methods import HIGHWAYS, METHODS
 from e3va.ops.storage import DEFAULT_STORAGE
 from e3va.optim import has_adamw8bit
@@ -68,8 +68,7 @@ class Setup:
         largest, fullest = data.largest(*sides)
         together = range(len(data)) if config.batch_size > 1 else [largest]
         sizes = [data.shape(index)[:2] for index in together]
-        scales = [scale_to(size, *sides) for size in sizes]
-        size = padded((round(h * s), round(w * s)) for (h, w), s in zip(sizes, scales, strict=True))
+        size = padded(resized(size, *sides) for size in sizes)
         pixels = max(height * width for height, width in sizes)
         own = cls(config, len(data.classes), max(1, data.shape(fullest)[2]), pixels)
         return own, config.batch_size, size
