@@ -12,9 +12,9 @@ from bench.step import with_stock_heads
 from e3va.cli import main
 from e3va.detectron2 import load_config
 from e3va.detectron2.budget import Setup
-from e3va.measure import SPLIT
 from e3va.optim import has_adamw8bit
 from tests.detectron2.factories import DIGITS, FOLDER, SMALL, flat
+from tests.traces import assert_near
 
 MIB = 2**20
 MASKS = FOLDER / "coco/mask_rcnn_e3va_swin_b_1x.yaml"
@@ -57,15 +57,8 @@ def test_a_traced_step_takes_what_a_real_one_does(config, method, size, images, 
     cfg = load_config(str(config), words)
     real = real_split(cfg, images, size)
     traced = Setup(cfg).split(images, size)
-    assert traced.keys() == set(SPLIT)
-    for part in ("trunk_weights", "other_weights", "optimizer"):
-        assert traced[part] == real[part]
-    # How many of a handful of regions are positive, and so the heads, is a matter of chance; and so
-    # is which level's losses are at the peak.
-    assert traced["heads"] == pytest.approx(real["heads"], rel=0.3, abs=2**16)
-    chance = real["heads"] - traced["heads"]
-    assert sum(traced.values()) == pytest.approx(sum(real.values()) - chance, rel=0.05)
-    for part, slack in (("backbone_saved", 2**16), ("neck", 2**16), ("proposals", 2**19)):
+    assert_near(traced, real)
+    for part, slack in (("neck", 2**16), ("proposals", 2**19)):
         assert traced[part] == pytest.approx(real[part], rel=0.05, abs=slack)
 
 
