@@ -312,11 +312,14 @@ def _plan(options: argparse.Namespace) -> None:
     from e3va.budget import budget, card
     from e3va.budget.cards import own_card
     from e3va.budget.report import compare
+    from e3va.figures import check_picture
     from e3va.runs import commands
 
     for path in (options.json, options.compare):
         if path and path.is_dir():
             raise ValueError(f"{path} is a folder: name a file")
+    if options.compare:
+        check_picture(options.compare)
     own = card(options.card) if options.card else own_card()
     name = options.engine or commands.default_engine()
     if options.config:

@@ -50,6 +50,21 @@ def _letters_of(font: Path) -> frozenset[int]:
     return frozenset(face.get_charmap()) if face.scalable else frozenset()
 
 
+def check_picture(path: Path) -> None:
+    """That a figure can be written in the format of ``path``'s suffix.
+
+    Raises:
+        ImportError: matplotlib is missing.
+        ValueError: it knows no such format; lists those that it does.
+    """
+    _matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix.lower().removeprefix(".") not in known:
+        raise ValueError(f"{path}: pictures are written as {', '.join(known)}, not {path.suffix!r}")
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure in the format of ``path``'s suffix, and close it."""
     with atomic_path(path) as temporary:

@@ -34,6 +34,7 @@ from e3va.runs.folder import (
     check_same_data,
     engine_of,
     evaluation_after,
+    folder_for,
     is_run,
     map_values,
     read_metrics,
@@ -211,7 +212,7 @@ def command(name: str, folder: Path) -> str:
 def evaluate(folder: Path, data: Data | None, name: str = "") -> dict[str, float]:
     """Score a run's model on the validation split of ``data`` (default: the run's own), and write
     evaluation.json and predictions.png into ``folder``, of other data into its folder
-    ``evaluation/NAME``.
+    ``evaluation/NAME``, which :func:`folder_for` numbers.
 
     Args:
         name: of the data, if they are given.
@@ -227,7 +228,7 @@ def evaluate(folder: Path, data: Data | None, name: str = "") -> dict[str, float
         )
     place, own = folder, folder / "data"
     if data is not None:
-        place = own = folder / EVALUATION / name
+        place = own = folder_for(data, folder / EVALUATION, name)
         write_data(data, own)
     metrics = by.evaluate(folder, None if data is None else place)
     write_json(place / "evaluation.json", metrics)

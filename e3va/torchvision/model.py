@@ -88,6 +88,7 @@ def mask_rcnn(
     Raises:
         TypeError, ValueError: as :func:`faster_rcnn`.
     """
+    _check_whole("mask_channels", *mask_channels)
     parts = _two_stages(MaskRCNN, backbone, num_classes, **options)
     channels = parts["backbone"].out_channels
     return _boxes_in_float32(
@@ -123,7 +124,8 @@ def faster_rcnn(backbone: Backbone, num_classes: int, **options: Any) -> FasterR
 
     Raises:
         TypeError: ``backbone`` is no Backbone, or torchvision knows no such option.
-        ValueError: ``num_classes`` leaves no object class, or the anchor sizes do not fit.
+        ValueError: ``num_classes`` leaves no object class, the anchor sizes do not fit, or an
+            option is out of range.
     """
     parts = _two_stages(FasterRCNN, backbone, num_classes, **options)
     return _boxes_in_float32(FasterRCNN(**parts), "rpn.head", "roi_heads.box_predictor")
@@ -153,7 +155,7 @@ def retinanet(
     Raises:
         TypeError, ValueError: as :func:`faster_rcnn`.
     """
-    _check(RetinaNet, backbone, num_classes, anchor_sizes, options)
+    _check(RetinaNet, backbone, num_classes, anchor_sizes, {"out_channels": out_channels}, options)
     top = LastLevelP6P7(backbone.trunk.config.dims[-1], out_channels)
     scales = [tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes]
     model = _RetinaNet(
@@ -221,7 +223,8 @@ def _two_stages(
     **options: Any,
 ) -> dict[str, Any]:
     """The arguments that torchvision's FasterRCNN and MaskRCNN share."""
-    _check(kind, backbone, num_classes, anchor_sizes, options)
+    counts = {"out_channels": out_channels, "representation_size": representation_size}
+    _check(kind, backbone, num_classes, anchor_sizes, counts, options)
     fpn = BackboneFPN(backbone, out_channels)
     return {
         "backbone": fpn,
@@ -240,14 +243,30 @@ def _check(
     backbone: Backbone,
     num_classes: int,
     anchor_sizes: Sequence[int],
+    counts: Mapping[str, int],
     options: Mapping[str, Any],
 ) -> None:
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone must be a Backbone, got {type(backbone).__name__}")
     # torchvision ignores what it does not know.
-    known = {n for of in (kind, GeneralizedRCNNTransform) for n in signature(of).parameters}
-    if unknown := sorted(options.keys() - known):
+    known = {**signature(GeneralizedRCNNTransform).parameters, **signature(kind).parameters}
+    if unknown := sorted(options.keys() - known.keys()):
         raise TypeError(f"{kind.__name__} takes no option {', '.join(unknown)}")
+    for name, value in counts.items():
+        _check_whole(name, value)
+    for name, value in options.items():
+        if type(known[name].default) is int:
+            _check_whole(name, *(value if isinstance(value, (list, tuple)) else [value]))
+        elif type(known[name].default) is float:
+            _check_fraction(name, value)
+    settings = {name: parameter.default for name, parameter in known.items()} | dict(options)
+    for of in ("", "rpn_", "box_"):
+        positive, negative = f"{of}fg_iou_thresh", f"{of}bg_iou_thresh"
+        if positive in known and settings[positive] < settings[negative]:
+            raise ValueError(
+                f"{positive} must not be below {negative}, got {settings[positive]} and "
+                f"{settings[negative]}"
+            )
     if num_classes < 2:
         raise ValueError(
             f"num_classes counts the background, so it is at least 2, got {num_classes}"
@@ -257,6 +276,18 @@ def _check(
         raise ValueError(
             f"anchor_sizes needs one size for each of {levels} levels, got {tuple(anchor_sizes)}"
         )
+
+
+def _check_whole(name: str, *values: Any) -> None:
+    if not values or not all(type(value) is int and value >= 1 for value in values):
+        given = ", ".join(map(repr, values)) or "none"
+        raise ValueError(f"{name} takes whole numbers from 1 on, got {given}")
+
+
+def _check_fraction(name: str, value: Any) -> None:
+    """Scores, overlaps and parts of a sample: all numbers of torchvision's that are no counts."""
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 
 def _boxes_in_float32(model: Model, *heads: str) -> Model:

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("pycocotools")
 
 from e3va.data.folder import open_data
-from e3va.runs.folder import check_same_data, validation_images, write_data
+from e3va.runs.folder import check_same_data, folder_for, validation_images, write_data
 from tests.runs.factories import write_coco, write_maps, write_yolo
 
 WRITERS = {"masks": write_coco, "boxes": write_yolo, "semantic": write_maps}
@@ -128,3 +128,18 @@ def test_a_damaged_record_is_named(run, content):
     for read in (partial(check_same_data, open_data(data)), validation_images):
         with pytest.raises(ValueError, match=rf"{name} is damaged"):
             read(folder)
+
+
+def test_other_data_of_one_name_have_a_folder_of_their_own(run, tmp_path):
+    task, data, folder = run
+    own = open_data(data)
+    other = open_data(WRITERS[task](tmp_path / "elsewhere/data", images=3))
+    places = [folder_for(d, folder.parent, "data") for d in (own, other)]
+    assert places == [folder, folder.parent / "data-2"]
+    write_data(other, places[1])
+    assert folder_for(other, folder.parent, "data") == places[1]
+    shutil.move(data, tmp_path / "moved")
+    moved = open_data(tmp_path / "moved")
+    assert folder_for(moved, folder.parent, "data") == folder
+    new = open_data(WRITERS[task](tmp_path / "again/data", images=6))
+    assert folder_for(new, folder.parent, "data") == folder.parent / "data-3"

@@ -224,6 +224,32 @@ def test_bad_arguments_are_named(kind):
         build_detector(kind, frozen, 3, no_such_option=1)
     with pytest.raises(ValueError, match="unknown detector 'yolo'; known: mask_rcnn, faster_rcnn"):
         build_detector("yolo", frozen, 3)
+    score = "score_thresh" if kind == "retinanet" else "box_score_thresh"
+    for value in (-0.1, 1.5, "high", float("nan"), None):
+        with pytest.raises(ValueError, match=f"{score} must be a number from 0 to 1"):
+            build_detector(kind, frozen, 3, **{score: value})
+    positive, negative = score.replace("score", "fg_iou"), score.replace("score", "bg_iou")
+    with pytest.raises(ValueError, match=f"{positive} must not be below {negative}, got 0.1"):
+        build_detector(kind, frozen, 3, **{positive: 0.1})
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("mask_rcnn", "mask_channels"),
+        ("mask_rcnn", "box_batch_size_per_image"),
+        ("faster_rcnn", "representation_size"),
+        ("faster_rcnn", "rpn_pre_nms_top_n_train"),
+        ("retinanet", "out_channels"),
+        ("retinanet", "min_size"),
+    ],
+)
+@pytest.mark.parametrize("value", [-1, 0, 7.5, "abc", None])
+def test_counts_are_whole_numbers(kind, name, value):
+    frozen = e3va.build_backbone("frozen", TINY)
+    value = (16, value) if name in ("mask_channels", "min_size") else value
+    with pytest.raises(ValueError, match=f"{name} takes whole numbers from 1 on, got"):
+        build_detector(kind, frozen, 3, **{name: value})
 
 
 def test_detectors_are_copied_whole():
