@@ -10,6 +10,7 @@ import e3va
 from e3va import optim
 from e3va.measure import LiveBytes
 from e3va.optim import Rates, parameter_groups, stepping
+from tests.ops.backends import DEVICES
 from tests.torchvision.conftest import TINY, detector
 
 pytest.importorskip("torchvision")
@@ -45,23 +46,24 @@ def test_the_highway_may_learn_faster():
             assert rates[id(parameter)] == pytest.approx(factor * 1e-3)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("ready", [0, 1000, 2**24])
-def test_stepping_within_the_backward_is_a_step_after_it(ready, eight_bits, monkeypatch):
+def test_stepping_within_the_backward_is_a_step_after_it(ready, eight_bits, device, monkeypatch):
     """To the last bit, over steps, a weight used twice and one not at all among them; and most of
     the gradients are never there at once."""
     monkeypatch.setattr(optim, "READY", ready)
-    kind = torch.optim.AdamW
+    kind = partial(torch.optim.AdamW, fused=True)
     if eight_bits:
         pytest.importorskip("bitsandbytes", reason=EIGHT)
         kind = partial(optim.adamw8bit(), min_8bit_size=256)
     results = []
     for early in (True, False):
         torch.manual_seed(0)
-        layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(9))
+        layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(9)).to(device)
         adamw = kind(layers.parameters(), lr=0.1)
         for _ in range(3):
-            x = torch.randn(4, 16)
+            x = torch.randn(4, 16, device=device)
             for layer in (*layers[:-1], layers[2]):
                 x = layer(x).tanh()
             with LiveBytes() as memory:
@@ -88,19 +90,20 @@ def test_stepping_within_the_backward_is_a_step_after_it(ready, eight_bits, monk
 EIGHT = "bitsandbytes is missing: an optimizer in eight bits is left untested"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", [(64, 64), (3, 4097), (5, 7, 11), (1,), (0,)])
-def test_adamw_in_eight_bits_moves_as_adamw(shape):
+def test_adamw_in_eight_bits_moves_as_adamw(shape, device):
     """Beside torch's, in float64: to the noise of its codes, or to float32's where a parameter is
     too small for them; and in as many bytes as are said."""
     pytest.importorskip("bitsandbytes", reason=EIGHT)
     torch.manual_seed(0)
-    start = torch.randn(shape)
+    start = torch.randn(shape, device=device)
     ours = torch.nn.Parameter(start.clone())
     theirs = torch.nn.Parameter(start.double())
     settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1}
     optimizers = optim.adamw8bit()([ours], **settings), torch.optim.AdamW([theirs], **settings)
     for _ in range(30):
-        ours.grad = torch.randn(shape)
+        ours.grad = torch.randn(shape, device=device)
         theirs.grad = ours.grad.double()
         for optimizer in optimizers:
             optimizer.step()
