@@ -7,8 +7,8 @@ multiprocessor, from the limits in CUDA's programming guide (compute capabilitie
 spills more than ``--spill`` says or does not fit ends with an error (Triton 3.9 gives two kernels a
 frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the paper's shape on stage 3
 of Swin-B, per token (and adapter), where weights are folded per adapter: instructions, memory and,
-for three GPUs, the nanoseconds of a roofline model. A model is no measurement: it knows neither
-latencies nor caches.
+for three GPUs, the nanoseconds of a roofline model, with caches that hold all that is used again
+and with none. A model is no measurement: it knows no latencies.
 """
 
 from __future__ import annotations
@@ -114,6 +114,7 @@ def compile_kernels(
             "RANK_TILE": padded_rank(rank),
             "ROWS": tile.rows,
             "CHANNEL_TILE": tile.channels,
+            "BYTE_TILE": tile.bytes,
         }
         kernel = sublayer_epilogue.sublayer_epilogue_kernel
         launches.append((f"sublayer_epilogue{note}", kernel, constants, tile.num_warps))
@@ -298,9 +299,11 @@ GPUS = {
 }
 
 
-def roofline(counts: Counts, gpu: Gpu) -> float:
-    """Nanoseconds, as modelled: every sector comes from memory, four schedulers a multiprocessor
-    issue an instruction each cycle, and the slowest of memory, issue and tensor cores decides."""
+def roofline(counts: Counts, gpu: Gpu, cached: bool) -> float:
+    """Nanoseconds, as modelled: every sector comes from memory, and where it is ``cached`` once,
+    four schedulers a multiprocessor issue an instruction each cycle, and the slowest of memory,
+    issue and tensor cores decides."""
+    sectors = counts.distinct_sectors if cached else counts.sectors
     operations = 0.0
     for opcode, count in counts.opcodes.items():
         if shape := re.search(r"mma\S*\.m(\d+)n(\d+)k(\d+)", opcode):
@@ -308,16 +311,20 @@ def roofline(counts: Counts, gpu: Gpu) -> float:
             warps = 4 if opcode.startswith("wgmma") else 1  # that issue one together
             operations += 2 * m * n * k * count / warps
     return max(
-        counts.sectors * SECTOR / gpu.bandwidth,
+        sectors * SECTOR / gpu.bandwidth,
         counts.instructions / (4 * gpu.multiprocessors * gpu.clock),
         operations / (1e3 * gpu.tensor),
     )
 
 
-def execute_kernels(compiler: TritonCompiler, architecture: int) -> Iterator[dict[str, Any]]:
-    """Of every kernel what an execution counts, per unit of :class:`tests.ptx.costs.Cost`."""
+def execute_kernels(
+    compiler: TritonCompiler, architecture: int, size: tuple[int, int]
+) -> Iterator[dict[str, Any]]:
+    """Of every kernel what an execution on a map of that size counts, per unit of
+    :class:`tests.ptx.costs.Cost`."""
     dtype = torch.bfloat16 if runs_on(architecture, torch.bfloat16) else torch.float16
-    for kernel, units, counts in measure(compiler, architecture, dtype, 512, 16, 256):
+    shape = 512, 16, 256
+    for kernel, units, counts in measure(compiler, architecture, dtype, *shape, size=size):
         classes = counts.classes()
         cost = {
             "kernel": kernel,
@@ -330,7 +337,8 @@ def execute_kernels(compiler: TritonCompiler, architecture: int) -> Iterator[dic
             "wavefronts": counts.wavefronts / units,
         }
         if gpu := GPUS.get(architecture):
-            cost["model_ns"] = roofline(counts, gpu) / units
+            cost["model_ns_cached"] = roofline(counts, gpu, cached=True) / units
+            cost["model_ns"] = roofline(counts, gpu, cached=False) / units
         yield {name: round(v, 3) if isinstance(v, float) else v for name, v in cost.items()}
 
 
@@ -367,13 +375,15 @@ def main(arguments: list[str] | None = None) -> None:
         parser.add_argument(name, nargs="+", type=int, help="these only (default: all)")
     choices = {"nargs": "*", "choices": LARGEST, "default": list(LARGEST)}
     parser.add_argument("--storages", **choices, help="of compressed taps (default: all)")
-    parser.add_argument("--compile-only", action="store_true", help="execute nothing")
+    tables = "compiled", "executed"
+    parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
+    size = {"nargs": 2, "type": int, "default": (16, 16), "metavar": ("H", "W")}
+    parser.add_argument("--size", **size, help="of the map that is executed (16 16)")
     parser.add_argument("--json", type=Path, help="write the results, as they come, to this")
     parser.add_argument(
         "--spill", type=int, default=0, metavar="BYTES", help="that a thread may spill (default 0)"
     )
     options = parser.parse_args(arguments)
-    print(f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True)
     results: list[dict[str, Any]] = []
     costs: list[dict[str, Any]] = []
 
@@ -381,7 +391,11 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json:
             write_report(options.json, compiled=worst(results), executed=costs)
 
-    for architecture in options.architectures:
+    if "compiled" in options.tables:
+        print(
+            f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True
+        )
+    for architecture in options.architectures if "compiled" in options.tables else ():
         for dtype in (dtype for dtype, name in TYPES.items() if name in options.dtypes):
             for shape in shapes(options.storages) if runs_on(architecture, dtype) else ():
                 if options.channels and shape[0] not in options.channels:
@@ -397,8 +411,8 @@ def main(arguments: list[str] | None = None) -> None:
                         flush=True,
                     )
                 keep()
-    if not options.compile_only:
-        print_costs(options.architectures, costs, keep)
+    if "executed" in options.tables:
+        print_costs(options.architectures, tuple(options.size), costs, keep)
     keep()
     bad = [r for r in results if r["spilled"] > options.spill or not r["fits"]]
     if bad:
@@ -406,17 +420,21 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def print_costs(
-    architectures: Sequence[int], costs: list[dict[str, Any]], keep: Callable[[], None]
+    architectures: Sequence[int],
+    size: tuple[int, int],
+    costs: list[dict[str, Any]],
+    keep: Callable[[], None],
 ) -> None:
     """Adds every kernel's costs to ``costs``, and calls ``keep`` each time."""
     print(f"{'per token or adapter':27} sm dtype instr. tensor special sectors wavefronts  model")
     with contextlib.closing(TritonCompiler()) as compiler:
         for architecture in architectures:
-            for c in execute_kernels(compiler, architecture):
+            for c in execute_kernels(compiler, architecture, size):
                 costs.append(c)
                 model = ""
                 if "model_ns" in c:
-                    model = f"{c['model_ns']:8.2f} ns on {GPUS[architecture].name} (model)"
+                    model = f"{c['model_ns_cached']:8.2f} to {c['model_ns']:.2f} ns on "
+                    model += f"{GPUS[architecture].name} (model)"
                 print(
                     f"{c['kernel']:27}{architecture:3}  {c['dtype']}{c['instructions']:7.0f}"
                     f"{c['tensor']:7.1f}{c['special']:8.1f}{c['sectors_over_floor']:8.2f}"

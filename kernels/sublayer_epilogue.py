@@ -26,10 +26,11 @@ from e3va.ops.storage import int32, room
 
 
 class Tiles(NamedTuple):
-    """Sizes of what a program holds, and its warps."""
+    """Sizes of what a program holds, of what it codes at a time, and its warps."""
 
     rows: int
     channels: int
+    bytes: int
     num_warps: int
 
 
@@ -42,9 +43,17 @@ def tiles(dtype: torch.dtype, architecture: int, tap: str, storage: str) -> Tile
         tap: what it is, or "none".
         storage: how the tap is kept; a tile of int4's bytes has half as many channels, twice.
     """
+    rows, channels, num_warps = 16, 128, 4
     if dtype == torch.float32:
-        return Tiles(16, 64, 4)
-    return Tiles(16, 64, 8) if architecture < 80 else Tiles(16, 128, 4)
+        channels = 64
+    elif architecture < 80:
+        channels, num_warps = 64, 8
+    bytes_ = channels // parts(storage)
+    if storage != "full":
+        # A thread reads as many neighbours as it codes; of more than 16 bytes of the map each
+        # sector would be asked for twice.
+        bytes_ = min(bytes_, 16 // dtype.itemsize * 32 * num_warps // rows)
+    return Tiles(rows, channels, bytes_, num_warps)
 
 
 def sublayer_epilogue(
@@ -100,6 +109,7 @@ def sublayer_epilogue(
             RANK_TILE=padded_rank(rank),
             ROWS=tile.rows,
             CHANNEL_TILE=tile.channels,
+            BYTE_TILE=tile.bytes,
             num_warps=tile.num_warps,
         )
     return y_out, z, t, codes, scale
@@ -160,6 +170,7 @@ def sublayer_epilogue_kernel(
     RANK_TILE: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNEL_TILE: tl.constexpr,
+    BYTE_TILE: tl.constexpr,
 ):
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     NORM: tl.constexpr = STORED or TAP == "norm"
@@ -248,7 +259,6 @@ def sublayer_epilogue_kernel(
         # A byte holds a channel of each part.
         PARTS: tl.constexpr = parts(STORAGE)
         BYTES: tl.constexpr = (CHANNELS + PARTS - 1) // PARTS
-        BYTE_TILE: tl.constexpr = CHANNEL_TILE // PARTS
         if STORAGE != "full":
             inverse, scale = scales(largest, STORAGE)
             tl.store(scale_ptr + rows, scale, mask=row_in)

@@ -220,7 +220,7 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
         yield row | {"fits": True}
 
     monkeypatch.setattr(registers, "compile_kernels", compile_kernels)
-    words = ["--architectures", "80", "--dtypes", "fp16", "--compile-only"]
+    words = ["--architectures", "80", "--dtypes", "fp16", "--tables", "compiled"]
     with pytest.raises(KeyboardInterrupt):
         registers.main([*words, "--json", str(tmp_path / "r.json")])
     kept = json.loads((tmp_path / "r.json").read_text())["compiled"]
@@ -250,8 +250,10 @@ def test_costs_of_kernels(tmp_path):
     gpu = registers.Gpu("one", 1, 1.0, 32.0, 4.096e-3)
     counts = Counts()
     counts.opcodes["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = 8
-    assert registers.roofline(counts, gpu) == pytest.approx(8e3)  # by tensor cores
+    assert registers.roofline(counts, gpu, cached=False) == pytest.approx(8e3)  # by tensor cores
     counts.loads["x"] = Access(1, 32, 10**4)
-    assert registers.roofline(counts, gpu) == pytest.approx(1e4)  # by memory
+    assert registers.roofline(counts, gpu, cached=False) == pytest.approx(1e4)  # by memory
+    assert registers.roofline(counts, gpu, cached=True) == pytest.approx(8e3)
     counts.opcodes["add.f32"] = 10**5
-    assert registers.roofline(counts, gpu) == pytest.approx((10**5 + 8) / 4)  # by issue
+    for cached in (False, True):
+        assert registers.roofline(counts, gpu, cached) == pytest.approx((10**5 + 8) / 4)  # by issue

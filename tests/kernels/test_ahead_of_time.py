@@ -50,7 +50,17 @@ def test_compiles_ahead_of_time_without_spills(architecture, half):
     command += ["--dtypes", "fp32", half, "--spill", str(STACK)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [*command, "--channels", "1536", "--ranks", "16", "--storages", "int4", "--compile-only"],
+        [
+            *command,
+            "--channels",
+            "1536",
+            "--ranks",
+            "16",
+            "--storages",
+            "int4",
+            "--tables",
+            "compiled",
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,

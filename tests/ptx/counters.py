@@ -66,6 +66,7 @@ class Counts:
         self.loads: dict[str, Access] = {}
         self.stores: dict[str, Access] = {}
         self.shared = Access()
+        self._touched: list[Array] = []
 
     def __add__(self, other: Counts) -> Counts:
         total = Counts()
@@ -75,6 +76,7 @@ class Counts:
             for mine, theirs in ((total.loads, counts.loads), (total.stores, counts.stores)):
                 for name, access in theirs.items():
                     mine[name] = mine.get(name, Access()) + access
+            total._touched += counts._touched
         return total
 
     def classes(self) -> Counter[str]:
@@ -94,6 +96,14 @@ class Counts:
     def sectors(self) -> int:
         """Sectors of global memory that requests ask for."""
         return sum(access.units for access in (*self.loads.values(), *self.stores.values()))
+
+    @property
+    def distinct_sectors(self) -> int:
+        """Those of them that are different, which is what comes from memory where caches hold all
+        that is used again."""
+        if len(self._touched) > 1:
+            self._touched = [np.unique(np.concatenate(self._touched))]
+        return sum(map(len, self._touched))
 
     @property
     def sectors_over_floor(self) -> float:
@@ -120,6 +130,9 @@ class Counts:
         sectors = _distinct(warps, addresses // SECTOR)
         access = Access(np.unique(warps).size, different * size, sectors)
         accesses[buffer] = accesses.get(buffer, Access()) + access
+        self._touched.append(np.unique(addresses // SECTOR))
+        if len(self._touched) > 1000:
+            self._touched = [np.unique(np.concatenate(self._touched))]
 
     def shared_access(self, threads: Array, addresses: Array, size: int) -> None:
         # Of wide accesses a half or a quarter of the warp is served at a time.

@@ -234,10 +234,12 @@ def test_counts():
     Program(parse(text)["kernel"]).launch(memory, (1,), 64, addresses, counts=counts)
     assert counts.loads["in"] == (2, 256, 64) and counts.stores["out"] == (2, 256, 8)
     assert counts.sectors == 72 and counts.sectors_over_floor == 72 * 32 / 512
+    assert counts.distinct_sectors == 72
     assert counts.wavefronts == 4  # every other bank, twice
     assert counts.instructions == 2 * 12
     assert counts.classes() == {
         "memory": 10, "special function": 2, "arithmetic": 10, "control": 2
     }  # fmt: skip
     both = counts + counts
+    assert both.sectors == 144 and both.distinct_sectors == 72
     assert both.instructions == 48 and both.loads["in"] == (4, 512, 128)
