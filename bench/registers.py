@@ -8,7 +8,8 @@ spills more than ``--spill`` says or does not fit ends with an error (Triton 3.9
 frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the paper's shape on stage 3
 of Swin-B, per token (and adapter), where weights are folded per adapter: instructions, memory and,
 for three GPUs, the nanoseconds of a roofline model, with caches that hold all that is used again
-and with none. A model is no measurement: it knows no latencies.
+and with none. A model is no measurement: it knows no latencies. With --json a table is written as
+it comes; one that is not asked for stays in FILE as it is.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.environment import environment
+from bench.environment import environment, kept
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path
 from e3va.kernels import (
@@ -356,11 +358,13 @@ def worst(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def write_report(path: Path, **tables: list[dict[str, Any]]) -> None:
+def write_report(path: Path, report: dict[str, Any]) -> None:
     """JSON with one line for each row of a table."""
-    parts = [f'"environment": {json.dumps(environment())}']
-    for name, rows in tables.items():
-        parts.append(f'"{name}": [\n' + ",\n".join(map(json.dumps, rows)) + "\n]")
+    parts = []
+    for name, table in report.items():
+        rows = ",\n".join(map(json.dumps, table["rows"]))
+        where = json.dumps(table["environment"])
+        parts.append(f'"{name}": {{"environment": {where}, "rows": [\n{rows}\n]}}')
     with atomic_path(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -384,12 +388,13 @@ def main(arguments: list[str] | None = None) -> None:
         "--spill", type=int, default=0, metavar="BYTES", help="that a thread may spill (default 0)"
     )
     options = parser.parse_args(arguments)
+    report = kept(options.json, "compiled") or {}
     results: list[dict[str, Any]] = []
-    costs: list[dict[str, Any]] = []
 
-    def keep() -> None:
+    def keep(table: str, rows: list[dict[str, Any]]) -> None:
+        report[table] = {"environment": environment(), "rows": rows}
         if options.json:
-            write_report(options.json, compiled=worst(results), executed=costs)
+            write_report(options.json, report)
 
     if "compiled" in options.tables:
         print(
@@ -410,10 +415,9 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{r['shared']:8}{r['occupancy']:10.0%}",
                         flush=True,
                     )
-                keep()
+                keep("compiled", worst(results))
     if "executed" in options.tables:
-        print_costs(options.architectures, tuple(options.size), costs, keep)
-    keep()
+        print_costs(options.architectures, tuple(options.size), partial(keep, "executed"))
     bad = [r for r in results if r["spilled"] > options.spill or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")
@@ -422,10 +426,10 @@ def main(arguments: list[str] | None = None) -> None:
 def print_costs(
     architectures: Sequence[int],
     size: tuple[int, int],
-    costs: list[dict[str, Any]],
-    keep: Callable[[], None],
+    keep: Callable[[list[dict[str, Any]]], None],
 ) -> None:
-    """Adds every kernel's costs to ``costs``, and calls ``keep`` each time."""
+    """Hands the costs of all kernels so far to ``keep``, each time."""
+    costs: list[dict[str, Any]] = []
     print(f"{'per token or adapter':27} sm dtype instr. tensor special sectors wavefronts  model")
     with contextlib.closing(TritonCompiler()) as compiler:
         for architecture in architectures:
@@ -441,7 +445,7 @@ def print_costs(
                     f"{c['wavefronts']:11.1f}{model}",
                     flush=True,
                 )
-                keep()
+                keep(costs)
 
 
 if __name__ == "__main__":

@@ -209,6 +209,13 @@ def test_tables_of_steps(tmp_path, monkeypatch):
     assert last.startswith("Time") and last.endswith("the paper says 26.2 %.")
 
 
+EXECUTED = {
+    **{"kernel": "b", "architecture": 90, "dtype": "bf16", "instructions": 2.0, "tensor": 0.0},
+    **{"special": 0.0, "sectors_over_floor": 1.0, "wavefronts": 0.0},
+    **{"model_ns_cached": 1.5, "model_ns": 2.5},
+}
+
+
 def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     registers = pytest.importorskip("bench.registers", reason="triton is not installed")
     row = {"kernel": "a", "architecture": 80, "dtype": "fp16", "channels": 96, "rank": 16}
@@ -224,7 +231,14 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         registers.main([*words, "--json", str(tmp_path / "r.json")])
     kept = json.loads((tmp_path / "r.json").read_text())["compiled"]
-    assert [(r["kernel"], r["registers"]) for r in kept] == [("a", 40)]
+    assert [(r["kernel"], r["registers"]) for r in kept["rows"]] == [("a", 40)]
+    assert kept["environment"]["commit"]
+    monkeypatch.setattr(registers, "execute_kernels", lambda *of: iter([EXECUTED]))
+    executed = ["--architectures", "90", "--tables", "executed", "--json", str(tmp_path / "r.json")]
+    registers.main(executed)
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert report["compiled"] == kept and report["executed"]["rows"] == [EXECUTED]
+    assert "1.50 to 2.50 ns on H100 SXM (model)" in capsys.readouterr().out
     words += ["--channels", "96"]
     registers.main([*words, "--spill", "8"])
     with pytest.raises(SystemExit, match="1 of 1 spill or do not fit"):
@@ -244,9 +258,9 @@ def test_costs_of_kernels(tmp_path):
     rows = registers.worst(results)
     expected = {**key, "registers": 40, "spilled": 0, "shared": 2048, "occupancy": 0.25}
     assert rows == [expected, results[2]]
-    registers.write_report(tmp_path / "r.json", compiled=rows, executed=[])
-    report = json.loads((tmp_path / "r.json").read_text())
-    assert report["compiled"] == rows and report["executed"] == [] and report["environment"]
+    report = {"compiled": {"environment": {"threads": 1}, "rows": rows}}
+    registers.write_report(tmp_path / "r.json", report)
+    assert json.loads((tmp_path / "r.json").read_text()) == report
     gpu = registers.Gpu("one", 1, 1.0, 32.0, 4.096e-3)
     counts = Counts()
     counts.opcodes["mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"] = 8
