@@ -339,6 +339,7 @@ def execute_kernels(
             "wavefronts": counts.wavefronts / units,
         }
         if gpu := GPUS.get(architecture):
+            cost["gpu"] = gpu.name
             cost["model_ns_cached"] = roofline(counts, gpu, cached=True) / units
             cost["model_ns"] = roofline(counts, gpu, cached=False) / units
         yield {name: round(v, 3) if isinstance(v, float) else v for name, v in cost.items()}
@@ -438,7 +439,7 @@ def print_costs(
                 model = ""
                 if "model_ns" in c:
                     model = f"{c['model_ns_cached']:8.2f} to {c['model_ns']:.2f} ns on "
-                    model += f"{GPUS[architecture].name} (model)"
+                    model += f"{c['gpu']} (model)"
                 print(
                     f"{c['kernel']:27}{architecture:3}  {c['dtype']}{c['instructions']:7.0f}"
                     f"{c['tensor']:7.1f}{c['special']:8.1f}{c['sectors_over_floor']:8.2f}"

@@ -161,6 +161,23 @@ def h100() -> str:
     return "\n".join(lines)
 
 
+def modelled() -> str:
+    """What the Triton kernels execute, and the times of a roofline model, in nanoseconds."""
+    rows = json.loads((RESULTS / "registers.json").read_text())["executed"]["rows"]
+    found = {(row["kernel"], row["architecture"]): row for row in rows}
+    gpus = {row["architecture"]: row["gpu"] for row in rows if "gpu" in row}
+    names = {kernel: None for kernel, _ in found if not kernel.startswith("fold")}
+    titles = ["instructions, sm_80", *(f"{gpu}, ns" for gpu in gpus.values())]
+    lines = [_row("", *titles), "|---" * (1 + len(titles)) + "|"]
+    for name in names:
+        models = (found[name, architecture] for architecture in gpus)
+        times = (f"{m['model_ns_cached']:.2f} – {m['model_ns']:.2f}" for m in models)
+        kernel, _, kept = name.partition(" ")
+        instructions = f"{found[name, 80]['instructions']:.0f}"
+        lines.append(_row(f"`{kernel}` {kept}".strip(), instructions, *times))
+    return "\n".join(lines)
+
+
 def _ratios(name: str, key: str) -> dict[tuple[str, object], dict[str, float]]:
     """Of each op of Swin-B in a result file of bench.kernels, by what tells its cases apart."""
     cases = json.loads((RESULTS / name).read_text())["cases"]
@@ -227,6 +244,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": demo,
     "kernels": kernels,
     "h100": h100,
+    "modelled": modelled,
     "precision": precision,
     "tracks": tracks,
     "real": real,

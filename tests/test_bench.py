@@ -212,7 +212,7 @@ def test_tables_of_steps(tmp_path, monkeypatch):
 EXECUTED = {
     **{"kernel": "b", "architecture": 90, "dtype": "bf16", "instructions": 2.0, "tensor": 0.0},
     **{"special": 0.0, "sectors_over_floor": 1.0, "wavefronts": 0.0},
-    **{"model_ns_cached": 1.5, "model_ns": 2.5},
+    **{"gpu": "H100 SXM", "model_ns_cached": 1.5, "model_ns": 2.5},
 }
 
 
