@@ -14,14 +14,14 @@ __all__ = ["RESULTS", "environment", "kept"]
 RESULTS = Path(__file__).parent / "results"
 
 
-def kept(file: Path | None, part: str) -> dict[str, Any] | None:
+def kept(file: Path | None, part: str | None = None) -> dict[str, Any] | None:
     """The results that ``file`` holds; None: there is no such file. Ends the process with a line
-    where they have no dictionary ``part``."""
+    where they are no dictionary or have none called ``part``."""
     if file is None or not file.exists():
         return None
     try:
         report: dict[str, Any] = json.loads(file.read_text())
-        report[part].items()
+        (report[part] if part else report).items()
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         sys.exit(f"{file} holds no results to go on from: {error!r}")
     return report

@@ -5,8 +5,8 @@
 Compiled ahead of time: registers, spills, shared memory and occupancy, of one streaming
 multiprocessor, from the limits in CUDA's programming guide (compute capabilities). A kernel that
 spills more than ``--spill`` says or does not fit ends with an error (Triton 3.9 gives two kernels a
-frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the paper's shape on stage 3
-of Swin-B, per token (and adapter), where weights are folded per adapter: instructions, memory and,
+frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the widths of stage 3 of Swin-B, on a
+small map, per token (and adapter), where weights are folded per adapter: instructions, memory and,
 for three GPUs, the nanoseconds of a roofline model, with caches that hold all that is used again
 and with none. A model is no measurement: it knows no latencies. With --json a table is written as
 it comes; one that is not asked for stays in FILE as it is.
@@ -116,7 +116,7 @@ def compile_kernels(
             "RANK_TILE": padded_rank(rank),
             "ROWS": tile.rows,
             "CHANNEL_TILE": tile.channels,
-            "BYTE_TILE": tile.bytes,
+            "BYTE_TILE": tile.coded,
         }
         kernel = sublayer_epilogue.sublayer_epilogue_kernel
         launches.append((f"sublayer_epilogue{note}", kernel, constants, tile.num_warps))
@@ -302,9 +302,9 @@ GPUS = {
 
 
 def roofline(counts: Counts, gpu: Gpu, cached: bool) -> float:
-    """Nanoseconds, as modelled: every sector comes from memory, and where it is ``cached`` once,
-    four schedulers a multiprocessor issue an instruction each cycle, and the slowest of memory,
-    issue and tensor cores decides."""
+    """Nanoseconds, as modelled. Every sector that is asked for comes from memory; if ``cached``,
+    each different one comes once. Four schedulers a multiprocessor issue an instruction each cycle.
+    The slowest of memory, issue and tensor cores decides."""
     sectors = counts.distinct_sectors if cached else counts.sectors
     operations = 0.0
     for opcode, count in counts.opcodes.items():
@@ -341,7 +341,7 @@ def execute_kernels(
         if gpu := GPUS.get(architecture):
             cost["gpu"] = gpu.name
             cost["model_ns_cached"] = roofline(counts, gpu, cached=True) / units
-            cost["model_ns"] = roofline(counts, gpu, cached=False) / units
+            cost["model_ns_uncached"] = roofline(counts, gpu, cached=False) / units
         yield {name: round(v, 3) if isinstance(v, float) else v for name, v in cost.items()}
 
 
@@ -363,9 +363,9 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     """JSON with one line for each row of a table."""
     parts = []
     for name, table in report.items():
+        head = json.dumps({key: value for key, value in table.items() if key != "rows"})
         rows = ",\n".join(map(json.dumps, table["rows"]))
-        where = json.dumps(table["environment"])
-        parts.append(f'"{name}": {{"environment": {where}, "rows": [\n{rows}\n]}}')
+        parts.append(f'"{name}": {head[:-1]}, "rows": [\n{rows}\n]}}')
     with atomic_path(path) as temporary:
         temporary.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
@@ -389,11 +389,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--spill", type=int, default=0, metavar="BYTES", help="that a thread may spill (default 0)"
     )
     options = parser.parse_args(arguments)
-    report = kept(options.json, "compiled") or {}
+    report, where = kept(options.json) or {}, environment()
     results: list[dict[str, Any]] = []
 
-    def keep(table: str, rows: list[dict[str, Any]]) -> None:
-        report[table] = {"environment": environment(), "rows": rows}
+    def keep(table: str, rows: list[dict[str, Any]], **of: Any) -> None:
+        report[table] = {"environment": where, **of, "rows": rows}
         if options.json:
             write_report(options.json, report)
 
@@ -418,7 +418,8 @@ def main(arguments: list[str] | None = None) -> None:
                     )
                 keep("compiled", worst(results))
     if "executed" in options.tables:
-        print_costs(options.architectures, tuple(options.size), partial(keep, "executed"))
+        keep_costs = partial(keep, "executed", size=options.size)
+        print_costs(options.architectures, tuple(options.size), keep_costs)
     bad = [r for r in results if r["spilled"] > options.spill or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")
@@ -437,8 +438,8 @@ def print_costs(
             for c in execute_kernels(compiler, architecture, size):
                 costs.append(c)
                 model = ""
-                if "model_ns" in c:
-                    model = f"{c['model_ns_cached']:8.2f} to {c['model_ns']:.2f} ns on "
+                if "gpu" in c:
+                    model = f"{c['model_ns_cached']:8.2f} to {c['model_ns_uncached']:.2f} ns on "
                     model += f"{c['gpu']} (model)"
                 print(
                     f"{c['kernel']:27}{architecture:3}  {c['dtype']}{c['instructions']:7.0f}"

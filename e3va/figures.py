@@ -60,9 +60,12 @@ def check_picture(path: Path) -> None:
     _matplotlib()
     from matplotlib.backend_bases import FigureCanvasBase
 
-    known = sorted(FigureCanvasBase.get_supported_filetypes())
+    known = FigureCanvasBase.get_supported_filetypes().keys() - {"pgf"}  # which needs LaTeX
     if path.suffix.lower().removeprefix(".") not in known:
-        raise ValueError(f"{path}: pictures are written as {', '.join(known)}, not {path.suffix!r}")
+        raise ValueError(
+            f"{path}: a picture's name ends with .{', .'.join(sorted(known))}, not with "
+            f"{path.suffix or 'none of them'}"
+        )
 
 
 def save(figure: Any, path: Path) -> None:

@@ -210,9 +210,17 @@ def test_tables_of_steps(tmp_path, monkeypatch):
 
 
 EXECUTED = {
-    **{"kernel": "b", "architecture": 90, "dtype": "bf16", "instructions": 2.0, "tensor": 0.0},
-    **{"special": 0.0, "sectors_over_floor": 1.0, "wavefronts": 0.0},
-    **{"gpu": "H100 SXM", "model_ns_cached": 1.5, "model_ns": 2.5},
+    "kernel": "b",
+    "architecture": 90,
+    "dtype": "bf16",
+    "instructions": 2.0,
+    "tensor": 0.0,
+    "special": 0.0,
+    "sectors_over_floor": 1.0,
+    "wavefronts": 0.0,
+    "gpu": "H100 SXM",
+    "model_ns_cached": 1.5,
+    "model_ns_uncached": 2.5,
 }
 
 
@@ -227,18 +235,20 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
         yield row | {"fits": True}
 
     monkeypatch.setattr(registers, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(registers, "execute_kernels", lambda *of: iter([EXECUTED]))
+    executed = ["--architectures", "90", "--tables", "executed", "--size", "8", "9"]
+    for _ in range(2):
+        registers.main([*executed, "--json", str(tmp_path / "r.json")])
+    first = json.loads((tmp_path / "r.json").read_text())
+    assert first["executed"]["rows"] == [EXECUTED] and first["executed"]["size"] == [8, 9]
+    assert "1.50 to 2.50 ns on H100 SXM (model)" in capsys.readouterr().out
     words = ["--architectures", "80", "--dtypes", "fp16", "--tables", "compiled"]
     with pytest.raises(KeyboardInterrupt):
         registers.main([*words, "--json", str(tmp_path / "r.json")])
-    kept = json.loads((tmp_path / "r.json").read_text())["compiled"]
-    assert [(r["kernel"], r["registers"]) for r in kept["rows"]] == [("a", 40)]
-    assert kept["environment"]["commit"]
-    monkeypatch.setattr(registers, "execute_kernels", lambda *of: iter([EXECUTED]))
-    executed = ["--architectures", "90", "--tables", "executed", "--json", str(tmp_path / "r.json")]
-    registers.main(executed)
     report = json.loads((tmp_path / "r.json").read_text())
-    assert report["compiled"] == kept and report["executed"]["rows"] == [EXECUTED]
-    assert "1.50 to 2.50 ns on H100 SXM (model)" in capsys.readouterr().out
+    assert [(r["kernel"], r["registers"]) for r in report["compiled"]["rows"]] == [("a", 40)]
+    assert report["compiled"]["environment"]["commit"]
+    assert report["executed"] == first["executed"]
     words += ["--channels", "96"]
     registers.main([*words, "--spill", "8"])
     with pytest.raises(SystemExit, match="1 of 1 spill or do not fit"):

@@ -47,21 +47,22 @@ def test_the_highway_may_learn_faster():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("kind", ["default", "fused", "eight bits"])
 @pytest.mark.parametrize("ready", [0, 1000, 2**24])
-def test_stepping_within_the_backward_is_a_step_after_it(ready, eight_bits, device, monkeypatch):
+def test_stepping_within_the_backward_is_a_step_after_it(ready, kind, device, monkeypatch):
     """To the last bit, over steps, a weight used twice and one not at all among them; and most of
     the gradients are never there at once."""
     monkeypatch.setattr(optim, "READY", ready)
-    kind = partial(torch.optim.AdamW, fused=True)
-    if eight_bits:
+    if kind == "eight bits":
         pytest.importorskip("bitsandbytes", reason=EIGHT)
-        kind = partial(optim.adamw8bit(), min_8bit_size=256)
+        make = partial(optim.adamw8bit(), min_8bit_size=256)
+    else:
+        make = partial(torch.optim.AdamW, fused=kind == "fused")
     results = []
     for early in (True, False):
         torch.manual_seed(0)
         layers = torch.nn.ModuleList(torch.nn.Linear(16, 16) for _ in range(9)).to(device)
-        adamw = kind(layers.parameters(), lr=0.1)
+        adamw = make(layers.parameters(), lr=0.1)
         for _ in range(3):
             x = torch.randn(4, 16, device=device)
             for layer in (*layers[:-1], layers[2]):

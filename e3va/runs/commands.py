@@ -209,13 +209,13 @@ def command(name: str, folder: Path) -> str:
     return f"e3va {name} {shlex.quote(str(folder))}"
 
 
-def evaluate(folder: Path, data: Data | None, name: str = "") -> dict[str, float]:
+def evaluate(folder: Path, data: Data | None, name: str) -> dict[str, float]:
     """Score a run's model on the validation split of ``data`` (default: the run's own), and write
     evaluation.json and predictions.png into ``folder``, of other data into its folder
     ``evaluation/NAME``, which :func:`folder_for` numbers.
 
     Args:
-        name: of the data, if they are given.
+        name: of the data; of the run's own it has no meaning.
 
     Raises:
         ValueError: the data have other classes, or the run has nothing to be evaluated on.

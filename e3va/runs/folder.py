@@ -107,38 +107,43 @@ def check_same_data(data: Data, folder: Path) -> None:
     Raises:
         ValueError: it has another task, or other classes, images or annotations.
     """
-    if difference := _difference(data, folder):
-        raise ValueError(
-            f"{folder.parent} is a run on other data: {difference}; `e3va train {folder.parent} "
-            "--resume` goes on with its own, or name another folder by --output"
-        )
-
-
-def folder_for(data: Data, folder: Path, name: str) -> Path:
-    """The subfolder called ``name``, or ``name``-2, …: the first in which :func:`write_data` wrote
-    no other data."""
-    names = (name if i == 1 else f"{name}-{i}" for i in itertools.count(1))
-    return next(place for n in names if not _difference(data, place := folder / n))
-
-
-def _difference(data: Data, folder: Path) -> str:
-    """In words, how data differ from those that :func:`write_data` wrote into ``folder``, if it
-    did."""
     files = {name: _read(folder / name) for name in _RECORD if (folder / name).is_file()}
     if not files:
-        return ""
+        return
     then = _traits(files)
     now = _traits(json.loads(json.dumps(_files(data))))
     for what, before in then.items():
-        after = now.get(what, [])
+        after = now[what]
         if before != after:
             pairs = itertools.zip_longest(before, after)
             one, other = next(map(str, pair) for pair in pairs if pair[0] != pair[1])
             letters = enumerate(itertools.zip_longest(one, other))
             same = next((i for i, pair in letters if pair[0] != pair[1]), 0)
             number = f" ({len(before)} then, {len(after)} now)" * (len(before) != len(after))
-            return f"{what} {_shown(one, same)}, not {_shown(other, same)}{number}"
-    return ""
+            raise ValueError(
+                f"{folder.parent} is a run on other data: {what} {_shown(one, same)}, not "
+                f"{_shown(other, same)}{number}; `e3va train {folder.parent} --resume` goes on "
+                "with its own, or name another folder by --output"
+            )
+
+
+def folder_for(data: Data, folder: Path, name: str) -> Path:
+    """The subfolder called ``name``, or ``name``-2, …: the first that is free, or in which
+    :func:`write_data` wrote the same annotations of the same files."""
+    files = json.loads(json.dumps(_files(data)))
+    for number in itertools.count(1):
+        place = folder / (name if number == 1 else f"{name}-{number}")
+        if not place.exists() or _record(place) == files:
+            return place
+    raise AssertionError
+
+
+def _record(folder: Path) -> dict[str, Any] | None:
+    """What :func:`write_data` wrote there; None: it is damaged."""
+    try:
+        return {name: _read(folder / name) for name in _RECORD if (folder / name).is_file()}
+    except (OSError, ValueError):
+        return None
 
 
 def _shown(text: str, same: int) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
+from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -88,8 +90,8 @@ def mask_rcnn(
     Raises:
         TypeError, ValueError: as :func:`faster_rcnn`.
     """
-    _check_whole("mask_channels", *mask_channels)
     parts = _two_stages(MaskRCNN, backbone, num_classes, **options)
+    _check_whole("mask_channels", mask_channels, several=True)
     channels = parts["backbone"].out_channels
     return _boxes_in_float32(
         MaskRCNN(
@@ -155,7 +157,8 @@ def retinanet(
     Raises:
         TypeError, ValueError: as :func:`faster_rcnn`.
     """
-    _check(RetinaNet, backbone, num_classes, anchor_sizes, {"out_channels": out_channels}, options)
+    _check(RetinaNet, backbone, num_classes, anchor_sizes, options)
+    _check_whole("out_channels", out_channels)
     top = LastLevelP6P7(backbone.trunk.config.dims[-1], out_channels)
     scales = [tuple(int(size * 2 ** (i / 3)) for i in range(3)) for size in anchor_sizes]
     model = _RetinaNet(
@@ -223,8 +226,9 @@ def _two_stages(
     **options: Any,
 ) -> dict[str, Any]:
     """The arguments that torchvision's FasterRCNN and MaskRCNN share."""
-    counts = {"out_channels": out_channels, "representation_size": representation_size}
-    _check(kind, backbone, num_classes, anchor_sizes, counts, options)
+    _check(kind, backbone, num_classes, anchor_sizes, options)
+    _check_whole("out_channels", out_channels)
+    _check_whole("representation_size", representation_size)
     fpn = BackboneFPN(backbone, out_channels)
     return {
         "backbone": fpn,
@@ -243,23 +247,35 @@ def _check(
     backbone: Backbone,
     num_classes: int,
     anchor_sizes: Sequence[int],
-    counts: Mapping[str, int],
     options: Mapping[str, Any],
 ) -> None:
     if not isinstance(backbone, Backbone):
         raise TypeError(f"backbone must be a Backbone, got {type(backbone).__name__}")
-    # torchvision ignores what it does not know.
-    known = {**signature(GeneralizedRCNNTransform).parameters, **signature(kind).parameters}
+    # torchvision ignores what it does not know, and checks little of what it does.
+    known = {
+        name: parameter.default
+        for of in (GeneralizedRCNNTransform, kind)
+        for name, parameter in signature(of).parameters.items()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    }
     if unknown := sorted(options.keys() - known.keys()):
         raise TypeError(f"{kind.__name__} takes no option {', '.join(unknown)}")
-    for name, value in counts.items():
-        _check_whole(name, value)
+    if not _is_whole(num_classes) or num_classes < 2:
+        raise ValueError(
+            f"num_classes counts the background, so it is at least 2, got {num_classes}"
+        )
+    levels = len(backbone.trunk.config.dims) + 1
+    if not isinstance(anchor_sizes, Sequence) or len(anchor_sizes) != levels:
+        raise ValueError(
+            f"anchor_sizes needs one size for each of {levels} levels, got {anchor_sizes}"
+        )
     for name, value in options.items():
-        if type(known[name].default) is int:
-            _check_whole(name, *(value if isinstance(value, (list, tuple)) else [value]))
-        elif type(known[name].default) is float:
+        if type(known[name]) is int:
+            several = name == "min_size" and isinstance(value, (list, tuple))
+            _check_whole(name, value, several=several)
+        elif type(known[name]) is float:
             _check_fraction(name, value)
-    settings = {name: parameter.default for name, parameter in known.items()} | dict(options)
+    settings = known | dict(options)
     for of in ("", "rpn_", "box_"):
         positive, negative = f"{of}fg_iou_thresh", f"{of}bg_iou_thresh"
         if positive in known and settings[positive] < settings[negative]:
@@ -267,26 +283,25 @@ def _check(
                 f"{positive} must not be below {negative}, got {settings[positive]} and "
                 f"{settings[negative]}"
             )
-    if num_classes < 2:
-        raise ValueError(
-            f"num_classes counts the background, so it is at least 2, got {num_classes}"
-        )
-    levels = len(backbone.trunk.config.dims) + 1
-    if len(anchor_sizes) != levels:
-        raise ValueError(
-            f"anchor_sizes needs one size for each of {levels} levels, got {tuple(anchor_sizes)}"
-        )
 
 
-def _check_whole(name: str, *values: Any) -> None:
-    if not values or not all(type(value) is int and value >= 1 for value in values):
-        given = ", ".join(map(repr, values)) or "none"
-        raise ValueError(f"{name} takes whole numbers from 1 on, got {given}")
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _check_whole(name: str, value: Any, *, several: bool = False) -> None:
+    """Refuse what is no whole number from 1 on or, where there may be several, no list of them."""
+    numbers = value if several and isinstance(value, Sequence) else [value]
+    if not numbers or not all(_is_whole(number) and number >= 1 for number in numbers):
+        what = "whole numbers" if several else "a whole number"
+        raise ValueError(f"{name} must be {what} from 1 on, got {value!r}")
 
 
 def _check_fraction(name: str, value: Any) -> None:
-    """Scores, overlaps and parts of a sample: all numbers of torchvision's that are no counts."""
-    if type(value) not in (int, float) or not 0 <= value <= 1:
+    """Refuse what is no number from 0 to 1: torchvision's options that are floats are overlaps,
+    shares of a sample, and scores, of which a limit below 0 keeps all."""
+    lowest = -math.inf if name.endswith("score_thresh") else 0
+    if not isinstance(value, Real) or isinstance(value, bool) or not lowest <= float(value) <= 1:
         raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
 
 

@@ -47,20 +47,11 @@ STACK = 16 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9) else 
 def test_compiles_ahead_of_time_without_spills(architecture, half):
     """In a process of its own: the interpreter's kernels cannot be compiled."""
     command = [sys.executable, "-m", "bench.registers", "--architectures", architecture]
-    command += ["--dtypes", "fp32", half, "--spill", str(STACK)]
+    command += ["--dtypes", "fp32", half, "--spill", str(STACK), "--tables", "compiled"]
+    command += ["--channels", "1536", "--ranks", "16", "--storages", "int4", "int8"]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [
-            *command,
-            "--channels",
-            "1536",
-            "--ranks",
-            "16",
-            "--storages",
-            "int4",
-            "--tables",
-            "compiled",
-        ],
+        command,
         cwd=ROOT,
         env=environment,
         capture_output=True,

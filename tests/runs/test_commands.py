@@ -109,7 +109,10 @@ def test_eval_of_the_run_and_of_other_data(run, tmp_path, capsys, monkeypatch):
     assert f"results: {place}/evaluation.json\npictures: {place}/predictions.png" in out
     assert json.loads((place / "evaluation.json").read_text()).keys() == own.keys()
     assert (place / "predictions.png").is_file()
-    for path, content in before.items():  # what is of the run's own data stays
+    before[place / "evaluation.json"] = (place / "evaluation.json").read_bytes()
+    assert main(["eval", str(folder), str(WRITERS[task](tmp_path / "elsewhere/other"))]) == 0
+    assert (folder / "evaluation/other-2/evaluation.json").is_file()
+    for path, content in before.items():  # what is of the run's own data, and the first's, stays
         assert path.read_bytes() == content, path
     if task != "masks":  # there is no split, and nothing is counted twice
         assert "5 images (val 5)" in out

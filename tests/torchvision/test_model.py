@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,8 +217,11 @@ def test_bad_arguments_are_named(kind):
     frozen = e3va.build_backbone("frozen", TINY)
     with pytest.raises(TypeError, match="must be a Backbone, got FrozenSwin"):
         build_detector(kind, frozen.trunk, 3)
-    with pytest.raises(ValueError, match="counts the background"):
-        build_detector(kind, frozen, 1)
+    for classes in (1, 2.5):
+        with pytest.raises(ValueError, match="counts the background"):
+            build_detector(kind, frozen, classes)
+    with pytest.raises(ValueError, match="5 levels, got 5"):
+        build_detector(kind, frozen, 3, anchor_sizes=5)
     with pytest.raises(ValueError, match=r"5 levels, got \(8, 16\)"):
         build_detector(kind, frozen, 3, anchor_sizes=(8, 16))
     with pytest.raises(TypeError, match="no_such_option"):
@@ -225,9 +229,13 @@ def test_bad_arguments_are_named(kind):
     with pytest.raises(ValueError, match="unknown detector 'yolo'; known: mask_rcnn, faster_rcnn"):
         build_detector("yolo", frozen, 3)
     score = "score_thresh" if kind == "retinanet" else "box_score_thresh"
-    for value in (-0.1, 1.5, "high", float("nan"), None):
-        with pytest.raises(ValueError, match=f"{score} must be a number from 0 to 1"):
-            build_detector(kind, frozen, 3, **{score: value})
+    overlap = score.replace("score", "nms")
+    for value in (-0.1, 1.5, "high", float("nan"), None, True):
+        with pytest.raises(ValueError, match=f"{overlap} must be a number from 0 to 1, got"):
+            build_detector(kind, frozen, 3, **{overlap: value})
+    for value in (0, 1, 1.0, np.float64(0.5), np.float32(0.5)):
+        build_detector(kind, frozen, 3, **{overlap: value, score: value})
+    build_detector(kind, frozen, 3, **{score: -1.0})  # all are kept
     positive, negative = score.replace("score", "fg_iou"), score.replace("score", "bg_iou")
     with pytest.raises(ValueError, match=f"{positive} must not be below {negative}, got 0.1"):
         build_detector(kind, frozen, 3, **{positive: 0.1})
@@ -244,12 +252,21 @@ def test_bad_arguments_are_named(kind):
         ("retinanet", "min_size"),
     ],
 )
-@pytest.mark.parametrize("value", [-1, 0, 7.5, "abc", None])
+@pytest.mark.parametrize("value", [-1, 0, 7.5, "abc", None, True, (), (16, 0), (16, None)])
 def test_counts_are_whole_numbers(kind, name, value):
     frozen = e3va.build_backbone("frozen", TINY)
-    value = (16, value) if name in ("mask_channels", "min_size") else value
-    with pytest.raises(ValueError, match=f"{name} takes whole numbers from 1 on, got"):
+    with pytest.raises(
+        ValueError, match=f"{name} must be (a whole number|whole numbers) from 1 on"
+    ):
         build_detector(kind, frozen, 3, **{name: value})
+    right = (16, np.int64(24)) if name in ("mask_channels", "min_size") else np.int64(24)
+    build_detector(kind, frozen, 3, **{name: right})
+    if name == "min_size":
+        build_detector(kind, frozen, 3, min_size=[16, 24])
+        with pytest.raises(
+            ValueError, match=r"max_size must be a whole number from 1 on, got \[96"
+        ):
+            build_detector(kind, frozen, 3, max_size=[96])
 
 
 def test_detectors_are_copied_whole():
