@@ -390,6 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     report, where = kept(options.json) or {}, environment()
+    if others := report.keys() - set(tables):
+        sys.exit(f"{options.json} holds other results, {', '.join(sorted(others))}: name another")
     results: list[dict[str, Any]] = []
 
     def keep(table: str, rows: list[dict[str, Any]], **of: Any) -> None:

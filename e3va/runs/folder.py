@@ -131,11 +131,11 @@ def folder_for(data: Data, folder: Path, name: str) -> Path:
     """The subfolder called ``name``, or ``name``-2, …: the first that is free, or in which
     :func:`write_data` wrote the same annotations of the same files."""
     files = json.loads(json.dumps(_files(data)))
-    for number in itertools.count(1):
-        place = folder / (name if number == 1 else f"{name}-{number}")
-        if not place.exists() or _record(place) == files:
-            return place
-    raise AssertionError
+    place, number = folder / name, 1
+    while place.exists() and _record(place) != files:
+        number += 1
+        place = folder / f"{name}-{number}"
+    return place
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
