@@ -107,7 +107,7 @@ def check_same_data(data: Data, folder: Path) -> None:
     Raises:
         ValueError: it has another task, or other classes, images or annotations.
     """
-    files = {name: _read(folder / name) for name in _RECORD if (folder / name).is_file()}
+    files = _records(folder)
     if not files:
         return
     then = _traits(files)
@@ -132,18 +132,23 @@ def folder_for(data: Data, folder: Path, name: str) -> Path:
     :func:`write_data` wrote the same annotations of the same files."""
     files = json.loads(json.dumps(_files(data)))
     place, number = folder / name, 1
-    while place.exists() and _record(place) != files:
+    while place.exists() and not _holds(place, files):
         number += 1
         place = folder / f"{name}-{number}"
     return place
 
 
-def _record(folder: Path) -> dict[str, Any] | None:
-    """What :func:`write_data` wrote there; None: it is damaged."""
+def _holds(folder: Path, files: Mapping[str, Any]) -> bool:
+    """Whether :func:`write_data` wrote these, and nobody has damaged them."""
     try:
-        return {name: _read(folder / name) for name in _RECORD if (folder / name).is_file()}
+        return _records(folder) == files
     except (OSError, ValueError):
-        return None
+        return False
+
+
+def _records(folder: Path) -> dict[str, Any]:
+    """All that :func:`write_data` wrote there."""
+    return {name: _read(folder / name) for name in _RECORD if (folder / name).is_file()}
 
 
 def _shown(text: str, same: int) -> str:
