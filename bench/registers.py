@@ -390,7 +390,10 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     report, where = kept(options.json) or {}, environment()
-    if others := report.keys() - set(tables):
+    known = {
+        name for name in tables if isinstance(report.get(name), dict) and "rows" in report[name]
+    }
+    if others := report.keys() - known:
         sys.exit(f"{options.json} holds other results, {', '.join(sorted(others))}: name another")
     results: list[dict[str, Any]] = []
 

@@ -245,9 +245,10 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     words = ["--architectures", "80", "--dtypes", "fp16", "--tables", "compiled"]
     with pytest.raises(KeyboardInterrupt):
         registers.main([*words, "--json", str(tmp_path / "r.json")])
-    (tmp_path / "other.json").write_text('{"tracks": {}}')
-    with pytest.raises(SystemExit, match=r"other\.json holds other results, tracks"):
-        registers.main([*words, "--json", str(tmp_path / "other.json")])
+    for name, table in (("tracks", "{}"), ("executed", "3"), ("compiled", "[]")):
+        (tmp_path / "other.json").write_text(f'{{"{name}": {table}}}')
+        with pytest.raises(SystemExit, match=rf"other\.json holds other results, {name}"):
+            registers.main([*words, "--json", str(tmp_path / "other.json")])
     report = json.loads((tmp_path / "r.json").read_text())
     assert [(r["kernel"], r["registers"]) for r in report["compiled"]["rows"]] == [("a", 40)]
     assert report["compiled"]["environment"]["commit"]
