@@ -256,11 +256,10 @@ def _store_sums(sums_ptr, x, column_in, ROWS: tl.constexpr, COLUMNS: tl.constexp
     if x.dtype == tl.float32:
         tl.store(sums_ptr + columns, sum_of_rows(x), mask=column_in)
     else:
-        copies = tl.arange(0, 16)[None, :]  # the least that is multiplied
+        copies: tl.constexpr = 16  # the least that is multiplied
         sums = dot(
             tl.trans(x),
-            tl.full((ROWS, 16), 1.0, tl.float32).to(x.dtype),
-            tl.zeros((COLUMNS, 16), tl.float32),
+            tl.full((ROWS, copies), 1.0, tl.float32).to(x.dtype),
+            tl.zeros((COLUMNS, copies), tl.float32),
         )
-        first = column_in[:, None] & (copies == 0)
-        tl.store(sums_ptr + columns[:, None] + copies, sums, mask=first)
+        tl.store(sums_ptr + columns, tl.max(sums, 1), mask=column_in)

@@ -34,7 +34,7 @@ def mix(
     at = rows[:, None] * RANK + ranks[None, :]
     own_in = row_in[:, None] & rank_in[None, :]
     OF_U: tl.constexpr = CODED and not BACKWARD
-    total = _load(values_ptr, scale_ptr, at, rows, own_in, row_in, OF_U, DTYPE).to(tl.float32)
+    total = _load(values_ptr, scale_ptr, at, rows, own_in, row_in, OF_U, tl.float32).to(tl.float32)
     if SIDE:
         if BACKWARD:
             u = _load(u_ptr, scale_ptr, at, rows, own_in, row_in, CODED, DTYPE)
@@ -60,7 +60,7 @@ def mix(
                     inside[:, None] & rank_in[None, :],
                     inside,
                     OF_U,
-                    DTYPE,
+                    tl.float32,
                 )
                 total += D[None, :] * around.to(tl.float32)
                 if BACKWARD:

@@ -259,6 +259,21 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
         registers.main([*words, "--spill", "7"])
 
 
+def test_backward_of_a_stage_is_the_sum_of_its_kernels():
+    registers = pytest.importorskip("bench.registers", reason="triton is not installed")
+    # 8 maps of 50×84, read through 36 adapters
+    ns = {"adapters_backward int8": 0.25, "tap_gradient int4": 0.125, "stage_exit_backward": 2.0}
+    ns |= {"fold": 1e3, "fold_backward": 3e3, "adapters int8": 1e6}
+    costs = [EXECUTED | {"kernel": name, "model_ns_cached": n} for name, n in ns.items()]
+    for cost in costs:
+        cost["model_ns_uncached"] = 2 * cost["model_ns_cached"]
+    cached = (33600 * 36 * 0.375 + 33600 * 2 + 36 * 4e3) / 1e6
+    found = registers.stage_backward(costs)
+    assert found == {"H100 SXM": pytest.approx([cached, 2 * cached], abs=1e-3)}
+    other = [cost | {"gpu": "RTX 4060"} for cost in costs[1:]]
+    assert registers.stage_backward(costs + other) == found
+
+
 def test_costs_of_kernels(tmp_path):
     registers = pytest.importorskip("bench.registers", reason="triton is not installed")
     from tests.ptx.counters import Access, Counts

@@ -13,12 +13,16 @@ import argparse
 import contextlib
 from collections.abc import Iterator
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
 from tests.ptx.compiler import TritonCompiler
 from tests.ptx.counters import Counts
 from tests.ptx.device import Device
+
+TAP_TOKENS = 4096
+"""Of the tap whose gradient is computed, in one part: those of a stage's many taps are as long."""
 
 
 class Cost(NamedTuple):
@@ -39,7 +43,8 @@ def measure(
     size: tuple[int, int] = (16, 16),
     adapters: int = 2,
 ) -> Iterator[Cost]:
-    """Each kernel on one map of ``size``, as the launchers launch it.
+    """Each kernel on one map of ``size``, as the launchers launch it; the gradient of a tap of
+    :data:`TAP_TOKENS`.
 
     Args:
         compiler: of the kernels.
@@ -50,12 +55,12 @@ def measure(
         size: (H, W) of the map.
         adapters: K, with a state.
     """
+    from e3va.kernels import tap_gradient as tap_gradients
     from e3va.kernels.adapters import adapters as forward
     from e3va.kernels.adapters_backward import adapters_backward as backward
     from e3va.kernels.fold import fold, fold_backward
     from e3va.kernels.stage_exit import stage_exit_backward
     from e3va.kernels.sublayer_epilogue import sublayer_epilogue
-    from e3va.kernels.tap_gradient import tap_gradient
     from e3va.ops.storage import LARGEST, STORAGES, compress, keep
 
     N, K = size[0] * size[1], adapters
@@ -95,12 +100,21 @@ def measure(
     yield from counted("", K, fold, *folded, dtype)
     totals, of_D = torch.randn(K, hidden * (2 * rank + 1)), torch.randn(K, side**2, rank)
     yield from counted("", K, fold_backward, totals, of_D, *folded)
-    for storage in LARGEST:
-        codes, scale = compress(x, storage, 5)
-        yield from counted(
-            f" {storage}", N, tap_gradient, codes[None], scale[None], storage, t[:1], channels
-        )
-    p, dp = (v.view(1, *size, channels) for v in (x, y))
+    x, dt = torch.randn(TAP_TOKENS, channels).to(dtype), torch.randn(1, TAP_TOKENS, rank).to(dtype)
+    with mock.patch.object(tap_gradients, "splits_of", lambda tokens, programs: 1):
+        for storage in LARGEST:
+            codes, scale = compress(x, storage, 5)
+            yield from counted(
+                f" {storage}",
+                TAP_TOKENS,
+                tap_gradients.tap_gradient,
+                codes[None],
+                scale[None],
+                storage,
+                dt,
+                channels,
+            )
+    p, dp = (torch.randn(1, *size, channels).to(dtype) for _ in range(2))
     dgathered = torch.randn(1, size[0] // 2, size[1] // 2, 4 * channels).to(dtype)
     norms = torch.zeros(N), torch.ones(N), *norm, torch.ones(4 * channels)
     yield from counted("", N, stage_exit_backward, dp, dgathered, p, *norms, 1e-5)

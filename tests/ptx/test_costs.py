@@ -15,13 +15,13 @@ CEILINGS = {
     "sublayer_epilogue int4": 650,
     "adapters full": 148,
     "adapters int8": 156,
-    "adapters_backward full": 283,
-    "adapters_backward int8": 313,
+    "adapters_backward full": 280,
+    "adapters_backward int8": 300,
     "fold": 8800,
     "fold_backward": 25700,
-    "tap_gradient fp8": 108,
-    "tap_gradient int8": 108,
-    "tap_gradient int4": 85,
+    "tap_gradient fp8": 88,
+    "tap_gradient int8": 88,
+    "tap_gradient int4": 68,
     "stage_exit_backward": 1008,  # 1004 by Triton 3.8
 }
 """Warp instructions without moves, per token (and adapter), of what is folded per adapter: bfloat16
