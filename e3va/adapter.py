@@ -193,7 +193,7 @@ def _check_config(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
             if key != "weight_hash" and name not in free and found[section].get(key) != value:
                 unfit.append(f"{name} is {found[section].get(key)}, here {value}")
     if unfit:
-        raise ValueError(f"{path} belongs to a backbone of another shape: {'; '.join(unfit)}")
+        raise ValueError(f"{path} belongs to a backbone of another form: {'; '.join(unfit)}")
     theirs, ours = found["trunk"].get("weight_hash"), wanted["trunk"]["weight_hash"]
     if theirs != ours:
         raise ValueError(

@@ -262,6 +262,9 @@ def _train(options: argparse.Namespace) -> None:
             data, plan, name, folder, resume=options.resume, overrides=options.overrides
         )
         print(f"trained by {name}, into {folder}:\n{plan.describe()}")
+        if options.overrides:
+            print("but for these settings, which were given:")
+            _print_pairs(options.overrides)
         if options.dry_run:
             begin = commands.command("train", folder)
             print(f"settings: {folder / CONFIG}; train by: {begin}")
@@ -289,6 +292,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     elif options.val or options.images or options.task or options.classes:
         raise ValueError("--val, --images, --task and --classes are of DATA, and there is none")
     _print_metrics(commands.evaluate(options.folder, data, name))
+
+
+def _print_pairs(overrides: Sequence[str]) -> None:
+    for name, value in zip(overrides[::2], overrides[1::2], strict=True):
+        print(f"  {name}  {value}")
 
 
 def _print_metrics(metrics: dict[str, float]) -> None:

@@ -27,11 +27,11 @@ class HighwayConfig:
     Adapter k of a stage reads a tap, looks around in its low rank, hears what the adapters before
     it said, and adds ``s_k @ V_k`` to the highway:
 
-        u_k = tap_k @ P_k + γ_k * c,  s_k = GELU((u_k + D_k ⋆ u_k) @ Q_k + b_k) @ U_k,  c += s_k
+        u_k = tap_k @ P_k + γ_k * e,  s_k = GELU((u_k + D_k ⋆ u_k) @ Q_k + b_k) @ U_k,  e += s_k
 
     with P [C, α], D [α, side, side] a depth-wise convolution over the map, Q [α, m], U [m, α],
     V [α, C], rank ``α = branches * kernel_dim`` and hidden width ``m = hidden_ratio * C``. The
-    published form (arXiv 2306.09729, sec. 3) taps outputs, with neither D nor c: see
+    published form (arXiv 2306.09729, sec. 3) taps outputs, with neither D nor e: see
     :meth:`published`.
 
     Attributes:
@@ -41,7 +41,7 @@ class HighwayConfig:
         tap: "output", a frozen sub-layer's output before its residual add (the paper's), or "norm"
             (the default), what the next sub-layer reads: the norm of the residual stream.
         mixing: side of the convolution D, 3 (the default), 5 or 7; 0: none (the paper's).
-        state: whether there is a state c, which travels from stage to stage by 2×2 mean pooling
+        state: whether there is a state e, which travels from stage to stage by 2×2 mean pooling
             (default); False: none (the paper's).
         storage: how the trunk's taps are kept for backward: "full", "fp8", "int8" or "int4" (the
             default); no part of the form.

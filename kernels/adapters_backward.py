@@ -46,7 +46,7 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) 
         return Tiles(32, 32, 8)
     if architecture == 86:
         return Tiles(128, 64, 8)
-    return Tiles(64, 32, 4) if side > 5 else Tiles(64, 64, 4)
+    return Tiles(64, 64, 4)
 
 
 def adapters_backward(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,10 @@ import torch
 from detectron2.config import CfgNode, get_cfg
 
 import e3va
+from e3va.config import HighwayConfig
 from e3va.detectron2.data import FORMATS
 from e3va.detectron2.data.loader import AUTO
-from e3va.methods import HIGHWAYS, METHODS, options_of
+from e3va.methods import HIGHWAYS, METHODS, Method, options_of
 from e3va.precision import DTYPES
 from e3va.words import did_you_mean
 
@@ -156,7 +158,8 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     Raises:
         FileNotFoundError: there is no such file.
         KeyError: a key is unknown.
-        ValueError: an override has no value, or one of another type.
+        ValueError: an override has no value, or one of another type; or the form of the highway is
+            not e3va_paper's, which is the method.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"no config file {config_file!r}: give one with --config-file")
@@ -176,7 +179,22 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
         if not unknown:
             raise KeyError(str(error)) from None
         raise KeyError(f"unknown key {key}{did_you_mean(key, _keys(cfg))}") from None
+    if cfg.MODEL.TUNING.METHOD == "e3va_paper":
+        _publish(cfg.MODEL.HIGHWAY)
     return cfg
+
+
+def _publish(highway: CfgNode) -> None:
+    """The published form in the keys of MODEL.HIGHWAY, whose defaults are ours."""
+    ours = HighwayConfig()
+    for name, value in dataclasses.asdict(ours.published()).items():
+        if value != getattr(ours, name):
+            if highway[name.upper()] not in (getattr(ours, name), value):
+                raise ValueError(
+                    f"MODEL.HIGHWAY.{name.upper()} is {value} in e3va_paper, not "
+                    f"{highway[name.upper()]}, which MODEL.TUNING.METHOD e3va takes"
+                )
+            highway[name.upper()] = value
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -229,6 +247,16 @@ def method_options(cfg: CfgNode) -> dict[str, Any]:
     names = options_of(method)
     section = cfg.MODEL.HIGHWAY if method in HIGHWAYS else cfg.MODEL.TUNING.get(method.upper())
     return {name: section[name.upper()] for name in names}
+
+
+def method_of(cfg: CfgNode) -> type[Method]:
+    """The tuning method of ``cfg``.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    options_of(cfg.MODEL.TUNING.METHOD)
+    return METHODS[cfg.MODEL.TUNING.METHOD]
 
 
 def _section(method: str) -> CfgNode:

@@ -21,7 +21,7 @@ from e3va.budget import warn
 from e3va.data.folder import Data
 from e3va.detectron2.backbone import local_weights, trunk_of
 from e3va.detectron2.budget import Setup, largest
-from e3va.detectron2.config import CONFIGS, load_config
+from e3va.detectron2.config import CONFIGS, load_config, method_of
 from e3va.detectron2.data import FORMATS, register_datasets
 from e3va.detectron2.data.catalog import set_classes
 from e3va.detectron2.inference import class_names, load_model
@@ -74,7 +74,18 @@ def open_setup(
         config = str(CONFIGS / f"Base-{bases[detector]}.yaml")
         words += ["MODEL.TRUNK.VARIANT", variant, "SOLVER.AMP.ENABLED", True]
         words += ["MODEL.MASK_ON", detector == "mask_rcnn"]
+        return Setup(_new_config(Path(config), [*words, *overrides]), instances)
     return Setup(load_config(config, [*words, *overrides]), instances)
+
+
+def _new_config(base: Path, settings: Sequence[Any]) -> CfgNode:
+    """``base`` with the settings; a frozen trunk is stored in what autocast computes in, unless
+    they say otherwise."""
+    cfg = load_config(str(base), settings)
+    told = "MODEL.TRUNK.DTYPE" in settings[::2]
+    if cfg.SOLVER.AMP.ENABLED and not told and not method_of(cfg).trains_trunk:
+        cfg.MODEL.TRUNK.DTYPE = cfg.SOLVER.AMP.DTYPE
+    return cfg
 
 
 def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) -> CfgNode:
@@ -115,8 +126,10 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     if not torch.cuda.is_available():
         settings["DATALOADER.NUM_WORKERS"] = 0  # they would take the cores that compute
     pairs = [word for pair in settings.items() for word in pair]
-    base = CONFIGS / f"Base-{bases[plan.detector]}.yaml"
-    return load_config(str(base), [*pairs, *overrides])
+    if (folder / CONFIG).is_file():  # to be resumed
+        trunk = load_config(str(folder / CONFIG)).MODEL.TRUNK
+        pairs += ["MODEL.TRUNK.DTYPE", trunk.DTYPE]
+    return _new_config(CONFIGS / f"Base-{bases[plan.detector]}.yaml", [*pairs, *overrides])
 
 
 def check(cfg: CfgNode) -> None:

@@ -74,7 +74,9 @@ class Run:
                 raise ValueError("classes are a list, and data a dictionary")
             return run
         except (ValueError, TypeError, LookupError, yaml.YAMLError) as error:
-            raise ValueError(f"{path} is damaged, or of another version: {error}") from error
+            raise ValueError(
+                f"{path} is damaged, of another version, or of a run by Detectron2: {error}"
+            ) from error
 
 
 def build_model(

@@ -18,7 +18,7 @@ from torch import Tensor
 from e3va.files import atomic_path
 from e3va.trunks import FAMILIES, Trunk, TrunkFamily, family_of
 from e3va.trunks.base import WEIGHT_HASH
-from e3va.weights.reading import State, read_candidates
+from e3va.weights.reading import State, read_candidates, resolve
 
 
 def convert_weights(state: Mapping[str, Tensor]) -> State:
@@ -73,8 +73,8 @@ def load_trunk(trunk: Trunk, path: str | os.PathLike[str]) -> None:
 
     Args:
         trunk: the trunk; unchanged if this fails.
-        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows, or
-            ``timm:NAME``.
+        path: a file that :func:`read_weights` reads, named as :func:`convert_weights` knows, or its
+            URL, ``e3va://NAME`` for one that ships with the package, or ``timm:NAME``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -86,7 +86,7 @@ def load_trunk(trunk: Trunk, path: str | os.PathLike[str]) -> None:
 
 
 def _read_trunk(path: str | os.PathLike[str]) -> tuple[TrunkFamily, State]:
-    candidates = read_candidates(path)
+    candidates = read_candidates(resolve(os.fspath(path)))
     problem = ""
     for where, state in candidates.items():
         try:

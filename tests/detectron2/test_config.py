@@ -4,6 +4,7 @@ import importlib
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integration is untested")
 
@@ -11,6 +12,8 @@ from detectron2.config import get_cfg
 
 from e3va.detectron2 import add_e3va_config, load_config
 from e3va.detectron2.config import _FORMER, _translated, method_options
+from e3va.detectron2.engine import open_setup
+from e3va.measure import bottom_up
 from e3va.methods import METHODS, options_of
 from tests.detectron2.factories import DIGITS
 
@@ -82,6 +85,30 @@ def test_every_method_has_a_section_for_its_options():
         assert method_options(cfg) == options_of(method)
     cfg = load_config(DIGITS, ["MODEL.TUNING.METHOD", "lora", "MODEL.TUNING.LORA.RANK", 4])
     assert method_options(cfg) == {"rank": 4, "scale": 1.0}
+
+
+def test_the_published_form_is_told_as_it_is():
+    paper = ["MODEL.TUNING.METHOD", "e3va_paper"]
+    for given in ([], ["MODEL.HIGHWAY.MIXING", 0], ["MODEL.HIGHWAY.TAP", "norm"]):
+        form = load_config(DIGITS, [*paper, *given]).MODEL.HIGHWAY
+        assert (form.TAP, form.MIXING, form.STATE) == ("output", 0, False)
+        assert form.KERNEL_DIM == load_config(DIGITS).MODEL.HIGHWAY.KERNEL_DIM
+    with pytest.raises(ValueError, match=r"HIGHWAY\.MIXING is 0 in e3va_paper, not 5, which"):
+        load_config(DIGITS, [*paper, "MODEL.HIGHWAY.MIXING", 5])
+
+
+def test_a_frozen_trunk_is_stored_as_it_is_computed_in():
+    def stored(method="e3va", *settings):
+        model = open_setup(None, "swin_t", method, settings, 1).build().model
+        return next(bottom_up(model).net.trunk.parameters()).dtype
+
+    assert stored() == torch.bfloat16
+    assert stored("e3va", "SOLVER.AMP.DTYPE", "float16") == torch.float16
+    told = ("e3va", "MODEL.TRUNK.DTYPE", "float32"), ("e3va", "SOLVER.AMP.ENABLED", "False")
+    for settings in (("full",), *told):
+        assert stored(*settings) == torch.float32
+    with pytest.raises(ValueError, match="unknown tuning method 'e3vo'; known: full"):
+        stored("e3va", "MODEL.TUNING.METHOD", "e3vo")
 
 
 def test_add_config_leaves_detectron2_defaults_alone():

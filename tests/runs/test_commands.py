@@ -224,7 +224,8 @@ def test_resume_goes_on_and_nothing_is_overwritten(engine, tmp_path, capsys):
 def test_a_plan_is_written_edited_and_trained(engine, tmp_path, capsys):
     data, out = write_coco(tmp_path / "data"), tmp_path / "out"
     assert train(data, out, engine, "swin_digits", "--dry-run") == 0
-    assert f"train by: e3va train {out}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"train by: e3va train {out}" in told and "but for" not in told
     config = (out / "config.yaml").read_text()
     assert "red" in config and (out / "data.png").is_file()
     assert re.search(r"\bcheckpoint_period: 1\n", config, re.IGNORECASE)  # a tenth, rounded up
@@ -236,6 +237,11 @@ def test_a_plan_is_written_edited_and_trained(engine, tmp_path, capsys):
         "torchvision": ("iterations: 2", "iterations: 3"),
     }[engine]
     assert before in config
+    pair = {"detectron2": ["SEED", "3"], "torchvision": ["seed", "3"]}[engine]
+    given = ["--engine", engine, "--output", str(tmp_path / "b"), "--dry-run", *pair]
+    assert main(["train", str(data), "--model", "swin_digits", *given]) == 0
+    told = capsys.readouterr().out.split("but for these settings, which were given:\n")[1]
+    assert told.startswith(f"  {'  '.join(pair)}\n")
     (out / "config.yaml").write_text(config.replace(before, after))
     assert main(["train", str(out), "--method", "frozen"]) == 2
     assert "and not by --method" in capsys.readouterr().err
