@@ -17,6 +17,7 @@ seconds per iteration are medians of interleaved steps.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 from collections.abc import Callable
@@ -227,15 +228,29 @@ def run_track(
     keep()
 
 
+def _rate(word: str) -> float:
+    rate = float(word)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"{word} is no multiple of a learning rate")
+    return rate
+
+
+def _count(word: str) -> int:
+    count = int(word)
+    if count < 1:
+        raise ValueError(f"{word} is less than 1")
+    return count
+
+
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tracks", nargs="+", choices=TRACKS, default=DIGITS)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument(
-        "--rates", nargs="+", type=float, default=list(RATES), help="of the config's (0.5 1 2)"
+        "--rates", nargs="+", type=_rate, default=list(RATES), help="of the config's (0.5 1 2)"
     )
-    parser.add_argument("--iterations", type=int, help="of each run (default: the track's)")
+    parser.add_argument("--iterations", type=_count, help="of each run (default: the track's)")
     parser.add_argument("--output", type=Path, default=Path("output/tracks"))
     parser.add_argument(
         "--json", type=Path, help="keep the results in this file, and go on from it"
@@ -248,6 +263,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.json:
             write_json(options.json, report)
 
+    try:
+        keep()  # or it cannot be written, and that is known before hours of training
+    except OSError as error:
+        sys.exit(f"cannot write {options.json}: {error}")
     data = write_digits(options.output / "digits", seed=0)
     for name in options.tracks:
         track = TRACKS[name]

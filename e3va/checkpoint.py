@@ -48,12 +48,13 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_state(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """What of ``state`` does not fit ``own``, in words; empty if all does."""
+    """What of ``state`` does not fit ``own``, in words; empty if all does, and is finite."""
     unfit = sorted(state.keys() ^ own.keys()) + sorted(
         name for name in state.keys() & own.keys() if state[name].shape != own[name].shape
     )
     if not unfit:
-        return ""
+        broken = [name for name, value in state.items() if not value.isfinite().all()]
+        return f"{len(broken)} tensors are not finite, as {broken[0]}" if broken else ""
     return (
         f"{len(unfit)} tensors are missing, unexpected or of another shape, among them "
         f"{', '.join(unfit[:3])}"

@@ -137,6 +137,14 @@ def test_tracks(tmp_path, monkeypatch, capsys):
         file.write_text(garbage)
         with pytest.raises(SystemExit, match="holds no results to go on from"):
             tracks.main(options)
+    trained.clear()
+    with pytest.raises(SystemExit, match=r"cannot write .*tracks.json/t\.json"):
+        tracks.main([*options, "--json", str(file / "t.json")])
+    for name, value in (("--rates", "nan"), ("--rates", "-1"), ("--iterations", "0")):
+        with pytest.raises(SystemExit):
+            tracks.main([*options, name, value])
+        assert f"{name}: invalid" in capsys.readouterr().err
+    assert not trained
 
 
 def test_the_rate_is_the_best_over_the_seeds():

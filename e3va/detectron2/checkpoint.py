@@ -15,6 +15,7 @@ from torch import nn
 from e3va.checkpoint import find_trunk, frozen_hash, own_state
 from e3va.files import atomic_path
 from e3va.weights import read_weights, trunk_hash
+from e3va.weights.reading import read_content
 
 _FORMER = re.compile(r"^(backbone\.(?:bottom_up\.)?)swin\.")
 """The beginning of names in files of before: what follows ``net.`` now."""
@@ -94,7 +95,7 @@ class SafeCheckpointer(DetectionCheckpointer):
         return {**loaded, **named}
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        return torch.load(f, map_location="cpu", weights_only=True)
+        return read_content(Path(f))
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         trunk = checkpoint.get("trunk")

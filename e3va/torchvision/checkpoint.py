@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from e3va.checkpoint import check_state, frozen_hash, own_state
 from e3va.files import atomic_path
+from e3va.weights.reading import read_content
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any) -> None:
@@ -40,18 +40,11 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    content = read_content(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         saved, saved_hash = content.pop("model"), content.pop("trunk")
-    except (
-        pickle.UnpicklingError,
-        EOFError,
-        RuntimeError,
-        LookupError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of save_checkpoint") from error
+    except (LookupError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is no checkpoint of save_checkpoint") from error
     here = frozen_hash(model)
     if saved_hash != here:
         raise ValueError(

@@ -101,8 +101,26 @@ def read_candidates(path: str | os.PathLike[str]) -> dict[str, State]:
         )
     if what := placeholder(path):
         raise ValueError(f"{path} is no weights but {what}")
+    content = read_content(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
+    found = dict(_dictionaries(content))
+    if not found:
+        keys = ", ".join(f"{key} ({_kind(value)})" for key, value in list(content.items())[:8])
+        raise ValueError(f"{path} holds no dictionary of weights; its keys are {keys or 'none'}")
+    return found
+
+
+def read_content(path: Path) -> Any:
+    """What a file that :func:`read_weights` reads holds, as it is, on the CPU; one of another
+    suffix is PyTorch's.
+
+    Raises:
+        ValueError: the file is damaged, does not fit into the memory, or holds more than tensors,
+            arrays and plain containers.
+    """
     try:
-        content = _READERS[path.suffix](path)
+        return _READERS.get(path.suffix, _read_torch)(path)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is damaged, or holds objects other than weights, which are not loaded because "
@@ -113,13 +131,6 @@ def read_candidates(path: str | os.PathLike[str]) -> dict[str, State]:
     except _DAMAGED as error:
         why = str(error) or "it ends too early"
         raise ValueError(f"{path} is damaged or no {path.suffix} file: {why}") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not a dictionary of weights")
-    found = dict(_dictionaries(content))
-    if not found:
-        keys = ", ".join(f"{key} ({_kind(value)})" for key, value in list(content.items())[:8])
-        raise ValueError(f"{path} holds no dictionary of weights; its keys are {keys or 'none'}")
-    return found
 
 
 _PREFERRED = ("model", "state_dict", "teacher", "model_ema", "state_dict_ema", "ema")
@@ -191,6 +202,7 @@ _DAMAGED = (
     SafetensorError,
     RuntimeError,
     EOFError,
+    OSError,  # PyTorch's of a file that is cut
     OverflowError,
     ValueError,
     TypeError,

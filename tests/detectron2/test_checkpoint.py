@@ -40,6 +40,15 @@ def test_checkpoints_never_run_code(tmp_path, name):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("size", [0, 7, 20_000, 500_000])
+def test_a_damaged_checkpoint_is_named(tmp_path, size):
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": {"weight": torch.zeros(500, 500)}}, path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"model_final\.pth is damaged"):
+        SafeCheckpointer(nn.Linear(1, 1)).load(str(path))
+
+
 def test_checkpoint_of_safetensors(tmp_path):
     model = nn.Linear(3, 2)
     save_file({"weight": torch.ones(2, 3), "bias": torch.ones(2)}, tmp_path / "w.safetensors")

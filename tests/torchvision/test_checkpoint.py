@@ -60,12 +60,28 @@ def test_full_checkpoint_holds_the_trunk(tmp_path):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage", None], ids=["empty", "garbage", "foreign"])
+@pytest.mark.parametrize("content", ["empty", "garbage", "foreign", "cut"])
 def test_foreign_checkpoints_are_named(tmp_path, content):
-    path = tmp_path / "checkpoint.pt"
-    if content is None:
+    path, model = tmp_path / "checkpoint.pt", detector()
+    if content == "foreign":
         torch.save({"weights": torch.zeros(2)}, path)
     else:
-        path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is damaged or no checkpoint"):
-        load_checkpoint(path, detector())
+        save_checkpoint(path, model)
+        size = {"empty": 0, "garbage": 7, "cut": 20_000}[content]
+        path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged|no checkpoint)"):
+        load_checkpoint(path, model)
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    path, model = tmp_path / "checkpoint.pt", detector()
+    save_checkpoint(path, model)
+    content = torch.load(path, weights_only=True)
+    name = next(name for name in content["model"] if name.endswith(".P"))
+    content["model"][name][0] = torch.nan
+    torch.save(content, path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"1 tensors are not finite, as {name}"):
+        load_checkpoint(path, model)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])

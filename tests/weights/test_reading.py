@@ -116,7 +116,7 @@ def test_loads_the_files_of_the_hugging_face_hub(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pkl", ".pth", ".safetensors"])
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "noise"])
+@pytest.mark.parametrize("damage", ["truncated", "cut", "empty", "text", "noise"])
 def test_names_a_damaged_file(suffix, damage, source, tmp_path):
     path = tmp_path / f"swin{suffix}"
     if suffix == ".pkl":
@@ -130,6 +130,7 @@ def test_names_a_damaged_file(suffix, damage, source, tmp_path):
     path.write_bytes(
         {
             "truncated": whole[: len(whole) // 2],
+            "cut": whole[:20_000],
             "empty": b"",
             "text": b"404: not found",
             "noise": np.random.default_rng(0).bytes(4096),
