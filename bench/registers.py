@@ -454,10 +454,8 @@ def main(arguments: list[str] | None = None) -> None:
             stages = stage_backward(costs)
             keep("executed", costs, size=options.size, stage_backward_ms=stages)
         for gpu, (cached, uncached) in stages.items():
-            print(
-                f"backward of stage 3 at batch {BATCH}: {cached:.3f} to {uncached:.3f} ms", end=""
-            )
-            print(f" on {gpu} (model)")
+            times = f"{cached:.3f} to {uncached:.3f} ms on {gpu} (model)"
+            print(f"backward of stage 3 at batch {BATCH}: {times}")
     bad = [r for r in results if r["spilled"] > options.spill or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")

@@ -231,14 +231,14 @@ def run_track(
 def _rate(word: str) -> float:
     rate = float(word)
     if not 0 < rate < math.inf:
-        raise ValueError(f"{word} is no multiple of a learning rate")
+        raise argparse.ArgumentTypeError(f"{word} is no multiple of a learning rate")
     return rate
 
 
 def _count(word: str) -> int:
     count = int(word)
     if count < 1:
-        raise ValueError(f"{word} is less than 1")
+        raise argparse.ArgumentTypeError(f"{word} is less than 1")
     return count
 
 

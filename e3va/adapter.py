@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from e3va.backbone import Backbone
-from e3va.checkpoint import check_state, frozen_hash
+from e3va.checkpoint import check_finite, check_state, frozen_hash
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path, write_json
 from e3va.highway import FORM, check_form
@@ -78,6 +78,7 @@ def load_adapter(backbone: Backbone, directory: str | os.PathLike[str]) -> None:
         state.setdefault(form, own[form])  # the config has told
     if unfit := check_state(state, own):
         raise ValueError(f"{path} does not belong to its {CONFIG_NAME}: {unfit}")
+    check_finite(path, state)
     if isinstance(backbone, E3VABackbone):
         check_form(state[form], backbone.highway.config)
     backbone.load_state_dict(state, strict=False)

@@ -48,17 +48,31 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def check_state(state: dict[str, Tensor], own: dict[str, Tensor]) -> str:
-    """What of ``state`` does not fit ``own``, in words; empty if all does, and is finite."""
+    """What of ``state`` does not fit ``own``, in words; empty if all does."""
     unfit = sorted(state.keys() ^ own.keys()) + sorted(
         name for name in state.keys() & own.keys() if state[name].shape != own[name].shape
     )
     if not unfit:
-        broken = [name for name, value in state.items() if not value.isfinite().all()]
-        return f"{len(broken)} tensors are not finite, as {broken[0]}" if broken else ""
+        return ""
     return (
         f"{len(unfit)} tensors are missing, unexpected or of another shape, among them "
         f"{', '.join(unfit[:3])}"
     )
+
+
+def check_finite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """That all numbers of ``state``, which ``path`` held, are finite.
+
+    Raises:
+        ValueError: they are not.
+    """
+    broken = [
+        name
+        for name, value in state.items()
+        if value.is_floating_point() and not value.float().isfinite().all()
+    ]
+    if broken:
+        raise ValueError(f"{path} holds numbers that are not finite: {', '.join(broken[:3])}")
 
 
 def check_target(target: Path) -> None:

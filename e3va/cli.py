@@ -244,6 +244,7 @@ def _train(options: argparse.Namespace) -> None:
             )
         config = commands.read(folder, options.overrides)
         print(f"trained by {engine_of(folder)}, as {folder / CONFIG} says")
+        _print_given(options.overrides)
     else:
         if options.model:
             model_of(options.model, options.task)  # before the data, which take longer
@@ -262,9 +263,7 @@ def _train(options: argparse.Namespace) -> None:
             data, plan, name, folder, resume=options.resume, overrides=options.overrides
         )
         print(f"trained by {name}, into {folder}:\n{plan.describe()}")
-        if options.overrides:
-            print("but for these settings, which were given:")
-            _print_pairs(options.overrides)
+        _print_given(options.overrides)
         if options.dry_run:
             begin = commands.command("train", folder)
             print(f"settings: {folder / CONFIG}; train by: {begin}")
@@ -294,7 +293,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     _print_metrics(commands.evaluate(options.folder, data, name))
 
 
-def _print_pairs(overrides: Sequence[str]) -> None:
+def _print_given(overrides: Sequence[str]) -> None:
+    if overrides:
+        print("but for these settings, which were given:")
     for name, value in zip(overrides[::2], overrides[1::2], strict=True):
         print(f"  {name}  {value}")
 

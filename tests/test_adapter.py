@@ -311,3 +311,12 @@ def test_a_failed_save_leaves_the_old_files(saved, trained, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         save_adapter(trained, saved)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+def test_numbers_that_are_not_finite_are_refused(saved, trunk):
+    file = saved / "adapter_model.safetensors"
+    state = safetensors.torch.load_file(file)
+    name = next(name for name in state if name.endswith(".P"))
+    state[name][0] = torch.inf
+    safetensors.torch.save_file(state, file)
+    assert_refuses(fresh(trunk), saved, ValueError, f"{file} holds numbers that are not finite")

@@ -143,7 +143,7 @@ def test_tracks(tmp_path, monkeypatch, capsys):
     for name, value in (("--rates", "nan"), ("--rates", "-1"), ("--iterations", "0")):
         with pytest.raises(SystemExit):
             tracks.main([*options, name, value])
-        assert f"{name}: invalid" in capsys.readouterr().err
+        assert f"{name}: {value} is " in capsys.readouterr().err
     assert not trained
 
 

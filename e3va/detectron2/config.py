@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +157,8 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     Raises:
         FileNotFoundError: there is no such file.
         KeyError: a key is unknown.
-        ValueError: an override has no value, or one of another type; or the form of the highway is
-            not e3va_paper's, which is the method.
+        ValueError: an override has no value, or one of another type; or they give e3va_paper
+            another form.
     """
     if not os.path.isfile(config_file):
         raise FileNotFoundError(f"no config file {config_file!r}: give one with --config-file")
@@ -169,7 +168,7 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
     words = list(overrides)
     if len(words) % 2:
         raise ValueError(f"overrides come as KEY VALUE, got {' '.join(map(str, words))}")
-    words[::2] = _translated(words[::2])
+    words[::2] = translated(words[::2])
     pairs = zip(words[::2], words[1::2], strict=True)
     words[1::2] = [AUTO if (k, v) == (_ACCUMULATE, "auto") else v for k, v in pairs]
     try:
@@ -180,21 +179,18 @@ def load_config(config_file: str, overrides: Sequence[Any] = ()) -> CfgNode:
             raise KeyError(str(error)) from None
         raise KeyError(f"unknown key {key}{did_you_mean(key, _keys(cfg))}") from None
     if cfg.MODEL.TUNING.METHOD == "e3va_paper":
-        _publish(cfg.MODEL.HIGHWAY)
+        _check_published(cfg, words[::2])
     return cfg
 
 
-def _publish(highway: CfgNode) -> None:
-    """The published form in the keys of MODEL.HIGHWAY, whose defaults are ours."""
-    ours = HighwayConfig()
-    for name, value in dataclasses.asdict(ours.published()).items():
-        if value != getattr(ours, name):
-            if highway[name.upper()] not in (getattr(ours, name), value):
-                raise ValueError(
-                    f"MODEL.HIGHWAY.{name.upper()} is {value} in e3va_paper, not "
-                    f"{highway[name.upper()]}, which MODEL.TUNING.METHOD e3va takes"
-                )
-            highway[name.upper()] = value
+def _check_published(cfg: CfgNode, given: Collection[str]) -> None:
+    """That none of the ``given`` keys asks e3va_paper for a form that is not its own."""
+    for name in ("tap", "mixing", "state"):
+        key, its = f"MODEL.HIGHWAY.{name.upper()}", getattr(HighwayConfig().published(), name)
+        if key in given and (asked := cfg.MODEL.HIGHWAY[name.upper()]) != its:
+            raise ValueError(
+                f"{key} is {its} in e3va_paper, not {asked}, which MODEL.TUNING.METHOD e3va takes"
+            )
 
 
 def _keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
@@ -218,7 +214,7 @@ class _Files(CfgNode):
         if solver.get("ACCUMULATE") == "auto":
             solver["ACCUMULATE"] = AUTO
         values = loaded.get("MODEL", {}).pop("E3VA", {})
-        names = _translated([f"MODEL.E3VA.{key}" for key in values])
+        names = translated([f"MODEL.E3VA.{key}" for key in values])
         for name, value in zip(names, values.values(), strict=True):
             *sections, key = name.split(".")
             node = loaded
@@ -228,7 +224,7 @@ class _Files(CfgNode):
         return loaded
 
 
-def _translated(names: list[str]) -> list[str]:
+def translated(names: list[str]) -> list[str]:
     """``names`` of keys with what is called otherwise now in its new name; a warning says so."""
     known = {f"MODEL.E3VA.{key}": new for key, new in _FORMER.items()}
     if former := [name for name in names if name in known]:

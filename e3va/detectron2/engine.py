@@ -21,7 +21,7 @@ from e3va.budget import warn
 from e3va.data.folder import Data
 from e3va.detectron2.backbone import local_weights, trunk_of
 from e3va.detectron2.budget import Setup, largest
-from e3va.detectron2.config import CONFIGS, load_config, method_of
+from e3va.detectron2.config import CONFIGS, load_config, method_of, translated
 from e3va.detectron2.data import FORMATS, register_datasets
 from e3va.detectron2.data.catalog import set_classes
 from e3va.detectron2.inference import class_names, load_model
@@ -82,7 +82,7 @@ def _new_config(base: Path, settings: Sequence[Any]) -> CfgNode:
     """``base`` with the settings; a frozen trunk is stored in what autocast computes in, unless
     they say otherwise."""
     cfg = load_config(str(base), settings)
-    told = "MODEL.TRUNK.DTYPE" in settings[::2]
+    told = "MODEL.TRUNK.DTYPE" in translated(list(settings[::2]))
     if cfg.SOLVER.AMP.ENABLED and not told and not method_of(cfg).trains_trunk:
         cfg.MODEL.TRUNK.DTYPE = cfg.SOLVER.AMP.DTYPE
     return cfg
@@ -126,7 +126,7 @@ def config_of(data: Data, plan: Plan, folder: Path, overrides: Sequence[str]) ->
     if not torch.cuda.is_available():
         settings["DATALOADER.NUM_WORKERS"] = 0  # they would take the cores that compute
     pairs = [word for pair in settings.items() for word in pair]
-    if (folder / CONFIG).is_file():  # to be resumed
+    if torch.cuda.is_available() and (folder / CONFIG).is_file():  # to be resumed
         trunk = load_config(str(folder / CONFIG)).MODEL.TRUNK
         pairs += ["MODEL.TRUNK.DTYPE", trunk.DTYPE]
     return _new_config(CONFIGS / f"Base-{bases[plan.detector]}.yaml", [*pairs, *overrides])

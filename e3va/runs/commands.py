@@ -128,17 +128,17 @@ def prepare(
         check_same_data(data, folder / "data")
         if (folder / CONFIG).is_file() and (other := engine_of(folder)) != name:
             raise ValueError(f"{folder} is a run by {other}: resume it by --engine {other}")
+    elif (folder / CONFIG).exists():
+        go_on = f"{command('train', folder)}{' --resume' * _has_begun(folder)}"
+        raise ValueError(
+            f"{folder} holds a run already: go on with it by {go_on}, or name another by --output"
+        )
     by = engine(name)
     config = by.config_of(data, plan, folder, overrides)
     if resume:
         by.check_same(config, folder)
         if _finished(folder, by.iterations_of(config)) is not None:
             return config
-    elif (folder / CONFIG).exists():
-        go_on = f"{command('train', folder)}{' --resume' * _has_begun(folder)}"
-        raise ValueError(
-            f"{folder} holds a run already: go on with it by {go_on}, or name another by --output"
-        )
     by.check(config)
     write_data(data, folder / "data")
     if not (folder / CONFIG).exists():

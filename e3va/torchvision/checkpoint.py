@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from e3va.checkpoint import check_state, frozen_hash, own_state
+from e3va.checkpoint import check_finite, check_state, frozen_hash, own_state
 from e3va.files import atomic_path
 from e3va.weights.reading import read_content
 
@@ -35,7 +35,8 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is no such checkpoint, or of another model or another trunk.
+        ValueError: the file is no such checkpoint, of another model or another trunk, or holds
+            numbers that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -53,5 +54,6 @@ def load_checkpoint(path: str | os.PathLike[str], model: nn.Module) -> dict[str,
         )
     if unfit := check_state(saved, own_state(model)):
         raise ValueError(f"{path} belongs to another model: {unfit}")
+    check_finite(path, saved)
     model.load_state_dict(saved, strict=False)
     return content

@@ -22,7 +22,7 @@ from e3va.torchvision.checkpoint import load_checkpoint
 from e3va.torchvision.config import ModelConfig, TrainConfig, from_json
 from e3va.torchvision.model import build_detector
 from e3va.trunks import trunk_config
-from e3va.weights import load_trunk, resolve
+from e3va.weights import load_trunk
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -102,7 +102,7 @@ def build_model(
     dtype = getattr(torch, config.trunk_dtype)
     backbone = build_backbone(config.method, trunk, dtype=dtype, **config.options)
     if pretrained:
-        load_trunk(backbone.trunk, resolve(config.weights))
+        load_trunk(backbone.trunk, config.weights)
     if config.trunk_precision:
         quantize_trunk(backbone.to(device).trunk, config.trunk_precision)
     return build_detector(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
@@ -180,6 +181,10 @@ def _read_timm(source: str) -> State:
 def _read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # a file that is cut
+            raise EOFError from error
+        raise
     except (pickle.UnpicklingError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "weights_only" not in str(error):
             raise
@@ -202,7 +207,6 @@ _DAMAGED = (
     SafetensorError,
     RuntimeError,
     EOFError,
-    OSError,  # PyTorch's of a file that is cut
     OverflowError,
     ValueError,
     TypeError,

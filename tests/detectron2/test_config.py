@@ -11,7 +11,8 @@ pytest.importorskip("detectron2", reason="Detectron2 is not installed: its integ
 from detectron2.config import get_cfg
 
 from e3va.detectron2 import add_e3va_config, load_config
-from e3va.detectron2.config import _FORMER, _translated, method_options
+from e3va.detectron2.budget import Setup
+from e3va.detectron2.config import _FORMER, method_options, translated
 from e3va.detectron2.engine import open_setup
 from e3va.measure import bottom_up
 from e3va.methods import METHODS, options_of
@@ -69,7 +70,7 @@ def test_former_names_of_keys(tmp_path, caplog):
 
 def test_every_former_name_has_a_new_one():
     cfg = load_config(DIGITS)
-    names = _translated([f"MODEL.E3VA.{key}" for key in _FORMER])
+    names = translated([f"MODEL.E3VA.{key}" for key in _FORMER])
     assert len(set(names)) == len(_FORMER)
     for name in names:
         node = cfg
@@ -87,14 +88,14 @@ def test_every_method_has_a_section_for_its_options():
     assert method_options(cfg) == {"rank": 4, "scale": 1.0}
 
 
-def test_the_published_form_is_told_as_it_is():
+def test_the_published_form_is_no_other():
     paper = ["MODEL.TUNING.METHOD", "e3va_paper"]
-    for given in ([], ["MODEL.HIGHWAY.MIXING", 0], ["MODEL.HIGHWAY.TAP", "norm"]):
-        form = load_config(DIGITS, [*paper, *given]).MODEL.HIGHWAY
-        assert (form.TAP, form.MIXING, form.STATE) == ("output", 0, False)
-        assert form.KERNEL_DIM == load_config(DIGITS).MODEL.HIGHWAY.KERNEL_DIM
-    with pytest.raises(ValueError, match=r"HIGHWAY\.MIXING is 0 in e3va_paper, not 5, which"):
-        load_config(DIGITS, [*paper, "MODEL.HIGHWAY.MIXING", 5])
+    load_config(DIGITS, [*paper, "MODEL.HIGHWAY.MIXING", 0])
+    for key, value in (("MIXING", 3), ("MIXING", 5), ("TAP", "norm"), ("STATE", True)):
+        with pytest.raises(ValueError, match=rf"{key} is .* in e3va_paper, not {value}, which"):
+            load_config(DIGITS, [*paper, f"MODEL.HIGHWAY.{key}", value])
+    changed = Setup(load_config(DIGITS, paper), 1).changed("e3va").build().model
+    assert bottom_up(changed).net.highway.config.state  # of e3va: ours
 
 
 def test_a_frozen_trunk_is_stored_as_it_is_computed_in():
@@ -104,7 +105,8 @@ def test_a_frozen_trunk_is_stored_as_it_is_computed_in():
 
     assert stored() == torch.bfloat16
     assert stored("e3va", "SOLVER.AMP.DTYPE", "float16") == torch.float16
-    told = ("e3va", "MODEL.TRUNK.DTYPE", "float32"), ("e3va", "SOLVER.AMP.ENABLED", "False")
+    told = [("e3va", f"MODEL.{key}", "float32") for key in ("TRUNK.DTYPE", "E3VA.TRUNK_DTYPE")]
+    told.append(("e3va", "SOLVER.AMP.ENABLED", "False"))
     for settings in (("full",), *told):
         assert stored(*settings) == torch.float32
     with pytest.raises(ValueError, match="unknown tuning method 'e3vo'; known: full"):

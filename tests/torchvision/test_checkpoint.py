@@ -69,7 +69,8 @@ def test_foreign_checkpoints_are_named(tmp_path, content):
         save_checkpoint(path, model)
         size = {"empty": 0, "garbage": 7, "cut": 20_000}[content]
         path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"checkpoint\.pt is (damaged|no checkpoint)"):
+    what = "no checkpoint" if content == "foreign" else "damaged"
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt is {what}"):
         load_checkpoint(path, model)
 
 
@@ -81,7 +82,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     content["model"][name][0] = torch.nan
     torch.save(content, path)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match=f"1 tensors are not finite, as {name}"):
+    with pytest.raises(ValueError, match=f"{path} holds numbers that are not finite: {name}"):
         load_checkpoint(path, model)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
