@@ -41,7 +41,9 @@ def backward_tiles(dtype: torch.dtype, architecture: int, rank: int, side: int) 
             return Tiles(128, 16, 8) if side else Tiles(64, 16, 8)
         return Tiles(32, 16, 4) if side > 5 and architecture < 80 else Tiles(64, 16, 8)
     if architecture < 80:
-        return Tiles(16, 16, 8) if rank > 32 else Tiles(64, 32, 4)
+        if rank > 32:
+            return Tiles(16, 16, 8)
+        return Tiles(32 if side > 5 else 64, 32, 4)
     if rank > 32:
         return Tiles(32, 32, 8)
     if architecture == 86:

@@ -210,5 +210,5 @@ def test_bad_folders_are_named(tmp_path):
     assert Run.read(tmp_path).config == TrainConfig(iterations=1, device="cpu")
     for content in ("{", "{}", '{"config": {"speed": 1}, "classes": [], "data": {}}'):
         (tmp_path / "config.yaml").write_text(content)
-        with pytest.raises(ValueError, match=r"config\.yaml is damaged, or of another version"):
+        with pytest.raises(ValueError, match=r"config\.yaml is damaged, of another version, or"):
             load_run(tmp_path)
