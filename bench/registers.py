@@ -9,8 +9,8 @@ frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the widths of stage 3 
 small map, per token (and adapter), where weights are folded per adapter: instructions, memory and,
 for three GPUs, the nanoseconds of a roofline model, with caches that hold all that is used again
 and with none, also of the whole backward of that stage. A model is no measurement: it knows no
-latencies. With --json a table is written as
-it comes; one that is not asked for stays in FILE as it is.
+latencies. With --json a table is written as it comes; one that is not asked for stays in FILE as it
+is.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def check(config: TrainConfig) -> None:
     assert config.model is not None
     Setup(config).build()
     trunk = trunk_config(config.model.variant, **config.model.trunk_options)
-    weight_files.check_weights(weight_files.resolve(config.model.weights), trunk)
+    weight_files.check_weights(config.model.weights, trunk)
 
 
 def read_config(folder: Path, overrides: Sequence[str] = ()) -> TrainConfig:
