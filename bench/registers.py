@@ -1,4 +1,4 @@
-"""What the Triton kernels cost on each GPU architecture; needs no GPU.
+"""What the GPU kernels cost on each architecture; needs no GPU, and for window attention nvcc.
 
     python -m bench.registers [--json FILE]
 
@@ -45,9 +45,10 @@ from e3va.kernels import (
 from e3va.kernels.common import padded_rank
 from e3va.ops.storage import DEFAULT_STORAGE, LARGEST
 from e3va.trunks.swin import SWIN_VARIANTS
-from tests.ptx.compiler import TritonCompiler
+from tests.ptx.compiler import TritonCompiler, cuda, nvcc
 from tests.ptx.costs import measure
 from tests.ptx.counters import SECTOR, Counts
+from tests.ptx.window_attention import kernel_of
 
 
 class Limits(NamedTuple):
@@ -70,6 +71,7 @@ ARCHITECTURES = {
 }
 DEFAULT_ARCHITECTURES = [75, 80, 86, 89, 90, 120]
 REGISTERS = 64 << 10
+DRIVER_SHARED = 1 << 10  # bytes of a block's shared memory
 ADAPTERS = 36  # K of the deepest stage
 FORMS = ((0, False), (3, True), (7, True))
 """(side of D, whether there is a state): none in the published highway, ours, the largest."""
@@ -238,12 +240,42 @@ def compile_kernel(
         target=GPUTarget("cuda", architecture, 32),
         options={"num_warps": num_warps},
     )
-    usage = resource_usage(compiled.asm["cubin"])
+    (usage,) = resource_usage(compiled.asm["cubin"]).values()
+    return resources(usage, compiled.metadata.shared, 32 * num_warps, architecture)
+
+
+WINDOWS = 4, 8, 12
+"""The largest that a kernel of window attention takes."""
+
+
+def compile_attention(architecture: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Every kernel of window attention, as :func:`compile_kernels`; none where there is no nvcc."""
+    if nvcc() is None:
+        return
+    used = resource_usage(cuda("window_attention.cu", architecture, "cubin"))
+    launches = {" plain": kernel_of(dtype, WINDOWS[-1], plain=True)}
+    if dtype != torch.float32:  # on tensor cores
+        launches |= {f" {window}": kernel_of(dtype, window) for window in WINDOWS}
+    for note, kernel in launches.items():
+        (usage,) = (usage for name, usage in used.items() if kernel.name in name)
+        # The driver's own part is counted from sm_90 on, and is added for all.
+        shared = usage["SHARED"] - (DRIVER_SHARED if architecture >= 90 else 0) + kernel.dynamic
+        yield {
+            "kernel": f"window_attention{note}",
+            "architecture": architecture,
+            "dtype": TYPES[dtype],
+            **resources(usage, shared, kernel.threads, architecture),
+        }
+
+
+def resources(
+    usage: dict[str, int], shared: int, threads: int, architecture: int
+) -> dict[str, Any]:
+    """What a kernel takes that ``usage`` is of, with ``shared`` bytes and ``threads`` a block."""
     limits = ARCHITECTURES[architecture]
-    shared, threads = compiled.metadata.shared, 32 * num_warps
     registers = -(-usage["REG"] // 8) * 8 * threads  # handed out by eights
     blocks = min(
-        REGISTERS // registers, limits.shared // (shared + 1024), limits.threads // threads
+        REGISTERS // registers, limits.shared // (shared + DRIVER_SHARED), limits.threads // threads
     )
     return {
         "registers": usage["REG"],
@@ -254,8 +286,8 @@ def compile_kernel(
     }
 
 
-def resource_usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump says of the one kernel in a cubin: REG, STACK, LOCAL, SHARED, …"""
+def resource_usage(cubin: bytes) -> dict[str, dict[str, int]]:
+    """What cuobjdump says of each kernel in a cubin: REG, STACK, LOCAL, SHARED, …"""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -266,8 +298,10 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
             text=True,
             check=True,
         ).stdout
-    found = re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)
-    return {name: int(value) for name, value in found}
+    return {
+        name: {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+        for name, usage in re.findall(r"Function (\S+):\s*(.*)", text)
+    }
 
 
 def shapes(storages: Sequence[str]) -> list[tuple[int, int, int, Sequence[str]]]:
@@ -428,25 +462,29 @@ def main(arguments: list[str] | None = None) -> None:
             write_report(options.json, report)
 
     if "compiled" in options.tables:
-        print(
-            f"{'kernel':33} sm dtype    C   r    m  registers spilled  shared occupancy", flush=True
-        )
+        names = "sm dtype    C    r    m  registers spilled  shared occupancy"
+        print(f"{'kernel':33} {names}", flush=True)
+    chosen = [
+        shape
+        for shape in shapes(options.storages)
+        if not options.channels or shape[0] in options.channels
+        if not options.ranks or shape[1] in options.ranks
+    ]
     for architecture in options.architectures if "compiled" in options.tables else ():
         for dtype in (dtype for dtype, name in TYPES.items() if name in options.dtypes):
-            for shape in shapes(options.storages) if runs_on(architecture, dtype) else ():
-                if options.channels and shape[0] not in options.channels:
-                    continue
-                if options.ranks and shape[1] not in options.ranks:
-                    continue
-                for r in compile_kernels(architecture, dtype, *shape):
+            if not runs_on(architecture, dtype):
+                continue
+            made = [compile_kernels(architecture, dtype, *shape) for shape in chosen]
+            for rows in (*made, compile_attention(architecture, dtype)):
+                for r in rows:
                     results.append(r)
+                    shape = "".join(f"{r.get(of, ''):5}" for of in ("channels", "rank", "hidden"))
                     print(
-                        f"{r['kernel']:33}{architecture:3}  {r['dtype']}{r['channels']:5}"
-                        f"{r['rank']:4}{r['hidden']:5}{r['registers']:11}{r['spilled']:8}"
-                        f"{r['shared']:8}{r['occupancy']:10.0%}",
+                        f"{r['kernel']:33}{architecture:3}  {r['dtype']}{shape}{r['registers']:11}"
+                        f"{r['spilled']:8}{r['shared']:8}{r['occupancy']:10.0%}",
                         flush=True,
                     )
-                keep("compiled", worst(results))
+                keep("compiled", worst(results), channels_rank_hidden=[s[:3] for s in chosen])
     if "executed" in options.tables:
         costs: list[dict[str, Any]] = []
         for cost in print_costs(options.architectures, tuple(options.size)):

@@ -162,7 +162,7 @@ def h100() -> str:
 
 
 def modelled() -> str:
-    """What the Triton kernels execute, and the times of a roofline model, without those that work
+    """What the GPU kernels execute, and the times of a roofline model, without those that work
     once for an adapter; a stage's backward last."""
     executed = json.loads((RESULTS / "registers.json").read_text())["executed"]
     rows = executed["rows"]

@@ -243,6 +243,7 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
         yield row | {"fits": True}
 
     monkeypatch.setattr(registers, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(registers, "compile_attention", lambda *of: iter(()))
     monkeypatch.setattr(registers, "execute_kernels", lambda *of: iter([EXECUTED]))
     executed = ["--architectures", "90", "--tables", "executed", "--size", "8", "9"]
     for _ in range(2):
@@ -260,6 +261,7 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     report = json.loads((tmp_path / "r.json").read_text())
     assert [(r["kernel"], r["registers"]) for r in report["compiled"]["rows"]] == [("a", 40)]
     assert report["compiled"]["environment"]["commit"]
+    assert [96, 16, 48] in report["compiled"]["channels_rank_hidden"]
     assert report["executed"] == first["executed"]
     words += ["--channels", "96"]
     registers.main([*words, "--spill", "8"])

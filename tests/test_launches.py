@@ -19,8 +19,14 @@ CEILING = 449
 FREE = {"empty", "new_empty", "empty_like", "empty_strided", "promote_types"}
 """Beside these, what returns a view of an argument, and does not write to it, launches nothing."""
 
+
+def of_window_attention(qkv, qkv_bias, position_bias, window, shift):
+    casts = qkv_bias.dtype != qkv.dtype, position_bias.dtype != qkv.dtype
+    return 1 + sum(casts) + (not position_bias.t().is_contiguous())
+
+
 LAUNCHES = {
-    "window_attention": lambda *arguments: 1,
+    "window_attention": of_window_attention,
     "sublayer_epilogue": lambda *arguments: 1,
     # One for each adapter where there is a state, which begins with two; and the folded weights.
     "adapters": lambda t, *rest: len(t) + 2 + 1,

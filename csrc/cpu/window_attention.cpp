@@ -55,13 +55,15 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
   const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
   const int64_t d = p.head_dim, C = p.heads * d;
   const int64_t m = round_up(tokens, kTile), ld = round_up(tokens, 2 * kLanes);
-  const int64_t dl = round_up(d, 2 * kLanes);
+  const int64_t dl = round_up(d, 2 * kLanes), bias_rows = position_bias_rows(p.window);
   // S is transposed, [keys, queries], and so is what makes it.
   std::vector<float> query(tokens * dl), q(dl * ld), k(m * dl), v(tokens * dl);
-  std::vector<float> S(m * ld), inverse(ld), O(m * dl);
+  std::vector<float> S(m * ld), inverse(ld), O(m * dl), table(round_up(bias_rows, kLanes));
   std::vector<std::vector<float>> bias(p.heads);  // made when its head first comes
   std::vector<int64_t> token(tokens), region(tokens);
   const T* qkv = static_cast<const T*>(p.qkv);
+  const T* qkv_bias = static_cast<const T*>(p.qkv_bias);
+  const T* position_bias = static_cast<const T*>(p.position_bias);
   T* out = static_cast<T*>(p.out);
   const float scale = 1.0f / std::sqrt(float(d));
 
@@ -82,18 +84,18 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
         if (inside)
           widen(qkv + (token[t] * 3 + part) * C + head * d, d, to[part]);
         else
-          widen(p.qkv_bias + part * C + head * d, d, to[part]);
+          widen(qkv_bias + part * C + head * d, d, to[part]);
     }
     transpose(query.data(), tokens, dl, q.data(), ld);
     if (bias[head].empty()) {
       bias[head].resize(tokens * ld);
+      widen(position_bias + head * bias_rows, bias_rows, table.data());
       float* to = bias[head].data();
       for (int64_t ki = 0; ki < p.window; ++ki)
         for (int64_t kj = 0; kj < p.window; ++kj, to += ld)
           for (int64_t qi = 0; qi < p.window; ++qi)
             for (int64_t qj = 0; qj < p.window; ++qj)
-              to[qi * p.window + qj] =
-                  p.position_bias[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
+              to[qi * p.window + qj] = table[position_bias_row(p.window, qi, qj, ki, kj)];
     }
     gemm<kTile, kVectors>(k.data(), dl, 1, q.data(), ld, S.data(), ld, m, ld, d, false);
     if (mixed)
@@ -146,15 +148,17 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
   const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
   const int64_t C = p.heads * d, m = round_up(tokens, kTileDepth);  // keys beyond weigh nothing
-  std::vector<BFloat16> q(m * d), k(m * d), v(m * d), weights(m * m), padding(3 * C);
+  const int64_t bias_rows = position_bias_rows(p.window);
+  std::vector<BFloat16> q(m * d), k(m * d), v(m * d), weights(m * m);
   Panels k_pairs(m * d / 2), v_pairs(m * d / 2);
   std::vector<float> S(m * m), O(m * d), mask(tokens * m), inverse(tokens);
+  std::vector<float> table(round_up(bias_rows, kLanes));
   std::vector<std::vector<float>> bias(p.heads);  // made when its head first comes
   std::vector<int64_t> token(tokens), region(tokens);
   const BFloat16* qkv = static_cast<const BFloat16*>(p.qkv);
+  const BFloat16* qkv_bias = static_cast<const BFloat16*>(p.qkv_bias);
+  const BFloat16* position_bias = static_cast<const BFloat16*>(p.position_bias);
   NativeBFloat16* out = static_cast<NativeBFloat16*>(p.out);
-  for (int64_t c = 0; c < 3 * C; c += kLanes)
-    halves(&padding[c]) = to_bfloat16(load(p.qkv_bias + c));
   const float scale = 1.0f / std::sqrt(float(d));
   const typename Tiles::Scope scope;
   int64_t last_window = -1;
@@ -182,16 +186,16 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
     }
     if (bias[head].empty()) {
       bias[head].assign(tokens * m, -INFINITY);
+      widen(position_bias + head * bias_rows, bias_rows, table.data());
       float* to = bias[head].data();
       for (int64_t qi = 0; qi < p.window; ++qi)
         for (int64_t qj = 0; qj < p.window; ++qj, to += m)
           for (int64_t ki = 0; ki < p.window; ++ki)
             for (int64_t kj = 0; kj < p.window; ++kj)
-              to[ki * p.window + kj] =
-                  p.position_bias[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
+              to[ki * p.window + kj] = table[position_bias_row(p.window, qi, qj, ki, kj)];
     }
     for (int64_t t = 0; t < tokens; ++t) {
-      const BFloat16* from = token[t] < 0 ? padding.data() : qkv + token[t] * 3 * C;
+      const BFloat16* from = token[t] < 0 ? qkv_bias : qkv + token[t] * 3 * C;
       from += head * d;
       std::copy_n(from, d, &q[t * d]);
       std::copy_n(from + C, d, &k[t * d]);

@@ -60,11 +60,14 @@ __global__ void plain_kernel(WindowAttentionParams p, WindowAxis rows, WindowAxi
   float* keys = shared;                      // [tokens, kHeadDim]
   float* values = keys + tokens * kHeadDim;  // [tokens, kHeadDim]
   const T* qkv = static_cast<const T*>(p.qkv);
+  const T* qkv_bias = static_cast<const T*>(p.qkv_bias);
+  const T* position_bias = static_cast<const T*>(p.position_bias);
+  position_bias += work.head * position_bias_rows(window);
 
   // Channel c of part 0 (query), 1 (key) or 2 (value): the bias alone where the map is padded.
   auto load = [&](int64_t token, int part, int c) {
     const int64_t channel = part * C + work.head * kHeadDim + c;
-    return token < 0 ? p.qkv_bias[channel] : to_float(qkv[token * 3 * C + channel]);
+    return to_float(token < 0 ? qkv_bias[channel] : qkv[token * 3 * C + channel]);
   };
 
   for (int i = threadIdx.x; i < tokens * kHeadDim; i += blockDim.x) {
@@ -92,7 +95,7 @@ __global__ void plain_kernel(WindowAttentionParams p, WindowAxis rows, WindowAxi
     for (int c = 0; c < kHeadDim; ++c) score += q[c] * keys[key * kHeadDim + c];
     const int ki = key / window, kj = key % window;
     const int64_t row = position_bias_row(window, qi, qj, ki, kj);
-    score += p.position_bias[row * p.heads + work.head];
+    score += to_float(position_bias[row]);
     if (work.region(ki, kj) != own) score += kMasked;
     const float higher = fmaxf(top, score);
     const float keep = expf(top - higher), weight = expf(score - higher);
@@ -152,7 +155,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
     tensor_core_kernel(WindowAttentionParams p, WindowAxis rows, WindowAxis columns) {
   constexpr int kPlaces = kSide * kSide, kMostRows = (2 * kSide - 1) * (2 * kSide - 1);
   constexpr int kThreads = threads_of(kSide), kLoads = kPlaces * 4 / kThreads;
-  constexpr int kPadding = -1, kBeyond = -2;  // of the map, of the window
+  constexpr int kBeyond = -2;
   __shared__ uint4 keys[kPlaces][kHeadDim / 8];
   // Pair t of tile j is channels 8t + 2j and the next; 16 bytes between rows part their banks.
   __shared__ __align__(16) uint32_t values[kPlaces][kHeadDim / 2 + 4];
@@ -167,7 +170,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
 
   // A query and a key meet in row middle - offset of the query + offset of the key of the bias; with
   // a key beyond the window, in one of the middle + 1 rows added below, which are -inf.
-  const int bias_rows = (2 * window - 1) * (2 * window - 1), middle = 2 * window * (window - 1);
+  const int bias_rows = position_bias_rows(window), middle = 2 * window * (window - 1);
   int region = 0;
 #pragma unroll 1
   for (unsigned place = threadIdx.x; place < kPlaces; place += kThreads) {
@@ -175,18 +178,21 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
     const bool inside = i < window;
     offsets[place] = inside ? -i * (2 * window - 1) - j : bias_rows - middle;
     regions[place] = inside ? work.region(i, j) : 0;
-    tokens[place] = inside ? int(work.token(i, j)) : kBeyond;  // no memory holds 2^31
+    tokens[place] = inside ? int(work.token(i, j)) : kBeyond;  // no memory holds 2^31; -1: padding
     region |= regions[place];
   }
   const bool mixed = __syncthreads_or(region);  // where regions differ, one is not 0
 
-  auto load = [&](int place, int part) {  // zeros off the map
-    const T* x = static_cast<const T*>(p.qkv) + (3ll * tokens[place] + part) * C + channel;
+  const T* qkv = static_cast<const T*>(p.qkv) + channel;
+  const T* qkv_bias = static_cast<const T*>(p.qkv_bias) + channel;
+  const T* position_bias = static_cast<const T*>(p.position_bias);
+  auto load_query = [&](int place) {  // zeros off the map
+    const T* x = qkv + 3ll * tokens[place] * C;
     return tokens[place] < 0 ? uint4{} : __ldg(reinterpret_cast<const uint4*>(x));
   };
-  auto load_bias = [&](int part) -> uint4 {
-    const float* x = p.qkv_bias + part * C + channel;
-    return {pack<T>(x[0], x[1]), pack<T>(x[2], x[3]), pack<T>(x[4], x[5]), pack<T>(x[6], x[7])};
+  auto load = [&](int place, int part) {  // the bias alone where padded, zeros beyond the window
+    const T* x = (tokens[place] < 0 ? qkv_bias : qkv + 3ll * tokens[place] * C) + part * C;
+    return tokens[place] == kBeyond ? uint4{} : __ldg(reinterpret_cast<const uint4*>(x));
   };
   uint4 k[kLoads], v[kLoads];  // all under way before the first is stored
 #pragma unroll
@@ -196,13 +202,12 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < bias_rows + middle + 1; i += kThreads) {
-    const float* x = p.position_bias + i * p.heads + work.head;
-    bias[i] = i < bias_rows ? *x * (1.0f / kScale) : -INFINITY;
+    const T* x = position_bias + work.head * bias_rows + i;
+    bias[i] = i < bias_rows ? to_float(*x) * (1.0f / kScale) : -INFINITY;
   }
 #pragma unroll
   for (int i = 0; i < kLoads; ++i) {
     const int place = (threadIdx.x + i * kThreads) / 4;
-    if (tokens[place] == kPadding) k[i] = load_bias(1), v[i] = load_bias(2);
     keys[place][t] = k[i];
     values[place][t] = v[i].x;
     values[place][4 + t] = v[i].y;
@@ -214,7 +219,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
 #pragma unroll 1
   for (int first = threadIdx.x / 32 * 16; first < window * window; first += kThreads / 2) {
     const int query[2] = {first + g, first + g + 8};
-    const uint4 q[2] = {load(query[0], 0), load(query[1], 0)};
+    const uint4 q[2] = {load_query(query[0]), load_query(query[1])};
     const uint32_t q_fragments[2][4] = {{q[0].x, q[1].x, q[0].y, q[1].y},
                                         {q[0].z, q[1].z, q[0].w, q[1].w}};
     const float* row[2] = {bias + middle - min(offsets[query[0]], 0),
@@ -297,7 +302,8 @@ const char* launch(const WindowAttentionParams& p, cudaStream_t stream) {
     cudaFuncAttributes code;  // a GPU may run PTX that was made for an older one
     const cudaError_t error = cudaFuncGetAttributes(&code, faster);
     if (error != cudaSuccess) return cudaGetErrorString(error);
-    const bool aligned = (uintptr_t(p.qkv) | uintptr_t(p.out)) % sizeof(uint4) == 0;
+    const uintptr_t pointers = uintptr_t(p.qkv) | uintptr_t(p.qkv_bias) | uintptr_t(p.out);
+    const bool aligned = pointers % sizeof(uint4) == 0;
     if (aligned && code.ptxVersion >= kTensorCores<T>) {
       kernel = faster;
       threads = threads_of(side);

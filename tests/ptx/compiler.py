@@ -88,16 +88,13 @@ def nvcc() -> str | None:
 
 
 @functools.cache
-def cuda(source: str, architecture: int) -> str:
-    """PTX of a file of ``csrc/cuda``."""
+def cuda(source: str, architecture: int, form: str = "ptx") -> bytes:
+    """A file of ``csrc/cuda`` as "ptx" or as "cubin"."""
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "kernels.ptx"
-        subprocess.run(
-            [nvcc(), "-ptx", f"-arch=sm_{architecture}", "-std=c++17", "-O3", source, "-o", out],
-            cwd=ROOT / "csrc/cuda",
-            check=True,
-        )
-        return out.read_text()
+        out = Path(folder) / "kernels"
+        command = [nvcc(), f"-{form}", f"-arch=sm_{architecture}", "-std=c++17", "-O3", source]
+        subprocess.run([*command, "-o", out], cwd=ROOT / "csrc/cuda", check=True)
+        return out.read_bytes()
 
 
 # The process of its own

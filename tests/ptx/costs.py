@@ -1,4 +1,4 @@
-"""What the Triton kernels cost, counted while they run on the machine.
+"""What the kernels cost, counted while they run on the machine.
 
     python -m tests.ptx.costs [--architecture 80] [--dtype bfloat16] [--channels 512] …
 
@@ -17,12 +17,17 @@ from unittest import mock
 
 import torch
 
-from tests.ptx.compiler import TritonCompiler
+from tests.ptx.compiler import TritonCompiler, nvcc
 from tests.ptx.counters import Counts
 from tests.ptx.device import Device
+from tests.ptx.window_attention import HEAD_DIM, window_attention
 
 TAP_TOKENS = 4096
 """Of the tap whose gradient is computed, in one part: those of a stage's many taps are as long."""
+
+WINDOW = 7
+ATTENTION_SIZE = 2 * WINDOW, 2 * WINDOW
+"""Of the map of window attention, which is whole windows, once shifted and once not."""
 
 
 class Cost(NamedTuple):
@@ -44,7 +49,7 @@ def measure(
     adapters: int = 2,
 ) -> Iterator[Cost]:
     """Each kernel on one map of ``size``, as the launchers launch it; the gradient of a tap of
-    :data:`TAP_TOKENS`.
+    :data:`TAP_TOKENS`; where there is nvcc, window attention on maps of :data:`ATTENTION_SIZE`.
 
     Args:
         compiler: of the kernels.
@@ -118,6 +123,15 @@ def measure(
     dgathered = torch.randn(1, size[0] // 2, size[1] // 2, 4 * channels).to(dtype)
     norms = torch.zeros(N), torch.ones(N), *norm, torch.ones(4 * channels)
     yield from counted("", N, stage_exit_backward, dp, dgathered, p, *norms, 1e-5)
+    if nvcc():
+        heads, counts = channels // HEAD_DIM, Counts()
+        qkv = torch.randn(1, *ATTENTION_SIZE, 3 * channels)
+        biases = torch.randn(3 * channels), torch.randn(heads, (2 * WINDOW - 1) ** 2)
+        arguments = [v.to(dtype) for v in (qkv, *biases)]
+        for shift in (0, WINDOW // 2):
+            named = {"architecture": architecture, "counts": counts}
+            window_attention(*arguments, WINDOW, shift, **named)
+        yield Cost("window_attention", 2 * qkv.shape[1:3].numel(), counts)
 
 
 def main(arguments: list[str] | None = None) -> None:

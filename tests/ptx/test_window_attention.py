@@ -50,8 +50,13 @@ def cases():
 
 def make_arguments(B, H, W, heads, window, dtype):
     C = heads * HEAD_DIM
-    qkv = torch.randn(B, H, W, 3 * C).to(dtype)
-    return qkv, torch.randn(3 * C), torch.randn((2 * window - 1) ** 2, heads)
+    shapes = (B, H, W, 3 * C), (3 * C,), (heads, (2 * window - 1) ** 2)
+    return tuple(torch.randn(shape).to(dtype) for shape in shapes)
+
+
+def expected_of(arguments, window, shift):
+    qkv, qkv_bias, position_bias = (v.double() for v in arguments)
+    return reference.window_attention(qkv, qkv_bias, position_bias.t(), window, shift)
 
 
 @pytest.mark.parametrize("architecture, dtype, plain, size", list(cases()))
@@ -59,7 +64,7 @@ def test_window_attention_runs(architecture, dtype, plain, size):
     *shape, window, shift = size
     arguments = make_arguments(*shape, window, dtype)
     out = window_attention(*arguments, window, shift, architecture=architecture, plain=plain)
-    expected = reference.window_attention(*(v.double() for v in arguments), window, shift)
+    expected = expected_of(arguments, window, shift)
     assert relative_error(out, expected) <= TOLERANCE[dtype]
 
 
@@ -87,12 +92,12 @@ def test_a_planted_fault(nth, find, replacement, fault, monkeypatch):
         match = match[nth]
         return kernel[0][: match.start()] + match.expand(replacement) + kernel[0][match.end() :]
 
-    ptx = entry.sub(plant, compiler.cuda("window_attention.cu", 80))
+    ptx = entry.sub(plant, compiler.cuda("window_attention.cu", 80).decode())
     monkeypatch.setattr("tests.ptx.window_attention.entries", lambda architecture: parse(ptx))
     arguments = make_arguments(1, 5, 9, 1, 7, BFLOAT)
     with pytest.raises(fault):
         out = window_attention(*arguments, 7, 3, architecture=80)
-        expected = reference.window_attention(*(v.double() for v in arguments), 7, 3)
+        expected = expected_of(arguments, 7, 3)
         assert relative_error(out, expected) <= TOLERANCE[BFLOAT]
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,27 +28,33 @@ NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # of csrc/par
 
 @functools.cache
 def entries(architecture: int) -> dict[str, Entry]:
-    return parse(compiler.cuda("window_attention.cu", architecture))
+    return parse(compiler.cuda("window_attention.cu", architecture).decode())
 
 
-def program(architecture: int, dtype: torch.dtype, window: int, plain: bool) -> tuple[Program, int]:
-    """The kernel that is launched, and the threads of a block."""
+class Kernel(NamedTuple):
+    name: str
+    """What the mangled one contains."""
+    threads: int
+    """Of a block."""
+    dynamic: int
+    """Bytes of shared memory whose size the launch says."""
+
+
+def kernel_of(dtype: torch.dtype, window: int, plain: bool = False) -> Kernel:
+    """The kernel that is launched."""
     if plain or dtype == torch.float32:
         tokens = window * window
-        name, threads = f"plain_kernel{MANGLED[dtype]}E", -(-tokens // 32) * 32
         dynamic = 2 * tokens * HEAD_DIM * 4
-    else:
-        side = 4 if window <= 4 else 8 if window <= 8 else 12
-        name, dynamic = f"tensor_core_kernel{MANGLED[dtype]}Li{side}E", 0
-        threads = 96 if side == 12 else 2 * side * side
-    (found,) = (entry for full, entry in entries(architecture).items() if name in full)
-    return Program(found, dynamic), threads
+        return Kernel(f"plain_kernel{MANGLED[dtype]}E", -(-tokens // 32) * 32, dynamic)
+    side = 4 if window <= 4 else 8 if window <= 8 else 12
+    threads = 96 if side == 12 else 2 * side * side
+    return Kernel(f"tensor_core_kernel{MANGLED[dtype]}Li{side}E", threads, 0)
 
 
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
     qkv_bias: Tensor,  # [3C]
-    position_bias: Tensor,  # [(2w-1)², heads]
+    position_bias: Tensor,  # [heads, (2w-1)²]
     window: int,
     shift: int,
     *,
@@ -56,7 +62,7 @@ def window_attention(
     plain: bool = False,
     **options: Any,
 ) -> Tensor:
-    """As the op of this name; ``plain``: without tensor cores. Options are those of
+    """As the native op of this name; ``plain``: without tensor cores. Options are those of
     :meth:`tests.ptx.machine.Program.launch`."""
     B, H, W, C3 = qkv.shape
     out = qkv.new_empty(B, H, W, C3 // 3)
@@ -64,7 +70,7 @@ def window_attention(
     inputs = {"qkv": qkv, "qkv_bias": qkv_bias, "position_bias": position_bias}
     pointers = [memory.add(name, raw(v), read_only=True) for name, v in inputs.items()]
     pointers.append(memory.add("out", raw(out), initialised=False))
-    shape = B, H, W, position_bias.shape[1]
+    shape = B, H, W, position_bias.shape[0]
     launch(memory, pointers, shape, window, shift, qkv.dtype, architecture, plain, **options)
     written = memory.buffers[-1].initialised
     assert written.all(), f"{(~written).sum()} bytes of out were not written"
@@ -93,9 +99,11 @@ def launch(
         struct.pack("<5q", size, window, shift, count, count * window)
         for size, count in zip((H, W), windows, strict=True)
     )
-    kernel, threads = program(architecture, dtype, window, plain)
+    kernel = kernel_of(dtype, window, plain)
+    (entry,) = (entry for name, entry in entries(architecture).items() if kernel.name in name)
     blocks = B * windows[0] * windows[1] * heads
-    kernel.launch(memory, (blocks,), threads, [params, *axes], **options)
+    program = Program(entry, kernel.dynamic)
+    program.launch(memory, (blocks,), kernel.threads, [params, *axes], **options)
 
 
 def raw(tensor: Tensor) -> np.ndarray:

@@ -227,8 +227,8 @@ def window_attention(
 ) -> Tensor:
     return torch.ops.e3va_native.window_attention(
         qkv.contiguous(),
-        _weight(qkv_bias),
-        _weight(position_bias),
+        qkv_bias.to(qkv).contiguous(),
+        position_bias.t().to(qkv).contiguous(),
         window,
         shift,
     )
