@@ -213,17 +213,20 @@ class Execution:
         if values is None:
             if number in self.program.written:
                 name = list(self.program.numbers)[number]
-                raise Fault(f"register {name} is read, and no thread has written it")
+                raise Fault(f"register {name} is read, and no thread has come to what writes it")
+            self.pass_over(number)
+        return self.registers[number]
+
+    def pass_over(self, number: int) -> None:
+        """A thread comes to what writes this register and does not: it holds what is no number.
+        Compilers load for some threads and read in all, to leave what comes of the others."""
+        if self.registers[number] is None:
             dtype = UNSIGNED.get(self.program.widths[number], np.bool_)
-            values = np.full(self.total, -1).astype(dtype)
-            self.registers[number] = values
-        return values
+            self.registers[number] = np.full(self.total, -1).astype(dtype)
 
     def set(self, number: int, active: Active, values: Array) -> None:
-        held = self.registers[number]
-        if held is None:
-            held = self.registers[number] = np.zeros(self.total, values.dtype)
-        held[active] = values
+        self.pass_over(number)
+        self.registers[number][active] = values
 
     def ids(self, active: Active) -> Array:
         return self.everyone if isinstance(active, slice) else active

@@ -49,6 +49,7 @@ class Operands:
         self.modifiers = [part for part in rest if not _KIND.fullmatch(part)]
         self.kinds = [part for part in rest if _KIND.fullmatch(part)]
         self.kind = self.kinds[-1] if self.kinds else ""
+        self.written: list[int] = []  # registers
         unknown = [part for part in self.modifiers if part not in known]
         if unknown:
             raise NotModelled(f"modifier {unknown[0]}: {self.where}")
@@ -126,6 +127,7 @@ class Operands:
             return lambda execution, active, values: None
         number = self.program.numbers[text]
         self.program.written.add(number)
+        self.written.append(number)
         width = self.program.widths[number]
         if width == 1:
             return lambda execution, active, values: execution.set(number, active, values)
@@ -228,5 +230,8 @@ def translate(instruction: Instruction, program: Program) -> Step:
             step(execution, active)
         elif holds.any():
             step(execution, execution.ids(active)[holds])
+        else:
+            for number in operands.written:
+                execution.pass_over(number)
 
     return guarded

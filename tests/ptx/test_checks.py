@@ -67,6 +67,9 @@ RIGHT = {
     "many readers": ADDRESS
     + "st.shared.b32 [%r2], %r1; bar.sync 0; ld.shared.b32 %r5, [tile+4];"
     + "bar.sync 0; st.shared.b32 [%r2], %r5;",
+    "a load that one warp passes over": ADDRESS
+    + "st.shared.b32 [%r2], %r1; setp.lt.u32 %p1, %r1, 32; @%p1 ld.shared.b32 %r5, [%r2];"
+    + "shfl.sync.bfly.b32 %r6, %r5, 2, 31, -1; @%p1 st.shared.b32 [%r2], %r6;",
     "one value of two warps": "st.shared.b32 [tile], 7; ld.shared.b32 %r5, [tile];",
     "threads that meet again": "and.b32 %r5, %r1, 1; setp.eq.s32 %p1, %r5, 0; @%p1 bra EVEN;"
     "add.s32 %r6, %r1, 1; bra.uni MET; EVEN: add.s32 %r6, %r1, 2; MET: bar.sync 0;"
