@@ -186,8 +186,8 @@ def window_attention(case: Case, device: str) -> Competitors:
     assert case.stage is not None
     heads, window = config.num_heads[case.stage], config.window_size
     qkv = stage_map(case, 3 * config.dims[case.stage], device)
-    qkv_bias = torch.randn(qkv.shape[-1], device=device)
-    table = torch.randn((2 * window - 1) ** 2, heads, device=device)
+    qkv_bias = torch.randn(qkv.shape[-1], device=device).to(qkv.dtype)
+    table = torch.randn((2 * window - 1) ** 2, heads, device=device).to(qkv.dtype)
     baselines = [SwinAttention(qkv, heads, window, shift) for shift in (0, window // 2)]
     competitors: Competitors = {
         OURS: lambda: [

@@ -45,7 +45,7 @@ from e3va.kernels import (
 from e3va.kernels.common import padded_rank
 from e3va.ops.storage import DEFAULT_STORAGE, LARGEST
 from e3va.trunks.swin import SWIN_VARIANTS
-from tests.ptx.compiler import TritonCompiler, cuda, nvcc
+from tests.ptx.compiler import TritonCompiler, compiles, cuda
 from tests.ptx.costs import measure
 from tests.ptx.counters import SECTOR, Counts
 from tests.ptx.window_attention import kernel_of
@@ -53,21 +53,22 @@ from tests.ptx.window_attention import kernel_of
 
 class Limits(NamedTuple):
     """Of a streaming multiprocessor: bytes of shared memory that a block may use and that there
-    are, and threads."""
+    are, threads and blocks."""
 
     block_shared: int
     shared: int
     threads: int
+    blocks: int
 
 
 ARCHITECTURES = {
-    75: Limits(64 << 10, 64 << 10, 1024),
-    80: Limits(163 << 10, 164 << 10, 2048),
-    86: Limits(99 << 10, 100 << 10, 1536),
-    89: Limits(99 << 10, 100 << 10, 1536),
-    90: Limits(227 << 10, 228 << 10, 2048),
-    100: Limits(227 << 10, 228 << 10, 2048),
-    120: Limits(99 << 10, 100 << 10, 1536),
+    75: Limits(64 << 10, 64 << 10, 1024, 16),
+    80: Limits(163 << 10, 164 << 10, 2048, 32),
+    86: Limits(99 << 10, 100 << 10, 1536, 16),
+    89: Limits(99 << 10, 100 << 10, 1536, 24),
+    90: Limits(227 << 10, 228 << 10, 2048, 32),
+    100: Limits(227 << 10, 228 << 10, 2048, 32),
+    120: Limits(99 << 10, 100 << 10, 1536, 24),
 }
 DEFAULT_ARCHITECTURES = [75, 80, 86, 89, 90, 120]
 REGISTERS = 64 << 10
@@ -249,8 +250,8 @@ WINDOWS = 4, 8, 12
 
 
 def compile_attention(architecture: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    """Every kernel of window attention, as :func:`compile_kernels`; none where there is no nvcc."""
-    if nvcc() is None:
+    """Every kernel of window attention, as :func:`compile_kernels`; none if no nvcc compiles it."""
+    if not compiles(architecture):
         return
     used = resource_usage(cuda("window_attention.cu", architecture, "cubin"))
     launches = {" plain": kernel_of(dtype, WINDOWS[-1], plain=True)}
@@ -275,7 +276,10 @@ def resources(
     limits = ARCHITECTURES[architecture]
     registers = -(-usage["REG"] // 8) * 8 * threads  # handed out by eights
     blocks = min(
-        REGISTERS // registers, limits.shared // (shared + DRIVER_SHARED), limits.threads // threads
+        REGISTERS // registers,
+        limits.shared // (shared + DRIVER_SHARED),
+        limits.threads // threads,
+        limits.blocks,
     )
     return {
         "registers": usage["REG"],
@@ -470,6 +474,11 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.channels or shape[0] in options.channels
         if not options.ranks or shape[1] in options.ranks
     ]
+    if not chosen:
+        parser.error(f"of --channels and --ranks there is none of {[s[:2] for s in shapes(())]}")
+    for architecture in options.architectures:
+        if not compiles(architecture):
+            print(f"no nvcc compiles for sm_{architecture}: window attention is left out")
     for architecture in options.architectures if "compiled" in options.tables else ():
         for dtype in (dtype for dtype, name in TYPES.items() if name in options.dtypes):
             if not runs_on(architecture, dtype):

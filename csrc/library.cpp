@@ -52,10 +52,10 @@ WindowAttentionParams window_attention_params(
                   "window_attention: biases must be of qkv's dtype");
   STD_TORCH_CHECK(qkv_bias.device() == qkv.device() && position_bias.device() == qkv.device(),
                   "window_attention: inputs must be on one device");
-  const int64_t heads = position_bias.size(0), channels = qkv.size(3) / 3;
+  const int64_t heads = position_bias.size(1), channels = qkv.size(3) / 3;
   STD_TORCH_CHECK(heads > 0 && qkv.size(3) == 3 * channels && channels % heads == 0 &&
                       qkv_bias.size(0) == 3 * channels && 0 <= shift && shift < window &&
-                      position_bias.size(1) == (2 * window - 1) * (2 * window - 1),
+                      position_bias.size(0) == (2 * window - 1) * (2 * window - 1),
                   "window_attention: shapes do not fit");
   return {qkv.const_data_ptr(),
           qkv_bias.const_data_ptr(),

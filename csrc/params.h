@@ -10,7 +10,7 @@ enum class Storage { kFull, kFp8, kInt8, kInt4 };
 struct WindowAttentionParams {
   const void* qkv;            // [batch, height, width, 3 * heads * head_dim]
   const void* qkv_bias;       // [3 * heads * head_dim]
-  const void* position_bias;  // [heads, (2 * window - 1)^2]
+  const void* position_bias;  // [(2 * window - 1)^2, heads]
   void* out;                  // [batch, height, width, heads * head_dim]
   Dtype dtype;                // of all
   int64_t batch, height, width, heads, head_dim, window, shift;

@@ -33,11 +33,6 @@ struct WindowAxis {
   }
 };
 
-// Of the position-bias table.
-E3VA_HOST_DEVICE int64_t position_bias_rows(int64_t window) {
-  return (2 * window - 1) * (2 * window - 1);
-}
-
 // Row of the position-bias table for query place (qi, qj) and key place (ki, kj) of a window.
 E3VA_HOST_DEVICE int64_t position_bias_row(
     int64_t window, int64_t qi, int64_t qj, int64_t ki, int64_t kj) {

@@ -22,7 +22,7 @@ FREE = {"empty", "new_empty", "empty_like", "empty_strided", "promote_types"}
 
 def of_window_attention(qkv, qkv_bias, position_bias, window, shift):
     casts = qkv_bias.dtype != qkv.dtype, position_bias.dtype != qkv.dtype
-    return 1 + sum(casts) + (not position_bias.t().is_contiguous())
+    return 1 + sum(casts)
 
 
 LAUNCHES = {

@@ -49,21 +49,30 @@ E3VA_INLINE void softmax(
   }
 }
 
+// The table of position biases, in float32.
+template <typename T>
+E3VA_INLINE std::vector<float> position_biases(const WindowAttentionParams& p) {
+  const int64_t n = (2 * p.window - 1) * (2 * p.window - 1) * p.heads;
+  std::vector<float> table(round_up(n, kLanes));
+  widen(static_cast<const T*>(p.position_bias), n, table.data());
+  return table;
+}
+
 template <typename T>
 E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end) {
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
   const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
   const int64_t d = p.head_dim, C = p.heads * d;
   const int64_t m = round_up(tokens, kTile), ld = round_up(tokens, 2 * kLanes);
-  const int64_t dl = round_up(d, 2 * kLanes), bias_rows = position_bias_rows(p.window);
+  const int64_t dl = round_up(d, 2 * kLanes);
   // S is transposed, [keys, queries], and so is what makes it.
   std::vector<float> query(tokens * dl), q(dl * ld), k(m * dl), v(tokens * dl);
-  std::vector<float> S(m * ld), inverse(ld), O(m * dl), table(round_up(bias_rows, kLanes));
+  std::vector<float> S(m * ld), inverse(ld), O(m * dl);
   std::vector<std::vector<float>> bias(p.heads);  // made when its head first comes
   std::vector<int64_t> token(tokens), region(tokens);
   const T* qkv = static_cast<const T*>(p.qkv);
   const T* qkv_bias = static_cast<const T*>(p.qkv_bias);
-  const T* position_bias = static_cast<const T*>(p.position_bias);
+  const std::vector<float> table = position_biases<T>(p);
   T* out = static_cast<T*>(p.out);
   const float scale = 1.0f / std::sqrt(float(d));
 
@@ -89,13 +98,13 @@ E3VA_INLINE void run(const WindowAttentionParams& p, int64_t begin, int64_t end)
     transpose(query.data(), tokens, dl, q.data(), ld);
     if (bias[head].empty()) {
       bias[head].resize(tokens * ld);
-      widen(position_bias + head * bias_rows, bias_rows, table.data());
       float* to = bias[head].data();
       for (int64_t ki = 0; ki < p.window; ++ki)
         for (int64_t kj = 0; kj < p.window; ++kj, to += ld)
           for (int64_t qi = 0; qi < p.window; ++qi)
             for (int64_t qj = 0; qj < p.window; ++qj)
-              to[qi * p.window + qj] = table[position_bias_row(p.window, qi, qj, ki, kj)];
+              to[qi * p.window + qj] =
+                  table[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
     }
     gemm<kTile, kVectors>(k.data(), dl, 1, q.data(), ld, S.data(), ld, m, ld, d, false);
     if (mixed)
@@ -148,16 +157,14 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
   const WindowAxis rows(p.height, p.window, p.shift), columns(p.width, p.window, p.shift);
   const int64_t tokens = p.window * p.window, windows = rows.windows * columns.windows;
   const int64_t C = p.heads * d, m = round_up(tokens, kTileDepth);  // keys beyond weigh nothing
-  const int64_t bias_rows = position_bias_rows(p.window);
   std::vector<BFloat16> q(m * d), k(m * d), v(m * d), weights(m * m);
   Panels k_pairs(m * d / 2), v_pairs(m * d / 2);
   std::vector<float> S(m * m), O(m * d), mask(tokens * m), inverse(tokens);
-  std::vector<float> table(round_up(bias_rows, kLanes));
   std::vector<std::vector<float>> bias(p.heads);  // made when its head first comes
   std::vector<int64_t> token(tokens), region(tokens);
   const BFloat16* qkv = static_cast<const BFloat16*>(p.qkv);
   const BFloat16* qkv_bias = static_cast<const BFloat16*>(p.qkv_bias);
-  const BFloat16* position_bias = static_cast<const BFloat16*>(p.position_bias);
+  const std::vector<float> table = position_biases<BFloat16>(p);
   NativeBFloat16* out = static_cast<NativeBFloat16*>(p.out);
   const float scale = 1.0f / std::sqrt(float(d));
   const typename Tiles::Scope scope;
@@ -186,13 +193,13 @@ E3VA_INLINE void run_in_tiles(const WindowAttentionParams& p, int64_t begin, int
     }
     if (bias[head].empty()) {
       bias[head].assign(tokens * m, -INFINITY);
-      widen(position_bias + head * bias_rows, bias_rows, table.data());
       float* to = bias[head].data();
       for (int64_t qi = 0; qi < p.window; ++qi)
         for (int64_t qj = 0; qj < p.window; ++qj, to += m)
           for (int64_t ki = 0; ki < p.window; ++ki)
             for (int64_t kj = 0; kj < p.window; ++kj)
-              to[ki * p.window + kj] = table[position_bias_row(p.window, qi, qj, ki, kj)];
+              to[ki * p.window + kj] =
+                  table[position_bias_row(p.window, qi, qj, ki, kj) * p.heads + head];
     }
     for (int64_t t = 0; t < tokens; ++t) {
       const BFloat16* from = token[t] < 0 ? qkv_bias : qkv + token[t] * 3 * C;

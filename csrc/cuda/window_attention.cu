@@ -62,7 +62,6 @@ __global__ void plain_kernel(WindowAttentionParams p, WindowAxis rows, WindowAxi
   const T* qkv = static_cast<const T*>(p.qkv);
   const T* qkv_bias = static_cast<const T*>(p.qkv_bias);
   const T* position_bias = static_cast<const T*>(p.position_bias);
-  position_bias += work.head * position_bias_rows(window);
 
   // Channel c of part 0 (query), 1 (key) or 2 (value): the bias alone where the map is padded.
   auto load = [&](int64_t token, int part, int c) {
@@ -95,7 +94,7 @@ __global__ void plain_kernel(WindowAttentionParams p, WindowAxis rows, WindowAxi
     for (int c = 0; c < kHeadDim; ++c) score += q[c] * keys[key * kHeadDim + c];
     const int ki = key / window, kj = key % window;
     const int64_t row = position_bias_row(window, qi, qj, ki, kj);
-    score += to_float(position_bias[row]);
+    score += to_float(position_bias[row * p.heads + work.head]);
     if (work.region(ki, kj) != own) score += kMasked;
     const float higher = fmaxf(top, score);
     const float keep = expf(top - higher), weight = expf(score - higher);
@@ -155,7 +154,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
     tensor_core_kernel(WindowAttentionParams p, WindowAxis rows, WindowAxis columns) {
   constexpr int kPlaces = kSide * kSide, kMostRows = (2 * kSide - 1) * (2 * kSide - 1);
   constexpr int kThreads = threads_of(kSide), kLoads = kPlaces * 4 / kThreads;
-  constexpr int kBeyond = -2;
+  constexpr int kBeyond = -2;  // the window, as -1 is beyond the map
   __shared__ uint4 keys[kPlaces][kHeadDim / 8];
   // Pair t of tile j is channels 8t + 2j and the next; 16 bytes between rows part their banks.
   __shared__ __align__(16) uint32_t values[kPlaces][kHeadDim / 2 + 4];
@@ -170,7 +169,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
 
   // A query and a key meet in row middle - offset of the query + offset of the key of the bias; with
   // a key beyond the window, in one of the middle + 1 rows added below, which are -inf.
-  const int bias_rows = position_bias_rows(window), middle = 2 * window * (window - 1);
+  const int bias_rows = (2 * window - 1) * (2 * window - 1), middle = 2 * window * (window - 1);
   int region = 0;
 #pragma unroll 1
   for (unsigned place = threadIdx.x; place < kPlaces; place += kThreads) {
@@ -178,7 +177,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
     const bool inside = i < window;
     offsets[place] = inside ? -i * (2 * window - 1) - j : bias_rows - middle;
     regions[place] = inside ? work.region(i, j) : 0;
-    tokens[place] = inside ? int(work.token(i, j)) : kBeyond;  // no memory holds 2^31; -1: padding
+    tokens[place] = inside ? int(work.token(i, j)) : kBeyond;  // no memory holds 2^31
     region |= regions[place];
   }
   const bool mixed = __syncthreads_or(region);  // where regions differ, one is not 0
@@ -202,7 +201,7 @@ __global__ void __launch_bounds__(threads_of(kSide), kSide == 12 ? 5 : 0)
   }
 #pragma unroll 1
   for (int i = threadIdx.x; i < bias_rows + middle + 1; i += kThreads) {
-    const T* x = position_bias + work.head * bias_rows + i;
+    const T* x = position_bias + i * p.heads + work.head;
     bias[i] = i < bias_rows ? to_float(*x) * (1.0f / kScale) : -INFINITY;
   }
 #pragma unroll

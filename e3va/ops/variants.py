@@ -55,9 +55,9 @@ class WindowAttention(NamedTuple):
 
     def arguments(self, draw: Draw, B: int, H: int, W: int) -> tuple[Any, ...]:
         channels = 3 * self.heads * self.head_dim
-        table = draw.weight((2 * self.window - 1) ** 2, self.heads)
+        qkv_bias, table = draw(channels), draw((2 * self.window - 1) ** 2, self.heads)
         shift = self.window // 2 if self.shifted else 0
-        return draw(B, H, W, channels), draw.weight(channels), table, self.window, shift
+        return draw(B, H, W, channels), qkv_bias, table, self.window, shift
 
 
 class SublayerEpilogue(NamedTuple):

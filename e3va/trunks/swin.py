@@ -191,13 +191,6 @@ class FrozenSwin(Frozen, Swin):
     _window_attention = staticmethod(ops.window_attention)
     _gelu = staticmethod(_gelu_in_place)
 
-    def __init__(self, config: SwinConfig, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(config, dtype)
-        for module in self.modules():
-            if isinstance(module, _Attention):  # kernels read the biases of a head side by side
-                table = module.relative_position_bias_table
-                table.data = table.data.t().contiguous().t()
-
 
 class PatchMerging(Transition):
     """Down-sampling [B, H, W, C] → [B, ⌈H/2⌉, ⌈W/2⌉, 2C]: 2×2 neighbours are concatenated,

@@ -4,9 +4,12 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
+
+from tests.ptx.compiler import compiles
 
 triton = pytest.importorskip(
     "triton", reason="triton is not installed: its kernels are not compiled"
@@ -62,3 +65,9 @@ def test_compiles_ahead_of_time_without_spills(architecture, half):
     assert done.returncode == 0, done.stderr
     for kernel in KERNELS:
         assert re.search(rf"^{kernel} +{architecture} +{half} +1536 +16 +768 ", done.stdout, re.M)
+    if not compiles(int(architecture)):
+        warnings.warn("no nvcc: window attention is not compiled", stacklevel=1)
+        return
+    for form in ("4", "8", "12", "plain"):
+        row = rf"^window_attention {form} +{architecture} +{half} +\d+ +0 "
+        assert re.search(row, done.stdout, re.M)

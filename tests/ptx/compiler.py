@@ -88,6 +88,15 @@ def nvcc() -> str | None:
 
 
 @functools.cache
+def compiles(architecture: int) -> bool:
+    """Whether there is an nvcc, and one that knows the architecture."""
+    if nvcc() is None:
+        return False
+    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    return f"compute_{architecture}" in known.stdout.split()
+
+
+@functools.cache
 def cuda(source: str, architecture: int, form: str = "ptx") -> bytes:
     """A file of ``csrc/cuda`` as "ptx" or as "cubin"."""
     with tempfile.TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from tests.ptx.compiler import TritonCompiler, nvcc
+from tests.ptx.compiler import TritonCompiler, compiles
 from tests.ptx.counters import Counts
 from tests.ptx.device import Device
 from tests.ptx.window_attention import HEAD_DIM, window_attention
@@ -49,7 +49,7 @@ def measure(
     adapters: int = 2,
 ) -> Iterator[Cost]:
     """Each kernel on one map of ``size``, as the launchers launch it; the gradient of a tap of
-    :data:`TAP_TOKENS`; where there is nvcc, window attention on maps of :data:`ATTENTION_SIZE`.
+    :data:`TAP_TOKENS`; where nvcc compiles it, window attention on maps of :data:`ATTENTION_SIZE`.
 
     Args:
         compiler: of the kernels.
@@ -123,10 +123,10 @@ def measure(
     dgathered = torch.randn(1, size[0] // 2, size[1] // 2, 4 * channels).to(dtype)
     norms = torch.zeros(N), torch.ones(N), *norm, torch.ones(4 * channels)
     yield from counted("", N, stage_exit_backward, dp, dgathered, p, *norms, 1e-5)
-    if nvcc():
-        heads, counts = channels // HEAD_DIM, Counts()
-        qkv = torch.randn(1, *ATTENTION_SIZE, 3 * channels)
-        biases = torch.randn(3 * channels), torch.randn(heads, (2 * WINDOW - 1) ** 2)
+    if compiles(architecture):
+        heads, counts = max(1, channels // HEAD_DIM), Counts()
+        qkv = torch.randn(1, *ATTENTION_SIZE, 3 * heads * HEAD_DIM)
+        biases = torch.randn(qkv.shape[3]), torch.randn((2 * WINDOW - 1) ** 2, heads)
         arguments = [v.to(dtype) for v in (qkv, *biases)]
         for shift in (0, WINDOW // 2):
             named = {"architecture": architecture, "counts": counts}

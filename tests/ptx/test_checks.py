@@ -67,9 +67,6 @@ RIGHT = {
     "many readers": ADDRESS
     + "st.shared.b32 [%r2], %r1; bar.sync 0; ld.shared.b32 %r5, [tile+4];"
     + "bar.sync 0; st.shared.b32 [%r2], %r5;",
-    "a load that one warp passes over": ADDRESS
-    + "st.shared.b32 [%r2], %r1; setp.lt.u32 %p1, %r1, 32; @%p1 ld.shared.b32 %r5, [%r2];"
-    + "shfl.sync.bfly.b32 %r6, %r5, 2, 31, -1; @%p1 st.shared.b32 [%r2], %r6;",
     "one value of two warps": "st.shared.b32 [tile], 7; ld.shared.b32 %r5, [tile];",
     "threads that meet again": "and.b32 %r5, %r1, 1; setp.eq.s32 %p1, %r5, 0; @%p1 bra EVEN;"
     "add.s32 %r6, %r1, 1; bra.uni MET; EVEN: add.s32 %r6, %r1, 2; MET: bar.sync 0;"
@@ -202,6 +199,15 @@ def test_results():
     assert (run(RIGHT["copy"], 2) == np.arange(2 * THREADS)).all()
     thread = np.arange(THREADS)
     assert (run(RIGHT["exchange"]) == (thread ^ 32)).all()
+
+
+@pytest.mark.parametrize("seed", [None, 0, 1, 2])
+@pytest.mark.parametrize("writers", [0, 1, 32, THREADS])
+def test_a_thread_that_passes_over_an_instruction_has_no_number(writers, seed):
+    """In the register that it writes, whichever warp comes first."""
+    body = f"setp.lt.u32 %p1, %r1, {writers}; @%p1 mov.b32 %r5, 7; st.global.b32 [%q1], %r5;"
+    expected = np.where(np.arange(THREADS) < writers, 7, 0xFFFFFFFF)
+    assert (run(body, seed=seed) == expected).all()
 
 
 def test_buffers_do_not_overlap():

@@ -8,7 +8,7 @@ import torch
 
 from e3va.ops.storage import STORAGES
 from tests.ptx import costs
-from tests.ptx.compiler import nvcc
+from tests.ptx.compiler import compiles
 
 CEILINGS = {
     "sublayer_epilogue full": 346,
@@ -35,8 +35,9 @@ SECTORS = 1.13
 """The same, over those that the bytes fill, where a map is read and written: the norm's weights are
 read by eights of float32, which asks for their sectors twice."""
 
-NOT_HELD = "fold", "fold_backward", "stage_exit_backward"
-"""Kernels that are not held to it: they fold small weights, or gather a map for the next stage."""
+NOT_HELD = "fold", "fold_backward", "stage_exit_backward", "window_attention"
+"""Kernels that are not held to it: they fold small weights, gather a map for the next stage or read
+a column of the table of position biases."""
 
 
 def test_instructions_and_sectors(compiler):
@@ -45,9 +46,10 @@ def test_instructions_and_sectors(compiler):
     for kernel, units, counts in costs.measure(compiler, 80, torch.bfloat16, 512, 16, 256):
         found[kernel] = counts.instructions / units
         sectors[kernel] = counts.sectors_over_floor
-    if nvcc() is None:
+    left_out = set() if compiles(80) else {"window_attention"}
+    if left_out:
         warnings.warn("there is no nvcc: window attention is not counted", stacklevel=1)
-    assert found.keys() | {"window_attention"} == CEILINGS.keys()
+    assert found.keys() == CEILINGS.keys() - left_out
     more = {kernel: n for kernel, n in found.items() if n > CEILINGS[kernel]}
     assert not more
     assert not {k: n for k, n in sectors.items() if n > SECTORS and k not in NOT_HELD}

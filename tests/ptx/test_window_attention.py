@@ -50,13 +50,8 @@ def cases():
 
 def make_arguments(B, H, W, heads, window, dtype):
     C = heads * HEAD_DIM
-    shapes = (B, H, W, 3 * C), (3 * C,), (heads, (2 * window - 1) ** 2)
+    shapes = (B, H, W, 3 * C), (3 * C,), ((2 * window - 1) ** 2, heads)
     return tuple(torch.randn(shape).to(dtype) for shape in shapes)
-
-
-def expected_of(arguments, window, shift):
-    qkv, qkv_bias, position_bias = (v.double() for v in arguments)
-    return reference.window_attention(qkv, qkv_bias, position_bias.t(), window, shift)
 
 
 @pytest.mark.parametrize("architecture, dtype, plain, size", list(cases()))
@@ -64,7 +59,7 @@ def test_window_attention_runs(architecture, dtype, plain, size):
     *shape, window, shift = size
     arguments = make_arguments(*shape, window, dtype)
     out = window_attention(*arguments, window, shift, architecture=architecture, plain=plain)
-    expected = expected_of(arguments, window, shift)
+    expected = reference.window_attention(*(v.double() for v in arguments), window, shift)
     assert relative_error(out, expected) <= TOLERANCE[dtype]
 
 
@@ -97,7 +92,7 @@ def test_a_planted_fault(nth, find, replacement, fault, monkeypatch):
     arguments = make_arguments(1, 5, 9, 1, 7, BFLOAT)
     with pytest.raises(fault):
         out = window_attention(*arguments, 7, 3, architecture=80)
-        expected = expected_of(arguments, 7, 3)
+        expected = reference.window_attention(*(v.double() for v in arguments), 7, 3)
         assert relative_error(out, expected) <= TOLERANCE[BFLOAT]
 
 

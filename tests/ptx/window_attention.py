@@ -54,7 +54,7 @@ def kernel_of(dtype: torch.dtype, window: int, plain: bool = False) -> Kernel:
 def window_attention(
     qkv: Tensor,  # [B, H, W, 3C]
     qkv_bias: Tensor,  # [3C]
-    position_bias: Tensor,  # [heads, (2w-1)²]
+    position_bias: Tensor,  # [(2w-1)², heads]
     window: int,
     shift: int,
     *,
@@ -62,15 +62,15 @@ def window_attention(
     plain: bool = False,
     **options: Any,
 ) -> Tensor:
-    """As the native op of this name; ``plain``: without tensor cores. Options are those of
-    :meth:`tests.ptx.machine.Program.launch`."""
+    """As the op of this name, with biases in the map's dtype; ``plain``: without tensor cores.
+    Options are those of :meth:`tests.ptx.machine.Program.launch`."""
     B, H, W, C3 = qkv.shape
     out = qkv.new_empty(B, H, W, C3 // 3)
     memory = GlobalMemory()
     inputs = {"qkv": qkv, "qkv_bias": qkv_bias, "position_bias": position_bias}
     pointers = [memory.add(name, raw(v), read_only=True) for name, v in inputs.items()]
     pointers.append(memory.add("out", raw(out), initialised=False))
-    shape = B, H, W, position_bias.shape[0]
+    shape = B, H, W, position_bias.shape[1]
     launch(memory, pointers, shape, window, shift, qkv.dtype, architecture, plain, **options)
     written = memory.buffers[-1].initialised
     assert written.all(), f"{(~written).sum()} bytes of out were not written"

@@ -227,8 +227,8 @@ def window_attention(
 ) -> Tensor:
     return torch.ops.e3va_native.window_attention(
         qkv.contiguous(),
-        qkv_bias.to(qkv).contiguous(),
-        position_bias.t().to(qkv).contiguous(),
+        qkv_bias.to(qkv.dtype).contiguous(),
+        position_bias.to(qkv.dtype).contiguous(),
         window,
         shift,
     )
