@@ -19,12 +19,11 @@ import functools
 import gc
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from bench.environment import environment
+from bench.environment import environment, result_file
 from bench.step import step
 from bench.train_step import ALL_METHODS, SETUPS, Trainee
 from e3va.budget import ShapesOnly, budget, card
@@ -82,7 +81,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--setup", nargs="+", choices=SETUPS, default=list(DETECTORS))
     parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
     parser.add_argument("--cards", nargs="+", metavar="CARD", default=list(CARDS))
-    parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
+    parser.add_argument(
+        "--json", type=result_file, help="write the results to this file, as they come"
+    )
     options = parser.parse_args(arguments)
     try:
         usable = {name: card(name).usable for name in options.cards}

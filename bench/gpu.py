@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from tqdm import tqdm
 
 import e3va
 from bench import kernels
+from bench.environment import picture_file, result_file
 from e3va.ops import trial
 
 
@@ -35,8 +35,10 @@ def checks(device: torch.device) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
-    parser.add_argument("--plot", type=Path, default=kernels.PLOT, help="of the ratios")
+    parser.add_argument(
+        "--json", type=result_file, help="write the results to this file, as they come"
+    )
+    parser.add_argument("--plot", type=picture_file, default=kernels.PLOT, help="of the ratios")
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speed = ["--seconds", "1", "--dtypes", "bf16", "--plot", str(options.plot)]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bench.environment import environment
+from bench.environment import environment, picture_file, result_file
 from bench.step import MIB, step
 from bench.train_step import ALL_METHODS, COCO, Trainee
 from e3va.budget import ShapesOnly
@@ -90,8 +90,10 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
     parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
-    parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
-    parser.add_argument("--plot", type=Path, help="draw them to this file")
+    parser.add_argument(
+        "--json", type=result_file, help="write the results to this file, as they come"
+    )
+    parser.add_argument("--plot", type=picture_file, help="draw them to this file")
     options = parser.parse_args(arguments)
     axes: dict[str, dict[str, list[list[int]]]] = {}
     report = {"environment": environment(), "config": CONFIG, "axes": axes}

@@ -30,7 +30,7 @@ import torch
 from tqdm import tqdm
 
 from bench.competitors import DTYPES, OPS, OURS, Case, Competitors, least_bytes
-from bench.environment import environment
+from bench.environment import environment, picture_file, result_file
 from e3va.figures import pyplot, save
 from e3va.files import write_json
 
@@ -143,8 +143,10 @@ def main(arguments: list[str] | None = None, **more: Any) -> dict[str, Any]:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--seconds", type=float, default=10.0, help="for a case (default 10)")
     parser.add_argument("--tiny", action="store_true", help="a dry run of tiny shapes")
-    parser.add_argument("--json", type=Path, help="write to this file, after each case")
-    parser.add_argument("--plot", type=Path, default=PLOT, help=f".png, .svg or .pdf ({PLOT})")
+    parser.add_argument("--json", type=result_file, help="write to this file, after each case")
+    parser.add_argument(
+        "--plot", type=picture_file, default=PLOT, help=f".png, .svg or .pdf ({PLOT})"
+    )
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     todo = [c for c in cases(device) if c.op in options.ops and c.dtype in options.dtypes]

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from bench.environment import environment
+from bench.environment import environment, result_file
 from bench.step import MIB
 from bench.train_step import CONFIGS
 from e3va.files import write_json
@@ -92,7 +91,9 @@ def real_split(cfg: Any, images: int, size: tuple[int, int]) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, help="write the results to this file, as they come")
+    parser.add_argument(
+        "--json", type=result_file, help="write the results to this file, as they come"
+    )
     options = parser.parse_args(arguments)
 
     from e3va.detectron2.budget import Setup

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import e3va
-from bench.environment import environment
+from bench.environment import environment, result_file
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import WEIGHTS, train_detectron2
 from e3va.files import write_json
@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--limit", type=int, default=50, help="images to use (default 50)")
     parser.add_argument("--train", type=int, default=0, help="iterations of the demo (default 0)")
     parser.add_argument("--output", type=Path, default=Path("output/precision"))
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=result_file, help="write the results to this file")
     options = parser.parse_args(arguments)
     images = sorted(p for p in options.images.rglob("*") if p.suffix in (".jpg", ".png"))
     if not images:

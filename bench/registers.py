@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from bench.environment import environment, kept
+from bench.environment import environment, kept, result_file
 from e3va.config import HighwayConfig
 from e3va.files import atomic_path
 from e3va.kernels import (
@@ -446,15 +446,19 @@ def main(arguments: list[str] | None = None) -> None:
     tables = "compiled", "executed"
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     size = {"nargs": 2, "type": int, "default": (16, 16), "metavar": ("H", "W")}
-    parser.add_argument("--size", **size, help="of the map that is executed (16 16)")
-    parser.add_argument("--json", type=Path, help="write the results, as they come, to this")
+    parser.add_argument("--size", **size, help="of the map that is executed (16 16; least 2 2)")
+    parser.add_argument("--json", type=result_file, help="write the results, as they come, to this")
     parser.add_argument(
         "--spill", type=int, default=0, metavar="BYTES", help="that a thread may spill (default 0)"
     )
     options = parser.parse_args(arguments)
+    if min(options.size) < 2:  # a stage's exit merges 2 × 2 tokens
+        parser.error(f"--size must be at least 2 2, got {options.size[0]} {options.size[1]}")
     report, where = kept(options.json) or {}, environment()
     known = {
-        name for name in tables if isinstance(report.get(name), dict) and "rows" in report[name]
+        name
+        for name in tables
+        if isinstance(report.get(name), dict) and isinstance(report[name].get("rows"), list)
     }
     if others := report.keys() - known:
         sys.exit(f"{options.json} holds other results, {', '.join(sorted(others))}: name another")

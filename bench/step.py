@@ -20,12 +20,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.environment import environment
+from bench.environment import environment, result_file
 from e3va.budget import ShapesOnly
 from e3va.files import write_json
 from e3va.measure import (
@@ -196,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", nargs=2, type=int, default=(800, 1344), metavar=("H", "W"))
     parser.add_argument("--repeats", type=int, default=3, help="timed steps (default 3)")
     parser.add_argument("--float32", action="store_true", help="no autocast to bf16")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=result_file, help="write the results to this file")
     parser.add_argument("overrides", nargs="*", help="KEY VALUE pairs for the config")
     options = parser.parse_args(arguments)
 

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.environment import environment
+from bench.environment import environment, result_file
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import train_detectron2
 from e3va.files import write_json
@@ -28,7 +28,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--iterations", type=int, default=400, help="of each (default 400)")
     parser.add_argument("--output", type=Path, default=Path("output/storage"))
-    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--json", type=result_file, help="write the results to this file")
     options = parser.parse_args(arguments)
     coco = write_digits(options.output / "digits", seed=0) / "coco"
     report: dict[str, Any] = {"environment": environment(), "iterations": options.iterations}

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.environment import environment, kept
+from bench.environment import environment, kept, result_file
 from e3va.demo.digits import write_digits
 from e3va.demo.engines import coco_overrides, detectron2_loss
 from e3va.files import write_json
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--iterations", type=_count, help="of each run (default: the track's)")
     parser.add_argument("--output", type=Path, default=Path("output/tracks"))
     parser.add_argument(
-        "--json", type=Path, help="keep the results in this file, and go on from it"
+        "--json", type=result_file, help="keep the results in this file, and go on from it"
     )
     options = parser.parse_args(arguments)
     options.seeds = list(dict.fromkeys(options.seeds))
@@ -263,10 +263,6 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         if options.json:
             write_json(options.json, report)
 
-    try:
-        keep()  # or it cannot be written, and that is known before hours of training
-    except OSError as error:
-        sys.exit(f"cannot write {options.json}: {error}")
     data = write_digits(options.output / "digits", seed=0)
     for name in options.tracks:
         track = TRACKS[name]

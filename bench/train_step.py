@@ -29,7 +29,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.environment import environment, kept
+from bench.environment import environment, kept, picture_file, result_file
 from bench.step import DEVICE, MIB, build, config_of, loss, measure
 from e3va.budget import ShapesOnly
 from e3va.figures import pyplot, save
@@ -191,9 +191,9 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--repeats", type=int, default=3, help="timed steps; 0: none (default 3)")
     parser.add_argument(
-        "--json", type=Path, help="keep the results in this file, and go on from it"
+        "--json", type=result_file, help="keep the results in this file, and go on from it"
     )
-    parser.add_argument("--plot", type=Path, help="draw the bytes' split to this file")
+    parser.add_argument("--plot", type=picture_file, help="draw the bytes' split to this file")
     options = parser.parse_args(arguments)
     size = list(options.size) if options.size else None
     settings = {"batch": options.batch, "size": size, "shapes_only": options.shapes}

@@ -74,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for library in ("torch.fx", "torch.utils._pytree", "bitsandbytes"):
                 logging.getLogger(library).setLevel(logging.ERROR)
             with interrupted_by_sigterm():
+                if options.command != "info":  # which tells that E3VA_BACKEND names none
+                    dispatch.requested_backends()
                 return options.run(options) or 0
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
@@ -87,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         TypeError,
         ValueError,
         torch.OutOfMemoryError,
+        dispatch.BackendUnavailable,
     ) as error:
         if os.environ.get("E3VA_TRACEBACK"):
             raise
@@ -361,11 +364,12 @@ def _selftest(options: argparse.Namespace) -> int:
     device, wrong, tried = torch.device(options.device), 0, 0
     for op, backend, dtype, variant, verdict in trial.selftest(device):
         word = "ok" if verdict.right else "WRONG"
-        line = f"{word:6}{op:19}{backend:8}{dtype:9}{verdict.describe()}"
+        line = f"{word:6}{op:20}{backend:8}{dtype:9}{verdict.describe()}"
         print(f"{line} ({trial.fields(variant)})", flush=True)
         wrong, tried = wrong + (not verdict.right), tried + 1
     print(f"{tried - wrong} of {tried} kernels are right on {device.type}")
-    return 1 if wrong else 0
+    broken = native.build_info().built and native.load_error()
+    return 1 if wrong or broken else 0
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -14,15 +14,18 @@ from e3va.ops.verdicts import driver
 
 def environment() -> dict[str, object]:
     """Device, its driver (None: a CPU), versions (None: not installed), commit ("unknown" where the
-    package lies in no clone), and whether the tree differed from it."""
+    package lies in no clone, or there is no git), and whether the tree differed from it."""
     root = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str:
         if not (root / ".git").exists():  # installed; git would tell of a project around it
             return ""
-        return subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, check=False
-        ).stdout.strip()
+        command = ["git", *arguments]
+        try:
+            done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        except FileNotFoundError:  # git is not installed
+            return ""
+        return done.stdout.strip()
 
     cuda = torch.cuda.is_available()
     return {

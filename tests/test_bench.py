@@ -138,12 +138,16 @@ def test_tracks(tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit, match="holds no results to go on from"):
             tracks.main(options)
     trained.clear()
-    with pytest.raises(SystemExit, match=r"cannot write .*tracks.json/t\.json"):
-        tracks.main([*options, "--json", str(file / "t.json")])
-    for name, value in (("--rates", "nan"), ("--rates", "-1"), ("--iterations", "0")):
+    for name, value, problem in (
+        ("--rates", "nan", "nan is "),
+        ("--rates", "-1", "-1 is "),
+        ("--iterations", "0", "0 is "),
+        ("--json", str(file / "t.json"), f"cannot write {file / 't.json'}: "),
+        ("--json", str(tmp_path), f"cannot write {tmp_path}: "),
+    ):
         with pytest.raises(SystemExit):
             tracks.main([*options, name, value])
-        assert f"{name}: {value} is " in capsys.readouterr().err
+        assert f"{name}: {problem}" in capsys.readouterr().err
     assert not trained
 
 
@@ -254,7 +258,7 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     words = ["--architectures", "80", "--dtypes", "fp16", "--tables", "compiled"]
     with pytest.raises(KeyboardInterrupt):
         registers.main([*words, "--json", str(tmp_path / "r.json")])
-    for name, table in (("tracks", "{}"), ("executed", "3"), ("compiled", "[]")):
+    for name, table in (("tracks", "{}"), ("executed", "3"), ("compiled", '{"rows": 5}')):
         (tmp_path / "other.json").write_text(f'{{"{name}": {table}}}')
         with pytest.raises(SystemExit, match=rf"other\.json holds other results, {name}"):
             registers.main([*words, "--json", str(tmp_path / "other.json")])
@@ -263,6 +267,10 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     assert report["compiled"]["environment"]["commit"]
     assert [96, 16, 48] in report["compiled"]["channels_rank_hidden"]
     assert report["executed"] == first["executed"]
+    for wrong in (["--size", "1", "5"], ["--channels", "3"], ["--json", str(tmp_path)]):
+        with pytest.raises(SystemExit, match="2"):
+            registers.main([*words, *wrong])
+        assert wrong[0] in capsys.readouterr().err.splitlines()[-1]
     words += ["--channels", "96"]
     registers.main([*words, "--spill", "8"])
     with pytest.raises(SystemExit, match="1 of 1 spill or do not fit"):

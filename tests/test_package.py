@@ -7,7 +7,7 @@ import torch
 
 import e3va
 from e3va import cli
-from e3va.ops import dispatch
+from e3va.ops import dispatch, trial
 from e3va.ops.backends import native
 from e3va.ops.backends.registry import PREFERENCE
 
@@ -61,13 +61,24 @@ def test_never_built(no_build):
     assert "the package was never built: pip install -e ." in reason
 
 
-def test_a_library_that_does_not_load_is_told(no_build, capsys):
+def test_a_library_that_does_not_load_is_told(no_build, monkeypatch, capsys):
     no_build({"built": ["C++"]})
     assert dispatch.explain("window_attention", torch.device("cpu"), torch.float32).backend == (
         "reference"
     )
     cli.main(["info"])
     assert "BROKEN:   the extension was built but does not load" in capsys.readouterr().out
+    monkeypatch.setattr(trial, "selftest", lambda device: iter(()))
+    assert cli.main(["selftest", "--device", "cpu"]) == 1
+
+
+def test_a_damaged_record_of_the_build_is_named(no_build, tmp_path):
+    no_build(None)
+    for damage in ("", '{"built": ["C+', '{"compiled": []}'):
+        (tmp_path / "_build_info.json").write_text(damage)
+        native.build_info.cache_clear()
+        reason = native.why_not(torch.device("cpu"), torch.float32)
+        assert f"{tmp_path / '_build_info.json'} is damaged" in reason
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for it here")
@@ -93,6 +104,20 @@ def test_info_names_a_wrong_backend(monkeypatch, capsys):
     monkeypatch.setenv("E3VA_BACKEND", "bogus")
     assert cli.main(["info"]) == 0
     assert "error: E3VA_BACKEND must be auto" in capsys.readouterr().out
+    assert cli.main(["data", "nowhere"]) == 2  # other commands end before they begin
+    assert "error: E3VA_BACKEND must be auto" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU for it here")
+def test_a_backend_that_cannot_run_ends_a_command_in_one_line(monkeypatch, capsys):
+    def run(device):
+        with e3va.backend("triton"):
+            dispatch.explain("sublayer_epilogue", device, torch.float32)
+
+    monkeypatch.setattr(trial, "selftest", run)
+    assert cli.main(["selftest", "--device", "cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: backend 'triton' was asked for, but cannot run")
 
 
 def test_version(capsys):

@@ -14,7 +14,7 @@ _passed: set[tuple[Any, ...]] = set()
 
 def check_once(check: Callable[..., None], *arguments: Any) -> None:
     """Call ``check(*arguments)``, unless arguments of the same form passed: it may look at their
-    shapes, their dtypes, and at what is no tensor, alone."""
+    shapes, dtypes and devices, and at what is no tensor, alone."""
     if torch.compiler.is_compiling():  # once as it is
         check(*arguments)
         return
@@ -33,7 +33,7 @@ def check_once(check: Callable[..., None], *arguments: Any) -> None:
 
 def _form(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.shape, value.dtype
+        return value.shape, value.dtype, value.device
     return tuple(map(_form, value)) if isinstance(value, list | tuple) else value
 
 
@@ -61,6 +61,16 @@ def check_same_dtype(**tensors: Tensor) -> None:
         if tensor.dtype != reference.dtype:
             raise TypeError(
                 f"{name} must have the dtype of {first}, {reference.dtype}, got {tensor.dtype}"
+            )
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are on one device."""
+    (first, reference), *others = tensors.items()
+    for name, tensor in others:
+        if tensor.device != reference.device:
+            raise ValueError(
+                f"{name} must be on the device of {first}, {reference.device}, got {tensor.device}"
             )
 
 

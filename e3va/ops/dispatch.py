@@ -34,6 +34,10 @@ _requested: tuple[str, ...] | None = None
 _chosen: dict[tuple[Any, ...], str] = {}
 
 
+class BackendUnavailable(RuntimeError):
+    """No backend that was asked for by name can run an op here; says why not."""
+
+
 class Choice(NamedTuple):
     """The backend an op will use, and why in words."""
 
@@ -59,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: later, from the op, when no backend that was asked for can run it.
+        BackendUnavailable: later, from the op, when no backend that was asked for can run it.
     """
     global _requested
     previous, _requested = _requested, _parse(name, "backend")
@@ -84,7 +88,7 @@ def explain(
         size: of its maps, see :func:`size_of`.
 
     Raises:
-        RuntimeError: backends were asked for by name and none can run; says why not.
+        BackendUnavailable: backends were asked for by name and none can run.
     """
     wanted = requested_backends()
     variant = None if arguments is None else VARIANTS[op].of(*arguments)
@@ -106,7 +110,7 @@ def explain(
         if reason is None:
             return Choice(name, "; ".join(passed_over) or "the fastest there is")
         passed_over.append(f"not {name}: {reason}")
-    raise RuntimeError(
+    raise BackendUnavailable(
         f"backend {','.join(wanted)!r} was asked for, but cannot run {op} here: "
         + "; ".join(passed_over)
     )

@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable
@@ -118,9 +119,12 @@ def _write(path: Path, device: torch.device, name: str, found: Verdict) -> None:
 
 def _parsed(fields: dict[str, Any]) -> Verdict:
     found = Verdict(**fields)
-    numbers = (found.error, found.seconds, found.reference_seconds)
-    if type(found.right) is not bool or not all(
-        number is None or type(number) is float for number in numbers
+    times = found.seconds, found.reference_seconds
+    if (
+        type(found.right) is not bool
+        or not all(number is None or type(number) is float for number in (found.error, *times))
+        or not all(time is None or 0 < time < math.inf for time in times)
+        or not (found.failure is None or type(found.failure) is str)
     ):
         raise TypeError(f"no verdict: {fields}")
     return found

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from e3va.ops import dispatch
-from e3va.ops.checks import check_floating, check_frozen, check_once, check_shape
+from e3va.ops.checks import (
+    check_floating,
+    check_frozen,
+    check_once,
+    check_same_device,
+    check_shape,
+)
 from e3va.ops.library import frozen_operator
 
 
@@ -35,7 +41,8 @@ def window_attention(
 
     Raises:
         TypeError: a dtype is not floating.
-        ValueError: a shape does not fit, or the shift is out of range.
+        ValueError: a shape does not fit, window or shift is out of range, or the tensors are on
+            several devices.
         RuntimeError: a gradient is required; the op is part of the frozen forward.
     """
     check_frozen("window_attention", qkv=qkv, qkv_bias=qkv_bias, position_bias=position_bias)
@@ -45,11 +52,15 @@ def window_attention(
 
 
 def _check(qkv: Tensor, qkv_bias: Tensor, position_bias: Tensor, window: int, shift: int) -> None:
-    check_floating(qkv=qkv, qkv_bias=qkv_bias, position_bias=position_bias)
+    tensors = {"qkv": qkv, "qkv_bias": qkv_bias, "position_bias": position_bias}
+    check_floating(**tensors)
+    check_same_device(**tensors)
+    if window < 1:
+        raise ValueError(f"window must be positive, got {window}")
     check_shape("qkv", qkv, -1, -1, -1, -1)
     check_shape("qkv_bias", qkv_bias, qkv.shape[-1])
     check_shape("position_bias", position_bias, (2 * window - 1) ** 2, -1)
-    if qkv.shape[-1] % (3 * position_bias.shape[1]):
+    if qkv.shape[-1] % max(1, 3 * position_bias.shape[1]) or not position_bias.shape[1]:
         raise ValueError(
             f"qkv must hold 3 * heads * head_dim channels, got {qkv.shape[-1]} "
             f"for {position_bias.shape[1]} heads"

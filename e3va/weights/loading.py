@@ -164,20 +164,34 @@ def save_trunk(
         metadata: further strings to keep in the file's header (default: none).
 
     Raises:
-        ValueError: ``path`` does not end in ``.safetensors``.
+        TypeError: ``dtype`` is not floating.
+        ValueError: ``path`` does not end in ``.safetensors``, ``metadata`` has a name that the
+            header has, or a weight does not fit into ``dtype``.
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(f"a trunk is saved as .safetensors, not as {path}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be floating, got {dtype}")
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous()
         for name, value in trunk.state_dict().items()
         if value.is_floating_point() or value.any()  # a hash that is not known says nothing
     }
+    given = trunk.state_dict()
+    if lost := [n for n, v in state.items() if not _is_finite(v) and _is_finite(given[n])]:
+        raise ValueError(f"{dtype} cannot hold the weights, such as {lost[0]}")
     config = json.dumps(dataclasses.asdict(trunk.config))
     family = family_of(trunk.config).name
-    header = {"format": "pt", "family": family, "config": config, **(metadata or {})}
+    header = {"format": "pt", "family": family, "config": config}
+    if taken := header.keys() & (metadata or {}):
+        raise ValueError(f"metadata must not have {', '.join(sorted(taken))}: the header does")
+    header |= metadata or {}
     with atomic_path(path) as temporary:
         safetensors.torch.save_file(state, temporary, header)
+
+
+def _is_finite(value: Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.float().isfinite().all())
 
 
 def trunk_hash(trunk: Trunk, names: Collection[str] | None = None) -> str:

@@ -204,7 +204,7 @@ def test_selftest(monkeypatch, capsys):
         pytest.skip("compiled kernels left untested")
     assert cli.main(["selftest", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "ok    window_attention   native  bfloat16" in out
+    assert "ok    window_attention    native  bfloat16" in out
     assert "3 of 3 kernels are right on cpu" in out
     backends = IMPLEMENTATIONS["window_attention"]
     broken = backends["native"]._replace(run=lambda qkv, *_: qkv[..., : qkv.shape[-1] // 3] + 0)

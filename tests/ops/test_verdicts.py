@@ -1,6 +1,7 @@
 """How what trials have shown is kept, and shared by processes."""
 
 import json
+import math
 import multiprocessing
 import time
 
@@ -54,6 +55,20 @@ def test_a_verdict_that_was_tampered_with_is_no_verdict(gpu, tmp_path):
     gpu.restart()
     with pytest.warns(UserWarning, match=r"made anew|wrong"):
         assert chosen().backend == "reference"
+
+
+@pytest.mark.parametrize("name, value", [("seconds", 0.0), ("seconds", math.nan), ("failure", 7)])
+def test_a_verdict_that_no_trial_gives_is_made_anew(gpu, tmp_path, name, value):
+    gpu(right)
+    chosen()
+    (kept,) = files(tmp_path)
+    report = json.loads(kept.read_text())
+    (verdict,) = report["verdicts"].values()
+    verdict[name] = value
+    kept.write_text(json.dumps(report))
+    gpu.restart()
+    with pytest.warns(UserWarning, match="is damaged, its content is made anew"):
+        assert chosen().backend == "triton"
 
 
 def test_a_home_that_cannot_be_written(gpu, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+import e3va
 from e3va import ops
 from tests.oracles import TOLERANCE, relative_error
 
@@ -80,5 +81,20 @@ def test_bad_input():
         ops.window_attention(qkv, bias, table, 4, 0)
     with pytest.raises(ValueError, match="heads"):
         ops.window_attention(qkv, bias, table.repeat(1, 5), 3, 0)
+    with pytest.raises(ValueError, match="for 0 heads"):
+        ops.window_attention(qkv, bias, table[:, :0], 3, 0)
+    with pytest.raises(ValueError, match="window must be positive, got 0"):
+        ops.window_attention(qkv, bias, table, 0, 0)
     with pytest.raises(TypeError, match="qkv must be of a floating dtype"):
         ops.window_attention(qkv.long(), bias, table, 3, 0)
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_biases_elsewhere_are_refused(backend):
+    qkv, *biases = make_arguments(1, 4, 4, 2, 4, 3, torch.float32)
+    with e3va.backend(backend):
+        ops.window_attention(qkv, *biases, 3, 0)  # which is remembered as right
+        for i, name in enumerate(("qkv_bias", "position_bias")):
+            given = [bias.to("meta") if j == i else bias for j, bias in enumerate(biases)]
+            with pytest.raises(ValueError, match=f"{name} must be on the device of qkv, cpu"):
+                ops.window_attention(qkv, *given, 3, 0)

@@ -97,6 +97,19 @@ def test_saves_in_a_dtype_with_metadata(source, tmp_path):
     assert os.listdir(path.parent) == ["swin.safetensors"]
 
 
+def test_what_a_file_would_not_hold_is_not_saved(source, tmp_path):
+    path = tmp_path / "swin.safetensors"
+    with pytest.raises(TypeError, match=r"dtype must be floating, got torch\.int32"):
+        save_trunk(source, path, torch.int32)
+    with pytest.raises(ValueError, match="metadata must not have config, format"):
+        save_trunk(source, path, metadata={"config": "x", "format": "y", "z": "z"})
+    large = copy.deepcopy(source)
+    large.patch_embed.proj.bias.data[0] = 1e5
+    with pytest.raises(ValueError, match=r"float16 cannot hold .*patch_embed\.proj\.bias"):
+        save_trunk(large, path, torch.float16)
+    assert not os.listdir(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_file(source, tmp_path):
     path = tmp_path / "swin.safetensors"
     path.write_bytes(b"old")

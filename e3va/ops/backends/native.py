@@ -53,7 +53,11 @@ def build_info() -> BuildInfo:
     if not path.is_file():
         reason = "the package was never built: pip install -e ."
         return BuildInfo(left_out=dict.fromkeys(_PARTS.values(), reason))
-    return BuildInfo(**json.loads(path.read_text()))
+    try:
+        return BuildInfo(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        reason = f"{path} is damaged ({error}): build anew with pip install -e ."
+        return BuildInfo(left_out=dict.fromkeys(_PARTS.values(), reason))
 
 
 @functools.cache
