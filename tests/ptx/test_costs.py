@@ -25,7 +25,8 @@ CEILINGS = {
     "tap_gradient int8": 88,
     "tap_gradient int4": 68,
     "stage_exit_backward": 1008,  # 1004 by Triton 3.8
-    "window_attention": 950,  # 941 by nvcc 13.0
+    "window_attention": 890,  # 879 by nvcc 13.0
+    "window_attention shifted": 1010,  # 996
 }
 """Warp instructions without moves, per token (and adapter), of what is folded per adapter: bfloat16
 on sm_80, C = 512, rank 16, m = 256."""
@@ -35,7 +36,8 @@ SECTORS = 1.13
 """The same, over those that the bytes fill, where a map is read and written: the norm's weights are
 read by eights of float32, which asks for their sectors twice."""
 
-NOT_HELD = "fold", "fold_backward", "stage_exit_backward", "window_attention"
+ATTENTION = {"window_attention", "window_attention shifted"}
+NOT_HELD = {"fold", "fold_backward", "stage_exit_backward", *ATTENTION}
 """Kernels that are not held to it: they fold small weights, gather a map for the next stage or read
 a column of the table of position biases."""
 
@@ -46,7 +48,7 @@ def test_instructions_and_sectors(compiler):
     for kernel, units, counts in costs.measure(compiler, 80, torch.bfloat16, 512, 16, 256):
         found[kernel] = counts.instructions / units
         sectors[kernel] = counts.sectors_over_floor
-    left_out = set() if compiles(80) else {"window_attention"}
+    left_out = set() if compiles(80) else ATTENTION
     if left_out:
         warnings.warn("there is no nvcc: window attention is not counted", stacklevel=1)
     assert found.keys() == CEILINGS.keys() - left_out
