@@ -80,6 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
+    except BrokenPipeError:  # of `e3va info | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (
         FloatingPointError,
         ImportError,
@@ -160,7 +163,7 @@ def _add_runs(commands: Any) -> None:
     predict.set_defaults(run=_predict)
     plan = commands.add_parser(
         "plan",
-        help="does it fit on my card? told in seconds, without a GPU, weights or data",
+        help="does it fit on my card? told in a minute, without a GPU, weights or data",
         epilog="KEY VALUE pairs at the end override the config's settings.",
     )
     what = plan.add_mutually_exclusive_group(required=True)

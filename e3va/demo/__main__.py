@@ -9,6 +9,7 @@ output/demo.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -98,4 +99,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted: the demo trains anew when it is run again", file=sys.stderr)
+        sys.exit(130)

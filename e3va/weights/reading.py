@@ -62,8 +62,8 @@ def resolve(source: str) -> Path | str:
                     )
             except (OSError, RuntimeError) as error:
                 raise ValueError(
-                    f"cannot download {source}; the path of a file that is here needs no network: "
-                    f"{error}"
+                    f"cannot download {source}; the path of a file that is here needs no network, "
+                    f"nor does --model swin_digits: {error}"
                 ) from error
         return target
     return Path(source).expanduser()
