@@ -38,7 +38,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--json", type=result_file, help="write the results to this file, as they come"
     )
-    parser.add_argument("--plot", type=picture_file, default=kernels.PLOT, help="of the ratios")
+    parser.add_argument(
+        "--plot", type=picture_file, default=str(kernels.PLOT), help="of the ratios"
+    )
     options = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     speed = ["--seconds", "1", "--dtypes", "bf16", "--plot", str(options.plot)]

@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None, **more: Any) -> dict[str, Any]:
     parser.add_argument("--tiny", action="store_true", help="a dry run of tiny shapes")
     parser.add_argument("--json", type=result_file, help="write to this file, after each case")
     parser.add_argument(
-        "--plot", type=picture_file, default=PLOT, help=f".png, .svg or .pdf ({PLOT})"
+        "--plot", type=picture_file, default=str(PLOT), help=f".png, .svg or .pdf ({PLOT})"
     )
     options = parser.parse_args(arguments)
     device = "cuda" if torch.cuda.is_available() else "cpu"

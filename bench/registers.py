@@ -446,14 +446,14 @@ def main(arguments: list[str] | None = None) -> None:
     tables = "compiled", "executed"
     parser.add_argument("--tables", nargs="+", choices=tables, default=tables)
     size = {"nargs": 2, "type": int, "default": (16, 16), "metavar": ("H", "W")}
-    parser.add_argument("--size", **size, help="of the map that is executed (16 16; least 2 2)")
+    parser.add_argument("--size", **size, help="of the map that is executed (16 16)")
     parser.add_argument("--json", type=result_file, help="write the results, as they come, to this")
     parser.add_argument(
         "--spill", type=int, default=0, metavar="BYTES", help="that a thread may spill (default 0)"
     )
     options = parser.parse_args(arguments)
-    if min(options.size) < 2:  # a stage's exit merges 2 × 2 tokens
-        parser.error(f"--size must be at least 2 2, got {options.size[0]} {options.size[1]}")
+    if min(options.size) < 1:
+        parser.error(f"--size must be positive, got {options.size[0]} {options.size[1]}")
     report, where = kept(options.json) or {}, environment()
     known = {
         name
@@ -469,17 +469,17 @@ def main(arguments: list[str] | None = None) -> None:
         if options.json:
             write_report(options.json, report)
 
-    if "compiled" in options.tables:
-        names = "sm dtype    C    r    m  registers spilled  shared occupancy"
-        print(f"{'kernel':33} {names}", flush=True)
     chosen = [
         shape
         for shape in shapes(options.storages)
         if not options.channels or shape[0] in options.channels
         if not options.ranks or shape[1] in options.ranks
     ]
-    if not chosen:
+    if "compiled" in options.tables and not chosen:
         parser.error(f"of --channels and --ranks there is none of {[s[:2] for s in shapes(())]}")
+    if "compiled" in options.tables:
+        names = "sm dtype    C    r    m  registers spilled  shared occupancy"
+        print(f"{'kernel':33} {names}", flush=True)
     for architecture in options.architectures:
         if not compiles(architecture):
             print(f"no nvcc compiles for sm_{architecture}: window attention is left out")

@@ -76,11 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with interrupted_by_sigterm():
                 if options.command != "info":  # which tells that E3VA_BACKEND names none
                     dispatch.requested_backends()
-                return options.run(options) or 0
+                status = options.run(options) or 0
+                sys.stdout.flush()
+                return status
     except KeyboardInterrupt as stop:
         print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
         return 130
     except BrokenPipeError:  # of `e3va info | head`
+        if os.environ.get("E3VA_TRACEBACK"):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (

@@ -267,7 +267,7 @@ def test_costs_of_kernels_are_kept_as_they_come(tmp_path, monkeypatch, capsys):
     assert report["compiled"]["environment"]["commit"]
     assert [96, 16, 48] in report["compiled"]["channels_rank_hidden"]
     assert report["executed"] == first["executed"]
-    for wrong in (["--size", "1", "5"], ["--channels", "3"], ["--json", str(tmp_path)]):
+    for wrong in (["--size", "0", "5"], ["--channels", "3"], ["--json", str(tmp_path)]):
         with pytest.raises(SystemExit, match="2"):
             registers.main([*words, *wrong])
         assert wrong[0] in capsys.readouterr().err.splitlines()[-1]

@@ -1,7 +1,10 @@
 """The commands of ``e3va`` that work on files."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -195,3 +198,18 @@ def test_what_cannot_be_written_ends_in_one_line(tmp_path, capsys):
         assert main(["convert", "e3va://swin_digits.safetensors", str(target)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+
+
+def test_a_reader_that_goes_away_ends_it_quietly():
+    buffered = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "e3va", "info"],
+        env=buffered,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait() == 1

@@ -74,7 +74,7 @@ def test_a_library_that_does_not_load_is_told(no_build, monkeypatch, capsys):
 
 def test_a_damaged_record_of_the_build_is_named(no_build, tmp_path):
     no_build(None)
-    for damage in ("", '{"built": ["C+', '{"compiled": []}'):
+    for damage in ("", '{"built": ["C+', '{"compiled": []}', '{"built": null}', "[]"):
         (tmp_path / "_build_info.json").write_text(damage)
         native.build_info.cache_clear()
         reason = native.why_not(torch.device("cpu"), torch.float32)

@@ -60,7 +60,7 @@ def _check(qkv: Tensor, qkv_bias: Tensor, position_bias: Tensor, window: int, sh
     check_shape("qkv", qkv, -1, -1, -1, -1)
     check_shape("qkv_bias", qkv_bias, qkv.shape[-1])
     check_shape("position_bias", position_bias, (2 * window - 1) ** 2, -1)
-    if qkv.shape[-1] % max(1, 3 * position_bias.shape[1]) or not position_bias.shape[1]:
+    if not position_bias.shape[1] or qkv.shape[-1] % (3 * position_bias.shape[1]):
         raise ValueError(
             f"qkv must hold 3 * heads * head_dim channels, got {qkv.shape[-1]} "
             f"for {position_bias.shape[1]} heads"

@@ -57,7 +57,9 @@ def test_a_verdict_that_was_tampered_with_is_no_verdict(gpu, tmp_path):
         assert chosen().backend == "reference"
 
 
-@pytest.mark.parametrize("name, value", [("seconds", 0.0), ("seconds", math.nan), ("failure", 7)])
+@pytest.mark.parametrize(
+    "name, value", [("seconds", 0.0), ("error", math.nan), ("failure", 7), ("failure", "x")]
+)
 def test_a_verdict_that_no_trial_gives_is_made_anew(gpu, tmp_path, name, value):
     gpu(right)
     chosen()

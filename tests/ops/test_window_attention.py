@@ -3,6 +3,7 @@ import torch
 
 import e3va
 from e3va import ops
+from e3va.ops.backends import native
 from tests.oracles import TOLERANCE, relative_error
 
 
@@ -91,6 +92,8 @@ def test_bad_input():
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
 def test_biases_elsewhere_are_refused(backend):
+    if backend == "native" and native.why_not(torch.device("cpu"), torch.float32):
+        pytest.skip("compiled kernels left untested")
     qkv, *biases = make_arguments(1, 4, 4, 2, 4, 3, torch.float32)
     with e3va.backend(backend):
         ops.window_attention(qkv, *biases, 3, 0)  # which is remembered as right

@@ -120,7 +120,7 @@ def measure(
                 channels,
             )
     p, dp = (torch.randn(1, *size, channels).to(dtype) for _ in range(2))
-    dgathered = torch.randn(1, size[0] // 2, size[1] // 2, 4 * channels).to(dtype)
+    dgathered = torch.randn(1, *(-(-n // 2) for n in size), 4 * channels).to(dtype)
     norms = torch.zeros(N), torch.ones(N), *norm, torch.ones(4 * channels)
     yield from counted("", N, stage_exit_backward, dp, dgathered, p, *norms, 1e-5)
     if compiles(architecture):

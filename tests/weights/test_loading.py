@@ -105,8 +105,9 @@ def test_what_a_file_would_not_hold_is_not_saved(source, tmp_path):
         save_trunk(source, path, metadata={"config": "x", "format": "y", "z": "z"})
     large = copy.deepcopy(source)
     large.patch_embed.proj.bias.data[0] = 1e5
-    with pytest.raises(ValueError, match=r"float16 cannot hold .*patch_embed\.proj\.bias"):
-        save_trunk(large, path, torch.float16)
+    for dtype in (torch.float16, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=rf"{dtype} cannot hold .*patch_embed\.proj\.bias"):
+            save_trunk(large, path, dtype)
     assert not os.listdir(tmp_path)
 
 

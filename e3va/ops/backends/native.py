@@ -54,7 +54,12 @@ def build_info() -> BuildInfo:
         reason = "the package was never built: pip install -e ."
         return BuildInfo(left_out=dict.fromkeys(_PARTS.values(), reason))
     try:
-        return BuildInfo(**json.loads(path.read_text()))
+        info = BuildInfo(**json.loads(path.read_text()))
+        empty = BuildInfo()
+        for name, value in vars(info).items():
+            if type(value) is not type(getattr(empty, name)):
+                raise TypeError(f"{name} is {value!r}")
+        return info
     except (ValueError, TypeError) as error:
         reason = f"{path} is damaged ({error}): build anew with pip install -e ."
         return BuildInfo(left_out=dict.fromkeys(_PARTS.values(), reason))
