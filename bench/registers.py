@@ -5,12 +5,12 @@
 Compiled ahead of time: registers, spills, shared memory and occupancy, of one streaming
 multiprocessor, from the limits in CUDA's programming guide (compute capabilities). A kernel that
 spills more than ``--spill`` says or does not fit ends with an error (Triton 3.9 gives two kernels a
-frame of 8 and of 16 bytes). Executed by ``tests/ptx`` in the widths of stage 3 of Swin-B, on a
-small map, per token (and adapter), where weights are folded per adapter: instructions, memory and,
-for three GPUs, the nanoseconds of a roofline model, with caches that hold all that is used again
-and with none, also of the whole backward of that stage. A model is no measurement: it knows no
-latencies. With --json a table is written as it comes; one that is not asked for stays in FILE as it
-is.
+frame of 8 and of 16 bytes, 3.8 one on sm_120 of 8). Executed by ``tests/ptx`` in the widths of
+stage 3 of Swin-B, on a small map, per token (and adapter), where weights are folded per adapter:
+instructions, memory and, for three GPUs, the nanoseconds of a roofline model, with caches that hold
+all that is used again and with none, also of the whole backward of that stage. A model is no
+measurement: it knows no latencies. With --json a table is written as it comes; one that is not
+asked for stays in FILE as it is.
 """
 
 from __future__ import annotations
