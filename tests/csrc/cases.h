@@ -97,7 +97,7 @@ inline std::vector<Result> run(const Attention& a, Dtype dtype) {
   const int64_t C = a.heads * a.head_dim, tokens = a.batch * a.height * a.width;
   const int64_t side = 2 * a.window - 1;
   const auto qkv = values(tokens * 3 * C, dtype);
-  const auto bias = weights(3 * C, 1.0f), table = weights(side * side * a.heads, 1.0f);
+  const auto bias = values(3 * C, dtype), table = values(side * side * a.heads, dtype);
   auto out = unwritten(tokens * C, dtype);
   const WindowAttentionParams p{
       qkv.data(), bias.data(), table.data(), out.data(), dtype,    a.batch,
