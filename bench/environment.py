@@ -47,6 +47,13 @@ def kept(file: Path | None, part: str | None = None) -> dict[str, Any] | None:
     try:
         report: dict[str, Any] = json.loads(file.read_text())
         (report[part] if part else report).items()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         sys.exit(f"{file} holds no results to go on from: {error!r}")
     return report

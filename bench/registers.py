@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import re
 import subprocess
@@ -477,27 +478,14 @@ def main(arguments: list[str] | None = None) -> None:
     ]
     if "compiled" in options.tables and not chosen:
         parser.error(f"of --channels and --ranks there is none of {[s[:2] for s in shapes(())]}")
-    if "compiled" in options.tables:
-        names = "sm dtype    C    r    m  registers spilled  shared occupancy"
-        print(f"{'kernel':33} {names}", flush=True)
     for architecture in options.architectures:
         if not compiles(architecture):
             print(f"no nvcc compiles for sm_{architecture}: window attention is left out")
-    for architecture in options.architectures if "compiled" in options.tables else ():
-        for dtype in (dtype for dtype, name in TYPES.items() if name in options.dtypes):
-            if not runs_on(architecture, dtype):
-                continue
-            made = [compile_kernels(architecture, dtype, *shape) for shape in chosen]
-            for rows in (*made, compile_attention(architecture, dtype)):
-                for r in rows:
-                    results.append(r)
-                    shape = "".join(f"{r.get(of, ''):5}" for of in ("channels", "rank", "hidden"))
-                    print(
-                        f"{r['kernel']:33}{architecture:3}  {r['dtype']}{shape}{r['registers']:11}"
-                        f"{r['spilled']:8}{r['shared']:8}{r['occupancy']:10.0%}",
-                        flush=True,
-                    )
-                keep("compiled", worst(results), channels_rank_hidden=[s[:3] for s in chosen])
+    if "compiled" in options.tables:
+        dtypes = [dtype for dtype, name in TYPES.items() if name in options.dtypes]
+        for rows in print_resources(options.architectures, dtypes, chosen):
+            results += rows
+            keep("compiled", worst(results), channels_rank_hidden=[s[:3] for s in chosen])
     if "executed" in options.tables:
         costs: list[dict[str, Any]] = []
         for cost in print_costs(options.architectures, tuple(options.size)):
@@ -510,6 +498,31 @@ def main(arguments: list[str] | None = None) -> None:
     bad = [r for r in results if r["spilled"] > options.spill or not r["fits"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(results)} spill or do not fit: {bad[0]}")
+
+
+def print_resources(
+    architectures: Sequence[int],
+    dtypes: Sequence[torch.dtype],
+    chosen: Sequence[tuple[int, int, int, Sequence[str]]],
+) -> Iterator[list[dict[str, Any]]]:
+    """What each kernel takes, shape by shape, when it is printed."""
+    names = "sm dtype    C    r    m  registers spilled  shared occupancy"
+    print(f"{'kernel':33} {names}", flush=True)
+    for architecture, dtype in itertools.product(architectures, dtypes):
+        if not runs_on(architecture, dtype):
+            continue
+        made = [compile_kernels(architecture, dtype, *shape) for shape in chosen]
+        for kernels in (*made, compile_attention(architecture, dtype)):
+            rows = []
+            for r in kernels:
+                rows.append(r)
+                shape = "".join(f"{r.get(of, ''):5}" for of in ("channels", "rank", "hidden"))
+                print(
+                    f"{r['kernel']:33}{architecture:3}  {r['dtype']}{shape}{r['registers']:11}"
+                    f"{r['spilled']:8}{r['shared']:8}{r['occupancy']:10.0%}",
+                    flush=True,
+                )
+            yield rows
 
 
 def print_costs(architectures: Sequence[int], size: tuple[int, int]) -> Iterator[dict[str, Any]]:

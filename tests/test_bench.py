@@ -133,8 +133,8 @@ def test_tracks(tmp_path, monkeypatch, capsys):
     assert "mIoU" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="holds runs of 2 iterations of semantic, not 3"):
         tracks.main([*options, "--iterations", "3"])
-    for garbage in ("", "garbage{", "[]"):
-        file.write_text(garbage)
+    for garbage in ("", "garbage{", "[]", "[" * 100_000, "\udcff{"):
+        file.write_text(garbage, errors="surrogateescape")
         with pytest.raises(SystemExit, match="holds no results to go on from"):
             tracks.main(options)
     trained.clear()
@@ -318,3 +318,23 @@ def test_costs_of_kernels(tmp_path):
     counts.opcodes["add.f32"] = 10**5
     for cached in (False, True):
         assert registers.roofline(counts, gpu, cached) == pytest.approx((10**5 + 8) / 4)  # by issue
+
+
+@pytest.mark.parametrize("module", [kernels, gpu])
+def test_a_picture_that_cannot_be_drawn_is_refused_before_work(
+    module, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(trial, "selftest", lambda device: pytest.fail("it worked"))
+    monkeypatch.setattr(kernels, "measure", lambda *of: pytest.fail("it worked"))
+    (tmp_path / "file").touch()
+    for path, problem in (
+        (tmp_path / "a.xyz", "a picture's name ends with "),
+        (tmp_path / "file/a.png", f"cannot write {tmp_path / 'file/a.png'}: "),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            module.main(["--plot", str(path)])
+        assert problem in capsys.readouterr().err
+    monkeypatch.setattr(kernels, "PLOT", tmp_path / "file/default.png")
+    with pytest.raises(SystemExit, match="2"):
+        module.main([])
+    assert "file/default.png" in capsys.readouterr().err

@@ -1,4 +1,6 @@
 import json
+import runpy
+import sys
 
 import pytest
 
@@ -48,3 +50,16 @@ def test_demo_end_to_end(engine, tmp_path, monkeypatch, capsys):
     for picture in ("predictions.png", "curves.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
     assert "e3va" in capsys.readouterr().out
+
+
+def test_an_interrupted_demo_says_so_in_one_line(monkeypatch, capsys, tmp_path):
+    def interrupt(*of, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("e3va.demo.digits.write_digits", interrupt)
+    monkeypatch.setattr("sys.argv", ["demo", "--output", str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "e3va.demo.__main__")
+    with pytest.raises(SystemExit, match="130"):
+        runpy.run_module("e3va.demo", run_name="__main__")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("interrupted: ")

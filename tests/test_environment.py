@@ -35,3 +35,12 @@ def test_the_commit_of_a_project_around_it_is_not_ours(tmp_path, monkeypatch):
     place.mkdir(parents=True)
     monkeypatch.setattr(module, "__file__", str(place / "environment.py"))
     assert environment()["commit"] == "unknown"
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch, tmp_path):
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "e3va").mkdir()
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "e3va/environment.py"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = environment()
+    assert (found["commit"], found["dirty"]) == ("unknown", False)

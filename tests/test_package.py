@@ -74,8 +74,9 @@ def test_a_library_that_does_not_load_is_told(no_build, monkeypatch, capsys):
 
 def test_a_damaged_record_of_the_build_is_named(no_build, tmp_path):
     no_build(None)
-    for damage in ("", '{"built": ["C+', '{"compiled": []}', '{"built": null}', "[]"):
-        (tmp_path / "_build_info.json").write_text(damage)
+    wrong = ("", '{"built": ["C+', '{"compiled": []}', '{"built": null}', "[]", "[" * 100_000)
+    for damage in (*wrong, "\udcff{"):  # the last is no UTF-8
+        (tmp_path / "_build_info.json").write_text(damage, errors="surrogateescape")
         native.build_info.cache_clear()
         reason = native.why_not(torch.device("cpu"), torch.float32)
         assert f"{tmp_path / '_build_info.json'} is damaged" in reason

@@ -124,7 +124,7 @@ def _parsed(fields: dict[str, Any]) -> Verdict:
         type(found.right) is not bool
         or not all(number is None or type(number) is float for number in (found.error, *times))
         or not all(time is None or 0 < time < math.inf for time in times)
-        or found.error != found.error
+        or (found.error is not None and math.isnan(found.error))
         or not (found.failure is None or (type(found.failure) is str and not found.right))
     ):
         raise TypeError(f"no verdict: {fields}")

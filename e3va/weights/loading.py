@@ -172,14 +172,14 @@ def save_trunk(
         raise ValueError(f"a trunk is saved as .safetensors, not as {path}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"dtype must be floating, got {dtype}")
+    for name, value in trunk.named_parameters():
+        if dtype is not None and value.abs().max() > torch.finfo(dtype).max:
+            raise ValueError(f"{dtype} cannot hold the weights, such as {name}")
     state = {
         name: (value.to(dtype) if value.is_floating_point() else value).cpu().contiguous()
         for name, value in trunk.state_dict().items()
         if value.is_floating_point() or value.any()  # a hash that is not known says nothing
     }
-    for name, value in trunk.named_parameters():
-        if dtype is not None and value.abs().max() > torch.finfo(dtype).max:
-            raise ValueError(f"{dtype} cannot hold the weights, such as {name}")
     config = json.dumps(dataclasses.asdict(trunk.config))
     family = family_of(trunk.config).name
     header = {"format": "pt", "family": family, "config": config}

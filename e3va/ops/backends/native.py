@@ -60,7 +60,7 @@ def build_info() -> BuildInfo:
             if type(value) is not type(getattr(empty, name)):
                 raise TypeError(f"{name} is {value!r}")
         return info
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         reason = f"{path} is damaged ({error}): build anew with pip install -e ."
         return BuildInfo(left_out=dict.fromkeys(_PARTS.values(), reason))
 
