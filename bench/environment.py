@@ -55,5 +55,5 @@ def kept(file: Path | None, part: str | None = None) -> dict[str, Any] | None:
         AttributeError,
         RecursionError,
     ) as error:
-        sys.exit(f"{file} holds no results to go on from: {error!r}")
+        sys.exit(f"{file} holds no results to go on from: {type(error).__name__}: {error}")
     return report

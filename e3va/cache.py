@@ -34,7 +34,7 @@ def read_cache(path: Path, parse: Callable[[Any], T]) -> T | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        warn_once(f"{path} is damaged, its content is made anew: {error!r}")
+        warn_once(f"{path} is damaged, its content is made anew: {type(error).__name__}: {error}")
         return None
 
 
